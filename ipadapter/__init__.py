@@ -1,0 +1,7 @@
+"""IP-Adapter: image prompts through decoupled cross-attention (arXiv 2308.06721)."""
+
+from ipadapter.adapter import IPAdapter
+from ipadapter.attention import DecoupledCrossAttention, ImagePrompt, Prompt
+from ipadapter.projection import ImageProjection, Resampler
+
+__all__ = ["DecoupledCrossAttention", "IPAdapter", "ImageProjection", "ImagePrompt", "Prompt", "Resampler"]

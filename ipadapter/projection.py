@@ -1,0 +1,79 @@
+"""Image projections: CLIP image features to tokens that cross-attention can read (arXiv 2308.06721, section 3.2.1)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class ImageProjection(nn.Module):
+    """The base adapter: one global image embedding becomes `num_tokens` tokens (`ImageProjModel` of the official code).
+
+    Args:
+        embed_dim: width of the CLIP image embedding (1024 for ViT-H/14).
+        context_dim: width of the tokens (768 in SD 1.x).
+    """
+
+    def __init__(self, embed_dim: int, context_dim: int, num_tokens: int):
+        super().__init__()
+        self.proj = nn.Linear(embed_dim, num_tokens * context_dim)
+        self.norm = nn.LayerNorm(context_dim)
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """embeds (batch, embed_dim), not normalised -> (batch, num_tokens, context_dim)."""
+        return self.norm(self.proj(embeds).unflatten(1, (-1, self.norm.weight.shape[0])))
+
+
+class PerceiverAttention(nn.Module):
+    """Latent queries read the image features and themselves (Flamingo, arXiv 2204.14198, section 3.1.1)."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int = 64):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        """x (batch, patches, dim), latents (batch, queries, dim) -> (batch, queries, dim)."""
+        x, latents = self.norm1(x), self.norm2(latents)
+        q = self.to_q(latents)
+        k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Resampler(nn.Module):
+    """The plus adapter: learned queries gather `num_tokens` tokens from all patches of the image.
+
+    Args:
+        feature_dim: width of the image tower's penultimate hidden states (1280 for ViT-H/14).
+        dim, depth, heads: width, layers and attention heads (of 64) inside.
+        context_dim: width of the tokens (768 in SD 1.x).
+    """
+
+    def __init__(self, feature_dim: int, dim: int, depth: int, heads: int, num_tokens: int, context_dim: int):
+        super().__init__()
+        self.latents = nn.Parameter(nn.init.normal_(torch.empty(1, num_tokens, dim), std=dim**-0.5))
+        self.proj_in = nn.Linear(feature_dim, dim)
+        self.proj_out = nn.Linear(dim, context_dim)
+        self.norm_out = nn.LayerNorm(context_dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(dim, heads), feed_forward(dim)]) for _ in range(depth)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (batch, 1 + patches, feature_dim), penultimate layer -> (batch, num_tokens, context_dim)."""
+        x = self.proj_in(features)
+        latents = self.latents.expand(len(x), -1, -1)
+        for attention, ff in self.layers:
+            latents = attention(x, latents) + latents
+            latents = ff(latents) + latents
+        return self.norm_out(self.proj_out(latents))
+
+
+def feed_forward(dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)
+    )
