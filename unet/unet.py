@@ -1,0 +1,257 @@
+"""Stable Diffusion's UNet, with decoupled cross-attention built into its transformer blocks.
+
+Attribute names are those of the original checkpoints (`model.diffusion_model.*`; CompVis, openaimodel.py and
+attention.py), so a checkpoint loads with `load_state_dict(strict=True)` and no table of names.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention
+
+from ipadapter.attention import DecoupledCrossAttention, Prompt
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a UNet. All but `heads` and `head_dim` can be read from a checkpoint's tensors."""
+
+    in_channels: int  # latent channels, 4
+    out_channels: int
+    channels: tuple[int, ...]  # per level, finest first: (320, 640, 1280, 1280) in SD 1.x
+    down: tuple[
+        tuple[int, ...], ...
+    ]  # per level, the number of transformer blocks behind each ResBlock on the way down
+    middle: int  # transformer blocks in the middle; 0: a middle without attention
+    up: tuple[tuple[int, ...], ...]  # the same on the way up, coarsest level first
+    context_dim: int  # width of text and image tokens
+    heads: int | None  # attention heads at every width (SD 1.x: 8), or None where head_dim is fixed instead
+    head_dim: int | None  # channels per head (SD 2.x and SDXL: 64), or None
+    linear_proj: bool  # proj_in and proj_out are Linear (SD 2.x, SDXL) instead of 1x1 convolutions (SD 1.x)
+    vector_dim: int | None  # width of `Prompt.vector` (SDXL: 2816), or None
+
+
+SD15 = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    channels=(320, 640, 1280, 1280),
+    down=((1, 1), (1, 1), (1, 1), (0, 0)),
+    middle=1,
+    up=((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+    context_dim=768,
+    heads=8,
+    head_dim=None,
+    linear_proj=False,
+    vector_dim=None,
+)
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in a latent, conditioned on a `Prompt`.
+
+    Every layer inside a block takes (x, emb, prompt) and uses what it needs.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        width, emb_dim = config.channels[0], 4 * config.channels[0]
+
+        def layers(in_channels: int, out_channels: int, depth: int) -> nn.ModuleList:
+            block = nn.ModuleList([ResBlock(in_channels, out_channels, emb_dim)])
+            if depth:
+                block.append(SpatialTransformer(out_channels, depth, config))
+            return block
+
+        self.time_embed = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        if config.vector_dim:
+            vector_embed = nn.Sequential(nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            self.label_emb = nn.Sequential(vector_embed)
+
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
+        ch, skips = width, [width]
+        for level, out in enumerate(config.channels):
+            for depth in config.down[level]:
+                self.input_blocks.append(layers(ch, out, depth))
+                ch = out
+                skips.append(ch)
+            if level < len(config.channels) - 1:
+                self.input_blocks.append(nn.ModuleList([Downsample(ch)]))
+                skips.append(ch)
+
+        self.middle_block = layers(ch, ch, config.middle)
+        self.middle_block.append(ResBlock(ch, ch, emb_dim))
+
+        self.output_blocks = nn.ModuleList()
+        for level, out in reversed(list(enumerate(config.channels))):
+            for depth in config.up[-1 - level]:
+                self.output_blocks.append(layers(ch + skips.pop(), out, depth))
+                ch = out
+            if level > 0:
+                self.output_blocks[-1].append(Upsample(ch))
+
+        self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, config.out_channels, 3, padding=1))
+        for i, attn2 in enumerate(self.cross_attentions()):
+            attn2.layer = i
+
+    def forward(self, x: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
+        """x (batch, 4, H/8, W/8), t (batch,) or () in 0..999 -> (batch, 4, H/8, W/8)."""
+        t = t.expand(len(x))
+        emb = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
+        if prompt.vector is not None:
+            emb = emb + self.label_emb(prompt.vector)
+        x = self.input_blocks[0][0](x)
+        skips = [x]
+        for block in self.input_blocks[1:]:
+            for layer in block:
+                x = layer(x, emb, prompt)
+            skips.append(x)
+        for layer in self.middle_block:
+            x = layer(x, emb, prompt)
+        for block in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            for layer in block:
+                if isinstance(layer, Upsample):  # to the size of the skip that comes next: it may be odd
+                    x = interpolate(x, size=skips[-1].shape[2:], mode="nearest")
+                x = layer(x, emb, prompt)
+        return self.out(x)
+
+    def cross_attentions(self) -> Iterator[DecoupledCrossAttention]:
+        """The cross-attention layers in the order of an adapter's keys 1, 3, 5, ...: down, up, and the middle last."""
+        for part in (self.input_blocks, self.output_blocks, self.middle_block):
+            yield from (module for module in part.modules() if isinstance(module, DecoupledCrossAttention))
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of the timestep, t (batch,) -> (batch, dim), fp32 (cosines first; CompVis, util.py)."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # dropout in the original; keeps the convolution at index 3
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, prompt: Prompt) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor, prompt: Prompt) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor, prompt: Prompt) -> Tensor:
+        return self.conv(x)  # already enlarged
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map."""
+
+    def __init__(self, channels: int, depth: int, config: UNetConfig):
+        super().__init__()
+        heads = config.heads or channels // config.head_dim
+        inner = heads * (config.head_dim or channels // config.heads)
+        self.linear_proj = config.linear_proj
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner) if config.linear_proj else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, heads, config.context_dim) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(inner, channels) if config.linear_proj else nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, prompt: Prompt) -> Tensor:
+        h = self.norm(x)
+        if not self.linear_proj:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (batch, C, H, W) -> (batch, H*W, C)
+        if self.linear_proj:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, prompt)
+        if self.linear_proj:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (batch, H*W, C) -> (batch, C, H, W)
+        if not self.linear_proj:
+            h = self.proj_out(h)
+        return x + h
+
+
+class TransformerBlock(nn.Module):
+    """Attention to itself, to the prompt, and a feed-forward; each behind a LayerNorm, each added to x."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int):
+        super().__init__()
+        self.attn1 = SelfAttention(dim, heads)
+        self.ff = FeedForward(dim)
+        self.attn2 = DecoupledCrossAttention(dim, context_dim, heads, dim // heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), prompt)
+        return x + self.ff(self.norm3(x))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, H*W, dim) -> (batch, H*W, dim)."""
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class GEGLU(nn.Module):
+    """A GELU-gated linear unit (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * gelu(gate)
