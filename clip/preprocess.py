@@ -1,0 +1,64 @@
+"""Pictures: opening any kind of file as RGB, and what CLIP's image tower wants to see."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used; the message is one line that names the file."""
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Open a picture file as RGB: first frame, upright by EXIF, transparency on white, 16 bits brought to 8.
+
+    Raises:
+        PictureError: the file is missing, empty, cut short, or no picture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PictureError(f"{path}: {'a folder, not a picture' if path.is_dir() else 'no such picture'}")
+    if path.stat().st_size == 0:
+        raise PictureError(f"{path}: the file is empty")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise PictureError(f"{path}: too large, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise PictureError(
+            f"{path}: not a picture that Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise PictureError(f"{path}: the picture is damaged or cut short ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode to 8-bit RGB, with transparency laid on white."""
+    if image.mode.startswith(("I", "F")):  # 16-bit and wider grey: Pillow would clip, not scale
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535 if values.max() > 255 else 255
+        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, size: int = 224) -> Tensor:
+    """RGB picture to (1, 3, size, size), normalised: shortest edge to `size` (bicubic), centre crop."""
+    width, height = image.size
+    short = min(width, height)
+    width, height = int(size * width / short), int(size * height / short)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]

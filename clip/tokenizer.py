@@ -1,0 +1,101 @@
+"""CLIP's byte-pair tokenizer (openai/CLIP, simple_tokenizer.py), with the vocabulary that open_clip_torch ships."""
+
+import gzip
+import html
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+from torch import Tensor
+
+START, END = 49406, 49407
+CONTEXT = 77
+
+WORD = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+
+
+def tokenize(texts: str | list[str], pad: int = END) -> Tensor:
+    """Texts to (batch, 77) int64: start, words, end, padding. Longer texts are cut to 75 tokens.
+
+    SD 1.x pads with end-of-text; the OpenCLIP towers of SD 2.x and SDXL pad with 0.
+    """
+    rows = [encode(text)[: CONTEXT - 2] for text in ([texts] if isinstance(texts, str) else texts)]
+    return torch.tensor([[START, *row, END] + [pad] * (CONTEXT - 2 - len(row)) for row in rows])
+
+
+def cut(text: str) -> str:
+    """The end of the text that does not fit into 75 tokens, or ''."""
+    return decode(encode(text)[CONTEXT - 2 :])
+
+
+def encode(text: str) -> list[int]:
+    """Text to token numbers, without start and end."""
+    numbers, _, _ = vocabulary()
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return [numbers[part] for word in WORD.findall(" ".join(text.split()).lower()) for part in byte_pairs(word)]
+
+
+def decode(tokens: list[int]) -> str:
+    """Token numbers to text (lower case, single spaces)."""
+    numbers, _, letters = vocabulary()
+    parts, values = list(numbers), {letter: byte for byte, letter in letters.items()}
+    text = "".join(parts[token] for token in tokens).replace("</w>", " ").strip()
+    return b"".join(bytes([values[c]]) if c in values else c.encode() for c in text).decode("utf-8", errors="replace")
+
+
+@cache
+def byte_pairs(word: str) -> tuple[str, ...]:
+    """Split a word by merging, again and again, the neighbours that the vocabulary learned to merge first."""
+    _, ranks, letters = vocabulary()
+    if word in ("<|startoftext|>", "<|endoftext|>"):
+        return (word,)
+    parts = [letters[byte] for byte in word.encode()]
+    parts[-1] += "</w>"
+    while len(parts) > 1:
+        pairs = list(zip(parts, parts[1:], strict=False))
+        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        merged, i = [], 0
+        while i < len(parts):
+            if tuple(parts[i : i + 2]) == best:
+                merged.append(parts[i] + parts[i + 1])
+                i += 2
+            else:
+                merged.append(parts[i])
+                i += 1
+        parts = merged
+    return tuple(parts)
+
+
+@cache
+def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int], dict[int, str]]:
+    """Token numbers, merge ranks, and the printable letter that stands for each byte.
+
+    The file is found without importing open_clip, which would cost seconds.
+    """
+    spec = find_spec("open_clip")
+    if spec is None:
+        raise ModuleNotFoundError("the tokenizer's vocabulary is missing: pip install open_clip_torch")
+    path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+    base = list(letters.values())
+    words = [
+        *base,
+        *(c + "</w>" for c in base),
+        *("".join(pair) for pair in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return {word: i for i, word in enumerate(words)}, {pair: i for i, pair in enumerate(merges)}, letters
