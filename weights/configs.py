@@ -1,0 +1,104 @@
+"""Reads the shape of a model off its tensors; what they cannot tell (heads, the GELU kind) comes from the family."""
+
+import re
+
+from clip import CLIPImageConfig, CLIPTextConfig
+from unet import UNetConfig
+from vae import VAEConfig
+from weights.files import State
+
+
+def count(state: State, pattern: str) -> int:
+    """One more than the largest number that stands where the pattern has its group; 0 if it never matches."""
+    found = (re.match(pattern, key) for key in state)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def unet_config(state: State) -> UNetConfig:
+    """From a UNet in the original layout."""
+
+    def depth(block: str) -> int:
+        return count(state, rf"{re.escape(block)}\.1\.transformer_blocks\.(\d+)\.")
+
+    # Going down, each level ends with a Downsample (`op`), except the last.
+    channels, down, level = [], [], []
+    for i in range(1, count(state, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{i}.0.op.weight" in state:
+            down.append(tuple(level))
+            level = []
+            continue
+        if not level:
+            channels.append(state[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0])
+        level.append(depth(f"input_blocks.{i}"))
+    down.append(tuple(level))
+
+    per_level = len(down[0]) + 1
+    going_up = [depth(f"output_blocks.{i}") for i in range(per_level * len(down))]
+    up = tuple(tuple(going_up[i : i + per_level]) for i in range(0, len(going_up), per_level))
+
+    context = next(w.shape[1] for key, w in state.items() if key.endswith("attn2.to_k.weight"))
+    proj_in = next(w for key, w in state.items() if key.endswith(".1.proj_in.weight"))
+    linear = proj_in.ndim == 2
+    vector = state.get("label_emb.0.0.weight")
+    return UNetConfig(
+        in_channels=state["input_blocks.0.0.weight"].shape[1],
+        out_channels=state["out.2.weight"].shape[0],
+        channels=tuple(channels),
+        down=tuple(down),
+        middle=depth("middle_block"),
+        up=up,
+        context_dim=context,
+        heads=None if linear else 8,  # SD 1.x has 8 heads everywhere, its successors heads of 64
+        head_dim=64 if linear else None,
+        linear_proj=linear,
+        vector_dim=None if vector is None else vector.shape[1],
+    )
+
+
+def vae_config(state: State, latent_scale: float = 0.18215) -> VAEConfig:
+    """From an autoencoder in the original layout."""
+    levels = count(state, r"encoder\.down\.(\d+)\.")
+    return VAEConfig(
+        channels=tuple(state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)),
+        res_blocks=count(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        latent_channels=state["post_quant_conv.weight"].shape[0],
+        latent_scale=latent_scale,
+    )
+
+
+TEXT_HEADS = {64: 4, 768: 12, 1024: 16, 1280: 20}  # by width: the tiny model, CLIP-L, OpenCLIP ViT-H, ViT-bigG
+IMAGE_HEADS = {768: 12, 1024: 16, 1280: 16, 1664: 16}  # ViT-B, L, H, bigG
+
+
+def text_config(state: State) -> CLIPTextConfig:
+    """From SD 1.x's text tower, `text_model.*`."""
+    tokens = state["text_model.embeddings.token_embedding.weight"]
+    projection = state.get("text_projection.weight")
+    return CLIPTextConfig(
+        width=tokens.shape[1],
+        layers=count(state, r"text_model\.encoder\.layers\.(\d+)\."),
+        heads=TEXT_HEADS.get(tokens.shape[1], max(1, tokens.shape[1] // 64)),
+        mlp=state["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        quick_gelu=True,
+        projection=None if projection is None else projection.shape[0],
+        vocabulary=tokens.shape[0],
+        context=state["text_model.embeddings.position_embedding.weight"].shape[0],
+    )
+
+
+def image_config(state: State, quick_gelu: bool = False) -> CLIPImageConfig:
+    """From an image tower in the transformers layout."""
+    patches = state["vision_model.embeddings.patch_embedding.weight"]
+    positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]
+    projection = state.get("visual_projection.weight")
+    width, patch = patches.shape[0], patches.shape[-1]
+    return CLIPImageConfig(
+        width=width,
+        layers=count(state, r"vision_model\.encoder\.layers\.(\d+)\."),
+        heads=IMAGE_HEADS.get(width, max(1, width // 64)),
+        mlp=state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        quick_gelu=quick_gelu,
+        projection=None if projection is None else projection.shape[0],
+        image_size=round((positions - 1) ** 0.5) * patch,
+        patch_size=patch,
+    )
