@@ -211,6 +211,26 @@ def shard(samples: list[tuple[str, bytes, dict]]) -> bytes:
     return gzip.compress(buffer.getvalue(), 9, mtime=0)
 
 
+# The MIT licence of the Fluent sets wants its text beside the pictures.
+MIT = """## Fluent Emoji: MIT License
+
+Copyright (c) Microsoft Corporation.
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
+files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
+modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+
 def attribution(sets: dict[str, dict], counts: Counter, size: int) -> str:
     rows = ["| style | set | author | licence | project | pictures |", "|---|---|---|---|---|---|"]
     for name, style in STYLES.items():
@@ -226,7 +246,7 @@ def attribution(sets: dict[str, dict], counts: Counter, size: int) -> str:
         "The OpenMoji pictures stay under CC BY-SA 4.0, the others under the licences in the table. Each sample's "
         "`source` names its set and drawing."
     )
-    return "\n".join(["# Where the pictures come from", "", *rows, "", changes, "", stay, ""])
+    return "\n".join(["# Where the pictures come from", "", *rows, "", changes, "", stay, "", MIT])
 
 
 def main() -> None:
