@@ -1,5 +1,6 @@
 """Pictures: opening any kind of file as RGB, and what CLIP's image tower wants to see."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ def open_picture(path: str | Path) -> Image.Image:
         PictureError: the file is missing, empty, cut short, or no picture.
     """
     path = Path(path)
-    if not path.is_file():
-        raise PictureError(f"{path}: {'a folder, not a picture' if path.is_dir() else 'no such picture'}")
+    if not os.path.isfile(path):  # unlike Path.is_file, no error for names that no file can have
+        raise PictureError(f"{path}: {'a folder, not a picture' if os.path.isdir(path) else 'no such picture'}")
     if path.stat().st_size == 0:
         raise PictureError(f"{path}: the file is empty")
     try:
@@ -44,7 +45,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode to 8-bit RGB, with transparency laid on white."""
     if image.mode.startswith(("I", "F")):  # 16-bit and wider grey: Pillow would clip, not scale
         values = np.asarray(image, dtype=np.float32)
-        top = 65535 if values.max() > 255 else 255
+        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
         image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -58,7 +59,7 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     short = min(width, height)
     width, height = int(size * width / short), int(size * height / short)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    left, top = (width - size) // 2, (height - size) // 2  # rounded down, as transformers does
     image = image.crop((left, top, left + size, top + size))
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
     return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]

@@ -4,6 +4,7 @@ import gzip
 import html
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import ftfy
@@ -57,7 +58,7 @@ def byte_pairs(word: str) -> tuple[str, ...]:
     parts = [letters[byte] for byte in word.encode()]
     parts[-1] += "</w>"
     while len(parts) > 1:
-        pairs = list(zip(parts, parts[1:], strict=False))
+        pairs = list(pairwise(parts))
         best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
         if best not in ranks:
             break

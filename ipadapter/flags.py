@@ -1,0 +1,101 @@
+"""What the scripts share at the command line: checked flags, and a user's mistake as one line and exit code 2."""
+
+import argparse
+import errno
+import math
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for; the message is one line that names the flag."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def run(main: Callable[[], None], mistakes: tuple[type[Exception], ...]) -> NoReturn:
+    """Call a script's main; a mistake of the user's, a full disk or Ctrl-C ends it with one line and no traceback."""
+    try:
+        main()
+    except (UserError, *mistakes) as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+            raise
+        fail(f"{error.filename or 'output'}: cannot write ({error.strerror})")
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: try a smaller --height and --width, fewer --num-images, or --dtype float16")
+    except KeyboardInterrupt:
+        print("\nstopped; no half-written file is left", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def fail(message: str) -> NoReturn:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A whole number from low to high."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            allowed = f"{low} to {high}" if high is not None else f"{low} or more"
+            raise argparse.ArgumentTypeError(f"{text!r} given, a whole number, {allowed}, is wanted")
+        return value
+
+    return parse
+
+
+def number(low: float) -> Callable[[str], float]:
+    """A finite number, low or more."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < low:
+            raise argparse.ArgumentTypeError(f"{text!r} given, a number, {low:g} or more, is wanted")
+        return value
+
+    return parse
+
+
+def side(text: str) -> int:
+    """A height or width: a multiple of 8."""
+    value = whole(8)(text)
+    if value % 8:
+        near = max(8, round(value / 8) * 8)
+        raise argparse.ArgumentTypeError(f"{value} given, a multiple of 8 is wanted (the nearest is {near})")
+    return value
+
+
+def device(text: str) -> torch.device:
+    """cpu, cuda, cuda:1, mps: one that is there."""
+    try:
+        value = torch.device(text)
+        torch.empty(1, device=value)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split(".")[0].splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason[:100]}); cpu always can") from None
+    return value
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,76 @@
+"""Pictures out: tensors to PIL, sheets with captions, PNG files that are whole or absent."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """pixels (batch, 3, H, W), nominally in [-1, 1], clamped -> RGB pictures."""
+    pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in pixels]
+
+
+def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> None:
+    """Write a PNG under a temporary name and rename it, so that a full disk or Ctrl-C leaves no half of a file.
+
+    The settings go into the PNG's text as JSON, under the key `ipadapter`.
+    """
+    info = PngInfo()
+    if settings is not None:
+        info.add_itxt("ipadapter", json.dumps(settings, ensure_ascii=False))
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image | None]], titles: Sequence[str] = (), side: int | None = None
+) -> Image.Image:
+    """Pictures in a grid on white, with a title above each column; None leaves a place empty.
+
+    Args:
+        rows: rows of equal length.
+        titles: one per column, or none at all.
+        side: width of a column in pixels; by default that of the widest picture in the last column.
+    """
+    side = side or max(row[-1].width for row in rows if row[-1])
+    gap = max(4, side // 32)
+    font = ImageFont.load_default(max(10, side // 10))
+    fitted = [[image and fit(image, side) for image in row] for row in rows]
+    heights = [max((image.height for image in row if image), default=side) for row in fitted]
+    top = font.getbbox("Ag")[3] + 2 * gap if titles else gap
+    page = Image.new("RGB", (gap + (side + gap) * len(rows[0]), top + sum(h + gap for h in heights)), "white")
+    draw = ImageDraw.Draw(page)
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (side + gap) + side / 2, top / 2), title, fill="black", font=font, anchor="mm")
+    y = top
+    for row, height in zip(fitted, heights, strict=True):
+        for column, image in enumerate(row):
+            if image:
+                page.paste(
+                    image, (gap + column * (side + gap) + (side - image.width) // 2, y + (height - image.height) // 2)
+                )
+        y += height + gap
+    return page
+
+
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """Scale to a width of `side`, and no higher than that unless the picture is taller than wide."""
+    factor = side / max(image.size) if image.height > 2 * image.width else side / image.width
+    return image.resize(
+        (max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.LANCZOS
+    )
