@@ -1,0 +1,143 @@
+"""How good the tiny model is, on drawings that no part of it was trained on. The README's figures come from here.
+
+python -m tiny.measure
+
+Seen from outside: the models are read from their files like anybody's, and whether a result shows its image prompt is
+told by 16x16 colour thumbnails, which took no part in the training.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, linear, normalize
+from tqdm import tqdm
+
+from clip import CLIPImage, CLIPText, tokenize
+from ipadapter import ImagePrompt, IPAdapter, Prompt
+from ipadapter.pictures import save_png, sheet, to_pil
+from sampler import ddim, guided, noise
+from tiny import drawings, presets
+from unet import UNet
+from vae import VAE
+from weights import load_adapter, load_image_encoder, open_base, read
+
+WEIGHTS = Path(__file__).parent / "weights"
+ADAPTERS = {"base": "ip-adapter-tiny", "plus": "ip-adapter-plus-tiny"}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--count", type=int, default=200, help="unseen drawings as image prompts (default: %(default)s)"
+    )
+    parser.add_argument("--split", choices=drawings.SPLITS[1:], default="unseen-drawings")
+    parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--output", type=Path, default=Path("outputs/measure"))
+    args = parser.parse_args()
+
+    base = open_base(args.weights / "sd-tiny.safetensors")
+    unet, vae, text = base.unet().to(memory_format=torch.channels_last), base.vae(), base.text()
+    encoder = load_image_encoder(args.weights / "clip-tiny.safetensors")
+    projection = read(args.weights / "clip-tiny.safetensors")["text_projection.weight"].float()
+    data = drawings.load(args.split)
+    x = drawings.to_unit(data.pixels[: args.count])
+    n = len(x)
+    captions = [data.styled(i) for i in range(len(data))]
+
+    images = image_embeds(encoder, drawings.to_unit(data.pixels))
+    texts = text_embeds(text, projection, captions)
+    found: dict = {"split": args.split, "count": n, "clip": retrieval(texts @ images.T) | {"among": len(data)}}
+    found["psnr"] = torch.cat([drawings.psnr(vae.decode(vae.encode(p)), p)[None] for p in x.split(1)]).mean().item()
+
+    empty = text(tokenize("")).expand(n, -1, -1)
+    other = [captions[(i + 1) % n] for i in range(n)]  # each image prompt with the caption of another drawing
+    other_text, other_embeds = text(tokenize(other)), text_embeds(text, projection, other)
+    columns = [to_pil(x[:8])]
+    overview = [to_pil(x[:20])]
+    for kind in args.adapters:
+        adapter = load_adapter(args.weights / f"{ADAPTERS[kind]}.safetensors")
+        number = adapter.attach(unet)
+        tokens, null = image_tokens(adapter, encoder, x)
+        for scale, words in ((1.0, empty), (0.5, empty), (0.5, other_text)):
+            prompt = Prompt(words, (ImagePrompt(tokens, scale, adapter=number),))
+            without = Prompt(empty, (ImagePrompt(null, scale, adapter=number),))
+            y = pictures(unet, vae, prompt, without, args)
+            columns.append(to_pil(y[:8]))
+            if scale == 1:
+                overview.append(to_pil(y[:20]))
+            name = f"{kind}, scale {scale:g}, {'no text' if words is empty else 'the text of another drawing'}"
+            made = image_embeds(encoder, y)
+            found[name] = {
+                "thumbnail": retrieval(-torch.cdist(thumbnail(y), thumbnail(x))),
+                "clip_i": (made * images[:n]).sum(1).mean().item(),
+                "clip_t of the other text": (made * other_embeds).sum(1).mean().item(),
+                "other text": retrieval(made @ other_embeds.T),
+            }
+            print(name, json.dumps(found[name], default=lambda v: round(v, 3)))
+    y = pictures(unet, vae, Prompt(text(tokenize(captions[:n]))), Prompt(empty), args)
+    found["its own text alone"] = {"thumbnail": retrieval(-torch.cdist(thumbnail(y), thumbnail(x)))}
+    print(json.dumps(found, indent=1))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "measure.json").write_text(json.dumps(found, indent=1))
+    titles = ["prompt", *(f"{kind} {what}" for kind in args.adapters for what in ("1", "0.5", "0.5 + text"))]
+    save_png(sheet(list(zip(*columns, strict=True)), titles), args.output / "scales.png")
+    # The first drawings of the split, ten to a line: image prompts, and below them what each adapter makes of them.
+    save_png(sheet([row[i : i + 10] for i in (0, 10) for row in overview]), args.output / "overview.png")
+
+
+def retrieval(scores: Tensor) -> dict[str, float]:
+    """Share of rows whose own column is the best, and among the best five; scores (n, n)."""
+    rank = (scores > scores.diagonal()[:, None]).sum(1)
+    return {"first": (rank < 1).float().mean().item(), "first five": (rank < 5).float().mean().item()}
+
+
+def thumbnail(x: Tensor) -> Tensor:
+    return interpolate(x.clamp(-1, 1), size=(16, 16), mode="area").flatten(1)
+
+
+def image_embeds(encoder: CLIPImage, x: Tensor) -> Tensor:
+    """x (n, 3, 128, 128) in [-1, 1] -> (n, 128), unit length."""
+    return normalize(torch.cat([encoder(drawings.clip_pixels(p.clamp(-1, 1))) for p in x.split(64)]), dim=-1)
+
+
+def text_embeds(text: CLIPText, projection: Tensor, captions: list[str]) -> Tensor:
+    tokens = tokenize(captions)
+    hidden = torch.cat([text(part) for part in tokens.split(128)])
+    return normalize(linear(hidden[torch.arange(len(tokens)), tokens.argmax(-1)], projection), dim=-1)
+
+
+def image_tokens(adapter: IPAdapter, encoder: CLIPImage, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One image prompt per drawing: tokens (n, num_tokens, 64), and those of no image."""
+    tokens = torch.cat([adapter.tokens(encoder, p) for p in drawings.clip_pixels(x).split(1)])
+    return tokens, adapter.null_tokens(encoder, drawings.clip_pixels(x[:1])).expand_as(tokens)
+
+
+def pictures(unet: UNet, vae: VAE, prompt: Prompt, null: Prompt, args: argparse.Namespace) -> Tensor:
+    """One picture per row of the prompt, picture j from the noise of seed j: (n, 3, 128, 128) in [-1, 1]."""
+    done = []
+    starts = noise(0, len(prompt.text), presets.SIZE, presets.SIZE).split(25)
+    parts = zip(starts, rows(prompt, 25), rows(null, 25), strict=True)
+    for start, some, none in tqdm(parts, total=len(starts), desc="pictures"):
+        for z in ddim(guided(unet, some, none, args.guidance_scale), start, args.steps):
+            pass
+        done.append(vae.decode(z))
+    return torch.cat(done)
+
+
+def rows(prompt: Prompt, size: int) -> Iterator[Prompt]:
+    """Cut a prompt along the batch."""
+    for i in range(0, len(prompt.text), size):
+        images = tuple(ImagePrompt(p.tokens[i : i + size], p.scale, adapter=p.adapter) for p in prompt.images)
+        yield Prompt(prompt.text[i : i + size], images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Stage 5: the averaged weights of all stages as three fp16 files in the layouts of the released ones.
+
+python -m tiny.pack --output tiny/weights
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tiny import drawings
+from tiny.latents import scaled_vae, towers
+from tiny.train_adapter import new_adapter
+from tiny.train_unet import new_unet
+from tiny.trainer import RUNS, load_ema
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights")
+    args = parser.parse_args()
+    args.device = "cpu"
+
+    clip = towers(args)
+    unet = load_ema(new_unet(), "unet", args)
+    parts = {
+        "model.diffusion_model.": unet.state_dict(),
+        "first_stage_model.": scaled_vae(args, drawings.load("train", limit=1024)).state_dict(),
+        "cond_stage_model.transformer.text_model.": clip.text.text_model.state_dict(),
+    }
+    base = {prefix + key: value for prefix, part in parts.items() for key, value in part.items()}
+    # A whole CLIP model's file less its text layers, which are in the base: the projection is kept for scores.
+    encoder = clip.image.state_dict() | {
+        "text_projection.weight": clip.text.text_projection.weight,
+        "logit_scale": clip.logit_scale,
+    }
+    base_adapter, plus_adapter = (
+        load_ema(new_adapter(unet, k), f"adapter-{k}", args).state_dict() for k in ("base", "plus")
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    files = {"sd": base, "clip": encoder, "ip-adapter": base_adapter, "ip-adapter-plus": plus_adapter}
+    for name, state in files.items():
+        path = args.output / f"{name}-tiny.safetensors"
+        save_file({key: value.detach().half().contiguous() for key, value in state.items()}, path)
+        print(f"{path}: {sum(v.numel() for v in state.values()):,} parameters, {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
