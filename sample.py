@@ -51,10 +51,11 @@ def main() -> None:
     began = time.time()
 
     base = open_base(args.base, args.dtype, args.device)
+    vae = load_vae(args.vae, args.dtype, args.device) if args.vae else None
     tokens, null_tokens = image_prompt(args, base) if args.image else (None, None)
     text, null_text = text_prompt(args, base)
 
-    unet = base.unet().to(memory_format=torch.channels_last)
+    unet = base.unet()
     if args.image:
         load_adapter(args.adapter, args.dtype, args.device).attach(unet)
     latents = []
@@ -65,8 +66,8 @@ def main() -> None:
             latents.append(denoise(args, unet, Prompt(text, images), Prompt(null_text, null_images), bar))
     del unet
 
-    vae = load_vae(args.vae, args.dtype, args.device) if args.vae else base.vae()
-    pictures = [decode(vae.to(memory_format=torch.channels_last), x.to(args.dtype)) for x in latents]
+    vae = vae or base.vae()
+    pictures = [decode(vae, x.to(args.dtype)) for x in latents]
     names = save(args, pictures, output, {name: future.result() for name, future in hashes.items()})
     report(args, names, time.time() - began)
 

@@ -36,7 +36,7 @@ def main() -> None:
         "--count", type=int, default=200, help="unseen drawings as image prompts (default: %(default)s)"
     )
     parser.add_argument("--split", choices=drawings.SPLITS[1:], default="unseen-drawings")
-    parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
+    parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=["base"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
 
     base = open_base(args.weights / "sd-tiny.safetensors")
-    unet, vae, text = base.unet().to(memory_format=torch.channels_last), base.vae(), base.text()
+    unet, vae, text = base.unet(), base.vae(), base.text()
     encoder = load_image_encoder(args.weights / "clip-tiny.safetensors")
     projection = read(args.weights / "clip-tiny.safetensors")["text_projection.weight"].float()
     data = drawings.load(args.split)

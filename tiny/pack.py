@@ -37,11 +37,11 @@ def main() -> None:
         "text_projection.weight": clip.text.text_projection.weight,
         "logit_scale": clip.logit_scale,
     }
-    base_adapter, plus_adapter = (
-        load_ema(new_adapter(unet, k), f"adapter-{k}", args).state_dict() for k in ("base", "plus")
-    )
+    files = {"sd": base, "clip": encoder}
+    for kind, name in (("base", "ip-adapter"), ("plus", "ip-adapter-plus")):
+        if (args.runs / f"adapter-{kind}.pt").exists():
+            files[name] = load_ema(new_adapter(unet, kind), f"adapter-{kind}", args).state_dict()
     args.output.mkdir(parents=True, exist_ok=True)
-    files = {"sd": base, "clip": encoder, "ip-adapter": base_adapter, "ip-adapter-plus": plus_adapter}
     for name, state in files.items():
         path = args.output / f"{name}-tiny.safetensors"
         save_file({key: value.detach().half().contiguous() for key, value in state.items()}, path)

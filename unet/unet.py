@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention
+from torch.nn.functional import gelu, interpolate, linear, pad, scaled_dot_product_attention
 
 from ipadapter.attention import DecoupledCrossAttention, Prompt
 
@@ -132,18 +132,33 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution, padding 1.
+
+    On a CPU oneDNN lays the weights out anew at every call. For a map of few positions that takes longer than the
+    convolution itself, so there it is done as one matrix product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 64:
+            return super().forward(x)
+        windows = pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (batch, C, H, W, 3, 3)
+        rows = windows.permute(0, 2, 3, 4, 5, 1).flatten(3)  # (batch, H, W, 9 * C)
+        return linear(rows, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            nn.GroupNorm(32, in_channels), nn.SiLU(), Conv3x3(in_channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(32, out_channels),
             nn.SiLU(),
             nn.Identity(),  # dropout in the original; keeps the convolution at index 3
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            Conv3x3(out_channels, out_channels, 3, padding=1),
         )
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -178,7 +193,6 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         heads = config.heads or channels // config.head_dim
         inner = heads * (config.head_dim or channels // config.heads)
-        self.linear_proj = config.linear_proj
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if config.linear_proj else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -187,20 +201,12 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(inner, channels) if config.linear_proj else nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor, prompt: Prompt) -> Tensor:
-        h = self.norm(x)
-        if not self.linear_proj:
-            h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # (batch, C, H, W) -> (batch, H*W, C)
-        if self.linear_proj:
-            h = self.proj_in(h)
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (batch, C, H, W) -> (batch, H*W, C)
+        h = linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)  # a 1x1 convolution is a matrix too
         for block in self.transformer_blocks:
             h = block(h, prompt)
-        if self.linear_proj:
-            h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (batch, H*W, C) -> (batch, C, H, W)
-        if not self.linear_proj:
-            h = self.proj_out(h)
-        return x + h
+        h = linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # (batch, H*W, C) -> (batch, C, H, W)
 
 
 class TransformerBlock(nn.Module):

@@ -1,6 +1,8 @@
 """Opens weight files safely: safetensors, and pickles (.bin, .ckpt, .pt, .pth) that hold nothing but tensors."""
 
+import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +29,7 @@ def read(path: str | Path) -> State:
         WeightsError: missing, empty, cut short, no weight file, or a pickle that holds code.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, no error for names that no file can have
         raise WeightsError(f"{path}: no such file")
     if path.is_dir():
         raise WeightsError(f"{path}: a folder; give the .safetensors, .ckpt or .bin file itself")
@@ -48,9 +50,12 @@ def read(path: str | Path) -> State:
 
 def _read_safetensors(path: Path) -> State:
     try:
-        return load_file(path)
+        state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path}: damaged or cut short, not a whole safetensors file ({error})") from None
+    if not state:
+        raise WeightsError(f"{path}: holds no tensors")
+    return state
 
 
 def _read_pickle(path: Path) -> State:
@@ -64,8 +69,10 @@ def _read_pickle(path: Path) -> State:
         if reason:
             raise WeightsError(f"{path}: refused, the pickle asks to run code ({reason.strip()[:120]})") from None
         raise WeightsError(f"{path}: damaged or cut short, not a whole PyTorch file") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, struct.error) as error:
         raise WeightsError(f"{path}: damaged or cut short, not a whole PyTorch file ({_one_line(error)})") from None
+    if isinstance(content, Mapping) and "state_dict" in content:  # the trainer's own notes stand beside it
+        content = content["state_dict"]
     state: State = {}
     _flatten(content, "", state)
     if not state:
@@ -85,7 +92,7 @@ def _flatten(value: object, prefix: str, state: State) -> None:
         state[prefix] = value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            name = f"{prefix}.{key}" if prefix and prefix != "state_dict" else str(key)
+            name = f"{prefix}.{key}" if prefix else str(key)
             _flatten(inner, name, state)
 
 

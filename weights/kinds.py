@@ -55,15 +55,15 @@ def family(state: State) -> str:
 def adapter_is(state: State) -> str:
     """What kind of adapter, for which base."""
     if "image_proj.latents" in state:
-        kind = f"plus, reads {state['image_proj.proj_in.weight'].shape[1]} wide patch features"
+        kind = f"plus, reads {columns(state, 'image_proj.proj_in.weight')} wide patch features"
     elif "image_proj.perceiver_resampler.proj_in.weight" in state:
         kind = "FaceID plus"
     elif "image_proj.proj.3.weight" in state:
-        kind = f"full-face, reads {state['image_proj.proj.0.weight'].shape[1]} wide patch features"
+        kind = f"full-face, reads {columns(state, 'image_proj.proj.0.weight')} wide patch features"
     elif "image_proj.proj.2.weight" in state:
         kind = "FaceID"
     elif "image_proj.proj.weight" in state:
-        kind = f"base, reads embeddings of {state['image_proj.proj.weight'].shape[1]}"
+        kind = f"base, reads embeddings of {columns(state, 'image_proj.proj.weight')}"
     else:
         return "of an unknown kind"
     return f"{kind}, {adapter_base(state)}"
@@ -71,8 +71,13 @@ def adapter_is(state: State) -> str:
 
 def adapter_base(state: State) -> str:
     """Which base model an adapter was made for, as far as its tensors tell."""
-    width = state["ip_adapter.1.to_k_ip.weight"].shape[1] if "ip_adapter.1.to_k_ip.weight" in state else 0
+    width = columns(state, "ip_adapter.1.to_k_ip.weight")
     return {768: "for SD 1.x", 1024: "for SD 2.x", 2048: "for SDXL"}.get(width, f"for a base with {width} wide tokens")
+
+
+def columns(state: State, key: str) -> int:
+    """Width of a matrix that a damaged file may lack: then 0."""
+    return state[key].shape[-1] if key in state and state[key].ndim else 0
 
 
 ENCODERS = {1024: "ViT-H/14", 1280: "ViT-bigG/14", 768: "ViT-L/14"}  # by the width of the image embedding

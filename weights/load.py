@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clip import CLIPImage, CLIPText
@@ -41,7 +41,7 @@ class Base:
 
     path: Path
     context_dim: int
-    channels: tuple[int, ...]
+    layers: list[tuple[int, int]]  # (dim, context_dim) of each cross-attention, in the order of an adapter's keys
     dtype: torch.dtype
     device: torch.device | str
 
@@ -88,9 +88,11 @@ def open_base(path: str | Path, dtype: torch.dtype = torch.float32, device: torc
             f"{vae.latent_channels} are wanted"
         )
     left = [key for key in state if not key.startswith((UNET, VAE_, TEXT)) and not IGNORED.match(key)]
-    for prefix, make in ((UNET, lambda: UNet(unet)), (VAE_, lambda: VAE(vae)), (TEXT, lambda: CLIPText(text))):
-        check(on_meta(make), parts[prefix], path, left)
-    return Base(Path(path), unet.context_dim, unet.channels, dtype, device)
+    shapes = build(lambda _: UNet(unet), parts[UNET], path, left).cross_attentions()
+    build(lambda _: VAE(vae), parts[VAE_], path)
+    build(lambda _: CLIPText(text), parts[TEXT], path)
+    layers = [(layer.to_k.out_features, layer.to_k.in_features) for layer in shapes]
+    return Base(Path(path), unet.context_dim, layers, dtype, device)
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:
@@ -100,7 +102,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     if "encoder.conv_in.weight" not in inner or "encoder.down_blocks.0.resnets.0.conv1.weight" in inner:
         found = "an autoencoder of a diffusers folder" if "encoder.conv_in.weight" in inner else what_is(state)
         raise WeightsError(f"{path}: an autoencoder in the original layout is wanted here; this is {found}")
-    if (channels := inner["encoder.conv_out.weight"].shape[0] // 2) != 4:
+    if "post_quant_conv.weight" in inner and (channels := inner["post_quant_conv.weight"].shape[0]) != 4:
         raise WeightsError(f"{path}: an autoencoder of 4 latent channels is wanted here; this one has {channels}")
     return fill(lambda state: VAE(configs.vae_config(state)), inner, path, dtype, device)
 
@@ -164,6 +166,13 @@ def check_fit(
             f"{adapter_path}: this adapter is {adapter_base(state)} (tokens of {context_dim}); "
             f"the base {base.path} has tokens of {base.context_dim}"
         )
+    layers = [tuple(ip.to_k_ip.weight.shape) for ip in adapter.ip_adapter.values()]
+    if layers != base.layers:
+        raise WeightsError(
+            f"{adapter_path}: this adapter is for {len(layers)} cross-attention layers "
+            f"({layers[0][0]} to {max(layers)[0]} wide), the base {base.path} has {len(base.layers)} "
+            f"({base.layers[0][0]} to {max(base.layers)[0]} wide), in another order or number"
+        )
     if adapter.fine_grained:
         wants, yields, what = projection.proj_in.in_features, encoder.config.width, "patch features"
     else:
@@ -186,15 +195,31 @@ def fill(
     make: Callable[[State], nn.Module], state: State, path: str | Path, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
     """Build a model on `meta` and assign it the tensors of a file, one by one brought to dtype and device."""
+    model = build(make, state, path)
+    for key, value in state.items():
+        state[key] = value.to(device, dtype, memory_format=layout(value, device))
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def build(
+    make: Callable[[State], nn.Module], state: State, path: str | Path, left: list[str] | None = None
+) -> nn.Module:
+    """The model that a file's tensors describe, on `meta`; the file is refused unless it fits."""
     try:
         model = on_meta(lambda: make(state))
     except (KeyError, StopIteration, IndexError) as error:
         raise WeightsError(f"{path}: the key {error} is missing; the file is {what_is(state)}") from None
-    check(model, state, path)
-    for key in list(state):
-        state[key] = state[key].to(device, dtype)
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise WeightsError(f"{path}: tensors of a wrong shape, no model has them ({error})") from None
+    check(model, state, path, left)
+    return model
+
+
+def layout(value: Tensor, device: torch.device | str) -> torch.memory_format:
+    """On a CPU convolutions are faster with the channels last; done here it costs no second pass over the weights."""
+    last = value.ndim == 4 and torch.device(device).type == "cpu"
+    return torch.channels_last if last else torch.preserve_format
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:

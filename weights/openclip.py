@@ -1,6 +1,12 @@
 """OpenCLIP's names for an image tower, translated to the transformers names that our own tower has."""
 
+import re
+
 from weights.files import State
+
+TEXT_SIDE = re.compile(
+    r"(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$|token_embedding\.|transformer\.|ln_final\."
+)
 
 NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -23,10 +29,10 @@ def from_openclip(state: State) -> State:
     """`visual.*` of an OpenCLIP file -> `vision_model.*`, `visual_projection.weight`; the text side is left aside."""
     out: State = {}
     for key, value in state.items():
-        if not key.startswith("visual."):
+        if TEXT_SIDE.match(key):
             continue
         if key == "visual.proj":
-            out["visual_projection.weight"] = value.T
+            out["visual_projection.weight"] = value.mT if value.ndim > 1 else value
             continue
         name = key
         for old, new in NAMES.items():

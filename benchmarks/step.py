@@ -1,0 +1,99 @@
+"""Speed of one guided step of SD 1.5 with an IP-Adapter on a CPU, ours against diffusers on the same random weights.
+
+    python -m benchmarks.step
+    python -m benchmarks.step --sizes 256 --dtypes bfloat16     slow where the CPU has no bfloat16 of its own
+
+Needs diffusers, transformers and accelerate; full size takes 8 GB of memory. A guided step is the UNet on a batch of
+two and the guidance formula. The variants take turns within one process, so that all see the same load and clocks;
+"cl" stands for torch.channels_last, which is how sample.py runs. A ratio is ours/theirs of medians, in brackets the
+least and the greatest of a single turn. Where other programs run, `--threads 1` and the ratio of CPU times tell more.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks.reference import diffusers_unet, randomize
+from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt
+from sampler import guided
+from unet import SD15, UNet
+
+GUIDANCE, SCALE, EMBED_DIM, NUM_TOKENS = 7.5, 0.6, 1024, 4
+T = torch.tensor(481)
+
+
+def seconds(call: Callable[[], Tensor]) -> tuple[float, float]:
+    """Of the clock, and of the CPU (the sum over threads)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    turns = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{median(ours) / median(theirs):.3f} ({min(turns):.3f}-{max(turns):.3f})"
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="sides of the picture in pixels")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=5, help="turns that are timed, after one that is not")
+    parser.add_argument("--narrow", action="store_true", help="a narrow UNet, to try this script out")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    config = replace(SD15, channels=(32, 64, 96, 96)) if args.narrow else SD15
+    with torch.device("meta"):
+        unet = UNet(config).requires_grad_(False).eval()
+        adapter = IPAdapter.for_unet(unet, ImageProjection(EMBED_DIM, config.context_dim, NUM_TOKENS))
+    for seed, model in enumerate((unet, adapter.requires_grad_(False))):
+        model.load_state_dict(randomize(model.state_dict(), seed, torch.float32), assign=True)
+    adapter.attach(unet)
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print("dtype     size  variant        seconds  ratio of seconds       ratio of CPU time      distance", flush=True)
+    for dtype in (getattr(torch, name) for name in args.dtypes):
+        unet.to(dtype, memory_format=torch.contiguous_format)
+        theirs = diffusers_unet(unet, adapter.to(dtype), SCALE)
+        theirs_cl = diffusers_unet(unet.to(memory_format=torch.channels_last), adapter, SCALE)
+        for size in args.sizes:
+            text, embeds = torch.randn(2, 77, config.context_dim, dtype=dtype), torch.randn(2, EMBED_DIM, dtype=dtype)
+            x = torch.randn(1, 4, size // 8, size // 8)
+            tokens = adapter.image_proj(embeds)
+            null, prompt = (Prompt(text[i : i + 1], (ImagePrompt(tokens[i : i + 1], SCALE),)) for i in (0, 1))
+            eps = guided(unet, prompt, null, GUIDANCE)
+            added = {"image_embeds": [embeds[:, None]]}
+
+            def step(model: Callable, x: Tensor = x, text: Tensor = text, added: dict = added) -> Tensor:
+                pair = model(torch.cat([x, x]).to(text), T, text, added_cond_kwargs=added, return_dict=False)[0]
+                eps_null, eps_prompt = pair.float().chunk(2)
+                return eps_null + GUIDANCE * (eps_prompt - eps_null)
+
+            calls = {
+                "ours cl": partial(eps, x, T),
+                "diffusers": partial(step, theirs),
+                "diffusers cl": partial(step, theirs_cl),
+            }
+            outs = {name: call() for name, call in calls.items()}  # the turn that is not timed
+            times = {name: [] for name in calls}
+            for _ in range(args.repeats):
+                for name, call in calls.items():
+                    times[name].append(seconds(call))
+            for name, other in times.items():
+                (wall, cpu), (our_wall, our_cpu) = zip(*other, strict=True), zip(*times["ours cl"], strict=True)
+                distance = ((outs["ours cl"] - outs[name]).norm() / outs[name].norm()).item()
+                cells = f"{str(dtype).removeprefix('torch.'):9} {size:4}  {name:12} {median(wall):9.3f}"
+                print(f"{cells}  {ratio(our_wall, wall):21}  {ratio(our_cpu, cpu):21}  {distance:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

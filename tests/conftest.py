@@ -1,0 +1,88 @@
+"""Narrow models, made once; no test may change their weights."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test may download
+os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other cost more than models this small; scripts too
+
+from dataclasses import replace
+
+import pytest
+import torch
+from counterparts import diffusers_unet, randomise
+
+from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
+from ipadapter import ImageProjection, IPAdapter, Resampler
+from unet import SD15, UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+NARROW_UNET = replace(SD15, channels=(32, 64, 96, 96), context_dim=64)
+# SDXL's peculiarities: two transformer depths, none at the finest level, heads of 64, linear projections, a vector.
+NARROW_XL = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    channels=(64, 128, 192),
+    down=((0, 0), (2, 2), (3, 3)),
+    middle=3,
+    up=((3, 3, 3), (2, 2, 2), (0, 0, 0)),
+    context_dim=96,
+    heads=None,
+    head_dim=64,
+    linear_proj=True,
+    vector_dim=32 + 6 * 8,
+)
+NARROW_TEXT = CLIPTextConfig(width=64, layers=3, heads=4, mlp=256, quick_gelu=True, projection=96)
+NARROW_IMAGE = CLIPImageConfig(
+    width=128, layers=4, heads=2, mlp=512, quick_gelu=False, projection=96, image_size=64, patch_size=16
+)
+NARROW_VAE = VAEConfig(channels=(32, 64, 96, 96), res_blocks=2, latent_channels=4, latent_scale=0.18215)
+
+
+@pytest.fixture(scope="session")
+def unet() -> UNet:
+    return randomise(UNet(NARROW_UNET), 1)
+
+
+@pytest.fixture(scope="session")
+def their_unet(unet):
+    return diffusers_unet(unet)
+
+
+@pytest.fixture(scope="session")
+def unet_xl() -> UNet:
+    return randomise(UNet(NARROW_XL), 2)
+
+
+@pytest.fixture(scope="session")
+def vae() -> VAE:
+    return randomise(VAE(NARROW_VAE), 3)
+
+
+@pytest.fixture(scope="session")
+def text_tower() -> CLIPText:
+    return randomise(CLIPText(NARROW_TEXT), 4)
+
+
+@pytest.fixture(scope="session")
+def image_tower() -> CLIPImage:
+    return randomise(CLIPImage(NARROW_IMAGE), 5)
+
+
+@pytest.fixture(scope="session")
+def base_adapter(unet) -> IPAdapter:
+    """Global embeddings of 96, 4 tokens."""
+    return randomise(IPAdapter.for_unet(unet, ImageProjection(96, 64, 4)), 6)
+
+
+@pytest.fixture(scope="session")
+def plus_adapter(unet) -> IPAdapter:
+    """Patch features of 128, 6 tokens."""
+    resampler = Resampler(feature_dim=128, dim=96, depth=4, heads=2, num_tokens=6, context_dim=64)
+    return randomise(IPAdapter.for_unet(unet, resampler), 7)
+
+
+@pytest.fixture
+def draw():
+    """Reproducible noise: draw(2, 4, 8, 8)."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator)

@@ -1,0 +1,100 @@
+"""How far it is from the script's loop to the paper's equation: one image-prompted step stays short to read."""
+
+import copy
+import inspect
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import CodeType, FrameType
+
+import pytest
+import torch
+
+import ipadapter.attention
+import sample
+from ipadapter import ImagePrompt, Prompt
+
+ROOT = Path(__file__).parent.parent
+
+
+def ours(code: CodeType) -> bool:
+    path = Path(code.co_filename)
+    return path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests")
+
+
+class Bar:
+    """Stands in for the progress bar: the second step, and nothing before it, is watched."""
+
+    def __init__(self):
+        self.steps = 0
+        self.entered: set[CodeType] = set()
+
+    def update(self) -> None:
+        self.steps += 1
+        sys.setprofile(self.watch if self.steps == 1 else None)
+
+    def watch(self, frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and ours(frame.f_code):
+            self.entered.add(frame.f_code)
+
+
+@pytest.fixture(scope="module")
+def step(unet, base_adapter) -> tuple[list[CodeType], set[CodeType]]:
+    """The functions on the way from `sample.denoise` to the image prompt's attention, and all that a step enters."""
+    with_adapter = copy.deepcopy(unet)
+    base_adapter.attach(with_adapter)
+    args = Namespace(seed=0, num_images=1, height=64, width=64, device="cpu", steps=2, guidance_scale=7.5)
+    prompt, null = (Prompt(torch.randn(1, 77, 64), (ImagePrompt(torch.randn(1, 4, 64)),)) for _ in range(2))
+    kernel, stacks = ipadapter.attention.scaled_dot_product_attention, []
+
+    def watched(*inputs: torch.Tensor) -> torch.Tensor:
+        frame, stack = sys._getframe(1), []
+        while frame:
+            if ours(frame.f_code):
+                stack.insert(0, frame.f_code)
+            frame = frame.f_back
+        stacks.append(stack)
+        return kernel(*inputs)
+
+    bar = Bar()
+    ipadapter.attention.scaled_dot_product_attention = watched
+    try:
+        sample.denoise(args, with_adapter, prompt, null, bar)
+    finally:
+        ipadapter.attention.scaled_dot_product_attention = kernel
+        sys.setprofile(None)
+    assert bar.steps == 2
+    assert len(stacks) == 2 * 2 * 16  # two steps, text and image, 16 layers
+    longest = max(stacks, key=len)
+    assert longest[0] is sample.denoise.__code__
+    assert longest[-1] is ipadapter.attention.DecoupledCrossAttention.forward.__code__
+    return longest, bar.entered | set(longest)
+
+
+def lines(functions: set[CodeType]) -> set[tuple[str, int]]:
+    """(file, line) of all lines of these functions that are not blank, docstrings and comments among them."""
+    found = set()
+    for code in functions:
+        text, first = inspect.getsourcelines(code)
+        found |= {(code.co_filename, first + i) for i, line in enumerate(text) if line.strip()}
+    return found
+
+
+def test_the_way_to_the_equation_is_at_most_7_frames_in_5_files(step):
+    way, _ = step
+    assert len(way) <= 7, [code.co_qualname for code in way]
+    assert len({code.co_filename for code in way}) <= 5
+
+
+def test_one_step_enters_at_most_260_lines_in_5_files(step):
+    _, entered = step
+    assert len({code.co_filename for code in entered}) <= 5
+    assert len(lines(entered)) <= 260
+
+
+def test_the_watched_step_is_the_whole_step(step):
+    """Should the counting break, these would be missing."""
+    names = {code.co_qualname for code in step[1]}
+    expected = ["denoise", "ddim", "guided.<locals>.eps", "UNet.forward", "ResBlock.forward", "GEGLU.forward"]
+    expected += ["TransformerBlock.forward", "SelfAttention.forward", "DecoupledCrossAttention.forward"]
+    assert names >= set(expected)
