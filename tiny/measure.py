@@ -1,6 +1,7 @@
 """How good the tiny model is, on drawings that no part of it was trained on. The README's figures come from here.
 
 python -m tiny.measure
+python -m tiny.measure --runs image
 
 Seen from outside: the models are read from their files like anybody's, and whether a result shows its image prompt is
 told by 16x16 colour thumbnails, which took no part in the training.
@@ -26,6 +27,12 @@ from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base, read
 
 WEIGHTS = Path(__file__).parent / "weights"
+RUNS = {  # scale of the image prompt (None: there is none), and the text beside it
+    "image": (1.0, "no text"),
+    "image-half": (0.5, "no text"),
+    "image-half-text": (0.5, "another drawing's text"),
+    "text": (None, "its own text"),
+}
 ADAPTERS = {"base": "ip-adapter-tiny", "plus": "ip-adapter-plus-tiny"}
 
 
@@ -37,6 +44,9 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=drawings.SPLITS[1:], default="unseen-drawings")
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=["base"])
+    parser.add_argument(
+        "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="what to prompt with (default: all)"
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
@@ -52,45 +62,45 @@ def main() -> None:
     n = len(x)
     captions = [data.styled(i) for i in range(len(data))]
 
-    images = image_embeds(encoder, drawings.to_unit(data.pixels))
+    images_of = image_embeds(encoder, drawings.to_unit(data.pixels))
     texts = text_embeds(text, projection, captions)
-    found: dict = {"split": args.split, "count": n, "clip": retrieval(texts @ images.T) | {"among": len(data)}}
+    found: dict = {"split": args.split, "count": n, "clip": retrieval(texts @ images_of.T) | {"among": len(data)}}
     found["psnr"] = torch.cat([drawings.psnr(vae.decode(vae.encode(p)), p)[None] for p in x.split(1)]).mean().item()
 
+    print(json.dumps(found))
+
     empty = text(tokenize("")).expand(n, -1, -1)
-    other = [captions[(i + 1) % n] for i in range(n)]  # each image prompt with the caption of another drawing
-    other_text, other_embeds = text(tokenize(other)), text_embeds(text, projection, other)
-    columns = [to_pil(x[:8])]
-    overview = [to_pil(x[:20])]
+    others = [captions[(i + 1) % n] for i in range(n)]  # each image prompt with the caption of the next drawing
+    other_embeds = text_embeds(text, projection, others)
+    words = {
+        "no text": empty,
+        "another drawing's text": text(tokenize(others)),
+        "its own text": text(tokenize(captions[:n])),
+    }
+    rows = [to_pil(x[:20])]
     for kind in args.adapters:
         adapter = load_adapter(args.weights / f"{ADAPTERS[kind]}.safetensors")
         number = adapter.attach(unet)
         tokens, null = image_tokens(adapter, encoder, x)
-        for scale, words in ((1.0, empty), (0.5, empty), (0.5, other_text)):
-            prompt = Prompt(words, (ImagePrompt(tokens, scale, adapter=number),))
-            without = Prompt(empty, (ImagePrompt(null, scale, adapter=number),))
-            y = pictures(unet, vae, prompt, without, args)
-            columns.append(to_pil(y[:8]))
-            if scale == 1:
-                overview.append(to_pil(y[:20]))
-            name = f"{kind}, scale {scale:g}, {'no text' if words is empty else 'the text of another drawing'}"
+        for run in args.runs:
+            scale, beside = RUNS[run]
+            images, null_images = ((ImagePrompt(t, scale or 0.0, adapter=number),) for t in (tokens, null))
+            y = pictures(unet, vae, Prompt(words[beside], images), Prompt(empty, null_images), args)
             made = image_embeds(encoder, y)
-            found[name] = {
-                "thumbnail": retrieval(-torch.cdist(thumbnail(y), thumbnail(x))),
-                "clip_i": (made * images[:n]).sum(1).mean().item(),
+            found[f"{kind}: {run}"] = {
+                "scale": scale,
+                "beside": beside,
+                "thumbnails": retrieval(-torch.cdist(thumbnail(y), thumbnail(x))),
+                "clip_i": (made * images_of[:n]).sum(1).mean().item(),
                 "clip_t of the other text": (made * other_embeds).sum(1).mean().item(),
-                "other text": retrieval(made @ other_embeds.T),
             }
-            print(name, json.dumps(found[name], default=lambda v: round(v, 3)))
-    y = pictures(unet, vae, Prompt(text(tokenize(captions[:n]))), Prompt(empty), args)
-    found["its own text alone"] = {"thumbnail": retrieval(-torch.cdist(thumbnail(y), thumbnail(x)))}
+            print(f"{kind}: {run}", json.dumps(found[f"{kind}: {run}"]))
+            rows.append(to_pil(y[:20]))
     print(json.dumps(found, indent=1))
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "measure.json").write_text(json.dumps(found, indent=1))
-    titles = ["prompt", *(f"{kind} {what}" for kind in args.adapters for what in ("1", "0.5", "0.5 + text"))]
-    save_png(sheet(list(zip(*columns, strict=True)), titles), args.output / "scales.png")
-    # The first drawings of the split, ten to a line: image prompts, and below them what each adapter makes of them.
-    save_png(sheet([row[i : i + 10] for i in (0, 10) for row in overview]), args.output / "overview.png")
+    # The first drawings of the split, ten to a line: image prompts, and below them what each run makes of them.
+    save_png(sheet([row[i : i + 10] for i in (0, 10) for row in rows]), args.output / "measure.png")
 
 
 def retrieval(scores: Tensor) -> dict[str, float]:
