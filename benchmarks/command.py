@@ -103,7 +103,7 @@ def cost(command: list[str]) -> Cost:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
-            raise SystemExit(log.read().decode())
+            raise SystemExit(f"{log.read().decode()}\n{command[1]}: exit code {process.returncode}")
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 2**30)
 
