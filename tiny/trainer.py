@@ -73,7 +73,6 @@ def train(name: str, model: nn.Module, loss_of_batch: Callable[[], Tensor], args
         total.add_(loss.detach())
 
     def save() -> None:
-        args.runs.mkdir(parents=True, exist_ok=True)
         state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
         torch.save(state | {"step": done, "seconds": seconds}, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
@@ -84,7 +83,8 @@ def train(name: str, model: nn.Module, loss_of_batch: Callable[[], Tensor], args
     done, seconds, begin, counted = start, spent, time.time(), 0
     saved = begin
     replay = None
-    log = (args.runs / f"{name}.jsonl").open("a") if args.runs.mkdir(parents=True, exist_ok=True) is None else None
+    args.runs.mkdir(parents=True, exist_ok=True)
+    log = (args.runs / f"{name}.jsonl").open("a")
     with tqdm(desc=name, initial=start, total=None if args.minutes else args.steps, mininterval=5) as bar:
         while progress() < 1:
             warm = min(1.0, (done + 1) / 200)
