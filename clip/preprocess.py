@@ -1,7 +1,9 @@
 """Pictures: opening any kind of file as RGB, and what CLIP's image tower wants to see."""
 
 import os
+import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -27,18 +29,27 @@ def open_picture(path: str | Path) -> Image.Image:
         raise PictureError(f"{path}: {'a folder, not a picture' if os.path.isdir(path) else 'no such picture'}")
     if path.stat().st_size == 0:
         raise PictureError(f"{path}: the file is empty")
+    return read_picture(path, path)
+
+
+def read_picture(source: Path | BinaryIO, name: str | Path) -> Image.Image:
+    """Read a picture as RGB, as `open_picture` does, from a file or from bytes that errors call `name`.
+
+    Raises:
+        PictureError: the bytes are cut short, or no picture.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise PictureError(f"{path}: too large, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
+        raise PictureError(f"{name}: too large, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
         raise PictureError(
-            f"{path}: not a picture that Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"
+            f"{name}: not a picture that Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise PictureError(f"{path}: the picture is damaged or cut short ({error})") from None
+    except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
+        raise PictureError(f"{name}: the picture is damaged or cut short ({error})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
