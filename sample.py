@@ -200,7 +200,7 @@ def parse() -> argparse.Namespace:
         metavar="FILE",
         help="Stable Diffusion 1.x, original layout, .safetensors or .ckpt (default: the tiny model)",
     )
-    add("--adapter", metavar="FILE", help="IP-Adapter, base, light or plus, .safetensors or .bin")
+    add("--adapter", metavar="FILE", help="IP-Adapter (base, light, plus or full-face), .safetensors or .bin")
     add("--image-encoder", metavar="FILE", help="CLIP image encoder, transformers or OpenCLIP layout")
     add("--vae", metavar="FILE", help="another autoencoder, original layout")
     add("--output", type=Path, default=Path("outputs"), help="a .png, or a folder (default: %(default)s)")

@@ -2,6 +2,14 @@
 
 from ipadapter.adapter import IPAdapter
 from ipadapter.attention import DecoupledCrossAttention, ImagePrompt, Prompt
-from ipadapter.projection import ImageProjection, Resampler
+from ipadapter.projection import ImageProjection, PatchProjection, Resampler
 
-__all__ = ["DecoupledCrossAttention", "IPAdapter", "ImageProjection", "ImagePrompt", "Prompt", "Resampler"]
+__all__ = [
+    "DecoupledCrossAttention",
+    "IPAdapter",
+    "ImageProjection",
+    "ImagePrompt",
+    "PatchProjection",
+    "Prompt",
+    "Resampler",
+]

@@ -8,25 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from ipadapter.attention import DecoupledCrossAttention, ImageKeyValue
-from ipadapter.projection import ImageProjection, Resampler
+from ipadapter.projection import ImageProjection, PatchProjection, Resampler
+
+Projection = ImageProjection | PatchProjection | Resampler
 
 
 class IPAdapter(nn.Module):
     """Image prompts for a UNet whose cross-attention layers are `DecoupledCrossAttention`.
 
     Args:
-        image_proj: `ImageProjection` (the base and light adapters) or `Resampler` (plus).
+        image_proj: `ImageProjection` (the base and light adapters), `Resampler` (plus) or `PatchProjection` (full-face).
         shapes: (dim, context_dim) of each cross-attention layer, in the order of `UNet.cross_attentions`.
     """
 
-    def __init__(self, image_proj: ImageProjection | Resampler, shapes: list[tuple[int, int]]):
+    def __init__(self, image_proj: Projection, shapes: list[tuple[int, int]]):
         super().__init__()
         self.image_proj = image_proj
         # Even numbers belong to the self-attentions in the published numbering.
         self.ip_adapter = nn.ModuleDict({str(2 * i + 1): ImageKeyValue(*shape) for i, shape in enumerate(shapes)})
 
     @classmethod
-    def for_unet(cls, unet: nn.Module, image_proj: ImageProjection | Resampler) -> "IPAdapter":
+    def for_unet(cls, unet: nn.Module, image_proj: Projection) -> "IPAdapter":
         """A new adapter that starts as the paper's does: each W_k' and W_v' a copy of the layer's W_k and W_v."""
         layers: list[DecoupledCrossAttention] = list(unet.cross_attentions())
         adapter = cls(image_proj, [(layer.to_k.out_features, layer.to_k.in_features) for layer in layers])
@@ -34,11 +36,6 @@ class IPAdapter(nn.Module):
             ip.to_k_ip.weight.data.copy_(layer.to_k.weight.data)
             ip.to_v_ip.weight.data.copy_(layer.to_v.weight.data)
         return adapter
-
-    @property
-    def fine_grained(self) -> bool:
-        """Whether it reads the penultimate hidden states of all patches (plus) instead of the global embedding."""
-        return isinstance(self.image_proj, Resampler)
 
     def attach(self, unet: nn.Module) -> int:
         """Lend the layers their W_k' and W_v'; returns the number to put into `ImagePrompt.adapter`."""
@@ -57,19 +54,34 @@ class IPAdapter(nn.Module):
 
         pixels (pictures, 3, 224, 224), preprocessed -> (1, pictures * num_tokens, context_dim)
         """
-        features = clip_image.penultimate(pixels) if self.fine_grained else clip_image(pixels)
-        return self.image_proj(features.to(self.dtype)).flatten(0, 1)[None]
+        return self.image_proj(image_features(clip_image, pixels, self.image_proj.patches).to(self.dtype)).flatten(
+            0, 1
+        )[None]
 
     def null_tokens(self, clip_image: nn.Module, pixels: Tensor) -> Tensor:
-        """Tokens of the absent image prompt, same shape as `tokens(clip_image, pixels)`.
-
-        The base adapter learned "no image" as a zero embedding, plus as a picture of zeros behind the normalisation.
-        """
-        if self.fine_grained:
-            return self.tokens(clip_image, torch.zeros_like(pixels))
-        zeros = torch.zeros(len(pixels), self.image_proj.proj.in_features, dtype=self.dtype, device=pixels.device)
-        return self.image_proj(zeros).flatten(0, 1)[None]
+        """Tokens of the absent image prompt, same shape as `tokens(clip_image, pixels)`."""
+        return self.image_proj(null_features(clip_image, pixels, self.image_proj.patches).to(self.dtype)).flatten(0, 1)[
+            None
+        ]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.image_proj.norm.weight.dtype if not self.fine_grained else self.image_proj.latents.dtype
+        return next(self.image_proj.parameters()).dtype
+
+
+def image_features(clip_image: nn.Module, pixels: Tensor, patches: bool) -> Tensor:
+    """What an adapter reads of the image tower: the global embedding, or all patches of the penultimate layer.
+
+    pixels (pictures, 3, 224, 224), preprocessed -> (pictures, width) or (pictures, 1 + patches, width)
+    """
+    return clip_image.penultimate(pixels) if patches else clip_image(pixels)
+
+
+def null_features(clip_image: nn.Module, pixels: Tensor, patches: bool) -> Tensor:
+    """The features of "no image", same shape as `image_features(clip_image, pixels, patches)`.
+
+    A global embedding is absent as zeros; patches are those of a picture of zeros behind the normalisation.
+    """
+    if patches:
+        return clip_image.penultimate(torch.zeros_like(pixels))
+    return torch.zeros(len(pixels), clip_image.config.projection, dtype=pixels.dtype, device=pixels.device)

@@ -13,14 +13,17 @@ class ImageProjection(nn.Module):
         context_dim: width of the tokens (768 in SD 1.x).
     """
 
+    patches = False  # reads the global embedding
+
     def __init__(self, embed_dim: int, context_dim: int, num_tokens: int):
         super().__init__()
+        self.feature_dim, self.context_dim = embed_dim, context_dim
         self.proj = nn.Linear(embed_dim, num_tokens * context_dim)
         self.norm = nn.LayerNorm(context_dim)
 
     def forward(self, embeds: Tensor) -> Tensor:
         """embeds (batch, embed_dim), not normalised -> (batch, num_tokens, context_dim)."""
-        return self.norm(self.proj(embeds).unflatten(1, (-1, self.norm.weight.shape[0])))
+        return self.norm(self.proj(embeds).unflatten(1, (-1, self.context_dim)))
 
 
 class PerceiverAttention(nn.Module):
@@ -53,8 +56,11 @@ class Resampler(nn.Module):
         context_dim: width of the tokens (768 in SD 1.x).
     """
 
+    patches = True  # reads the penultimate hidden states of all patches
+
     def __init__(self, feature_dim: int, dim: int, depth: int, heads: int, num_tokens: int, context_dim: int):
         super().__init__()
+        self.feature_dim, self.context_dim = feature_dim, context_dim
         self.latents = nn.Parameter(nn.init.normal_(torch.empty(1, num_tokens, dim), std=dim**-0.5))
         self.proj_in = nn.Linear(feature_dim, dim)
         self.proj_out = nn.Linear(dim, context_dim)
@@ -71,6 +77,31 @@ class Resampler(nn.Module):
             latents = attention(x, latents) + latents
             latents = ff(latents) + latents
         return self.norm_out(self.proj_out(latents))
+
+
+class PatchProjection(nn.Module):
+    """The full-face adapter: every patch becomes a token by itself (`MLPProjModel` of the official code).
+
+    Args:
+        feature_dim: width of the image tower's penultimate hidden states (1280 for ViT-H/14).
+        context_dim: width of the tokens (768 in SD 1.x).
+    """
+
+    patches = True
+
+    def __init__(self, feature_dim: int, context_dim: int):
+        super().__init__()
+        self.feature_dim, self.context_dim = feature_dim, context_dim
+        self.proj = nn.Sequential(
+            nn.Linear(feature_dim, feature_dim),
+            nn.GELU(),
+            nn.Linear(feature_dim, context_dim),
+            nn.LayerNorm(context_dim),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (batch, 1 + patches, feature_dim), penultimate layer -> (batch, 1 + patches, context_dim)."""
+        return self.proj(features)
 
 
 def feed_forward(dim: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ import torch
 from counterparts import diffusers_unet, randomise
 
 from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
-from ipadapter import ImageProjection, IPAdapter, Resampler
+from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
 from unet import SD15, UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -79,6 +79,12 @@ def plus_adapter(unet) -> IPAdapter:
     """Patch features of 128, 6 tokens."""
     resampler = Resampler(feature_dim=128, dim=96, depth=4, heads=2, num_tokens=6, context_dim=64)
     return randomise(IPAdapter.for_unet(unet, resampler), 7)
+
+
+@pytest.fixture(scope="session")
+def full_adapter(unet) -> IPAdapter:
+    """Patch features of 128, as many tokens as there are patches, and one."""
+    return randomise(IPAdapter.for_unet(unet, PatchProjection(128, 64)), 8)
 
 
 @pytest.fixture

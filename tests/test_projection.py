@@ -7,7 +7,7 @@ import torch
 from counterparts import published, randomise, rel
 from torch import nn
 
-from ipadapter import ImageProjection, IPAdapter, Resampler
+from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
 
 
 def convert(their_unet, projection: nn.Module) -> nn.Module:
@@ -36,6 +36,14 @@ def test_resampler_equals_diffusers(their_unet, draw, num_tokens, patches):
 def test_resampler_of_full_size_equals_diffusers(their_unet, draw):
     ours = randomise(Resampler(1280, dim=768, depth=4, heads=12, num_tokens=16, context_dim=768), 3)
     features = draw(1, 257, 1280)
+    assert rel(ours(features), convert(their_unet, ours)(features)) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("feature_dim, context_dim", [(128, 64), (1280, 768)])
+def test_patch_projection_equals_diffusers(their_unet, draw, feature_dim, context_dim):
+    ours = randomise(PatchProjection(feature_dim, context_dim), 6)
+    features = 5 * draw(2, 17, feature_dim)
     assert rel(ours(features), convert(their_unet, ours)(features)) <= 1e-5
 
 
@@ -93,8 +101,8 @@ def test_tokens_of_plus_come_from_the_penultimate_layer(plus_adapter, image_towe
 
 @torch.no_grad()
 @pytest.mark.parametrize("pictures", [1, 3])
-def test_null_tokens_equal_diffusers_pipeline(their_unet, base_adapter, plus_adapter, image_tower, draw, pictures):
-    """`StableDiffusionPipeline.encode_image`: zero embeddings for base, the features of zero pixels for plus."""
+def test_null_tokens_equal_diffusers_pipeline(their_unet, base_adapter, plus_adapter, full_adapter, image_tower, draw, pictures):
+    """`StableDiffusionPipeline.encode_image`: zero embeddings for base, the features of zero pixels for the others."""
     from types import SimpleNamespace
 
     from counterparts import transformers_image
@@ -102,8 +110,8 @@ def test_null_tokens_equal_diffusers_pipeline(their_unet, base_adapter, plus_ada
 
     pixels = draw(pictures, 3, 64, 64)
     pipe = SimpleNamespace(image_encoder=transformers_image(image_tower))
-    for adapter in (base_adapter, plus_adapter):
-        positive, negative = StableDiffusionPipeline.encode_image(pipe, pixels, "cpu", 1, adapter.fine_grained)
+    for adapter in (base_adapter, plus_adapter, full_adapter):
+        positive, negative = StableDiffusionPipeline.encode_image(pipe, pixels, "cpu", 1, adapter.image_proj.patches)
         theirs = convert(their_unet, adapter.image_proj)
         for ours, embeds in (
             (adapter.tokens(image_tower, pixels), positive),

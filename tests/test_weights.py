@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
-from ipadapter import ImageProjection, IPAdapter, Resampler
+from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
 from unet import SD15, UNet
 from vae import VAE, VAEConfig
 from weights import WeightsError, check_fit, load, load_adapter, load_image_encoder, load_vae, open_base, read
@@ -41,6 +41,7 @@ def models() -> dict[str, nn.Module]:
         "image": randomise(CLIPImage(IMAGE_CONFIG), 4),
         "adapter": randomise(IPAdapter.for_unet(unet, ImageProjection(96, 64, 4)), 5),
         "plus": randomise(IPAdapter.for_unet(unet, Resampler(128, 64, 2, 2, 6, 64)), 6),
+        "full-face": randomise(IPAdapter.for_unet(unet, PatchProjection(128, 64)), 7),
     }
 
 
@@ -214,7 +215,7 @@ def test_gelu_of_an_image_encoder_follows_from_its_family(tmp_path, width, quick
 # Adapters
 
 
-@pytest.mark.parametrize("which", ["adapter", "plus"])
+@pytest.mark.parametrize("which", ["adapter", "plus", "full-face"])
 @pytest.mark.parametrize(
     "kind", ["safetensors", "nested bin", "flat bin", "trainer bin", "trainer safetensors", "mixed"]
 )
@@ -238,7 +239,7 @@ def test_adapter_round_trip(tmp_path, models, which, kind):
     found = load_adapter(path)
     assert same(found, adapter)
     assert type(found.image_proj) is type(adapter.image_proj)
-    assert found.fine_grained == (which == "plus")
+    assert found.image_proj.patches == (which != "adapter")
 
 
 def test_saved_adapter_has_the_published_keys(tmp_path, models):
@@ -393,12 +394,7 @@ def kinds(models, base_state) -> dict[str, State]:
             "image_proj.norm.weight": one,
             "ip_adapter.1.to_k_ip.weight": torch.ones(320, 768),
         },
-        "full-face": {
-            "image_proj.proj.0.weight": torch.ones(8, 1280),
-            "image_proj.proj.2.weight": one,
-            "image_proj.proj.3.weight": one,
-            "ip_adapter.1.to_k_ip.weight": torch.ones(320, 768),
-        },
+        "full-face": models["full-face"].state_dict(),
         "VAE": vae,
         "diffusers VAE": {
             "encoder.conv_in.weight": one,
@@ -449,9 +445,8 @@ WRONG = [  # loader, file, what the message says was found
     ("adapter", "kohya LoRA", "this is a LoRA"),
     ("adapter", "VAE", "this is an autoencoder"),
     ("adapter", "SD 2", "this is a whole SD 2.x checkpoint"),
-    ("adapter", "FaceID", "an adapter of the FaceID kind (with LoRA); base, light and plus are supported"),
-    ("adapter", "FaceID portrait", "an IP-Adapter (FaceID, for SD 1.x); base, light and plus are supported"),
-    ("adapter", "full-face", "(full-face, reads 1280 wide patch features, for SD 1.x); base, light and plus are"),
+    ("adapter", "FaceID", "an adapter of the FaceID kind (with LoRA); base, light, plus and full-face are supported"),
+    ("adapter", "FaceID portrait", "an IP-Adapter (FaceID, for SD 1.x); base, light, plus and full-face are supported"),
 ]
 
 
@@ -501,10 +496,11 @@ def right(models, base_state) -> dict[str, tuple]:
         "open_clip encoder": (load_image_encoder, open_clip_model().state_dict()),
         "adapter": (load_adapter, models["adapter"].state_dict()),
         "plus": (load_adapter, models["plus"].state_dict()),
+        "full-face": (load_adapter, models["full-face"].state_dict()),
     }
 
 
-RIGHT = ["base", "vae", "encoder", "open_clip encoder", "adapter", "plus"]
+RIGHT = ["base", "vae", "encoder", "open_clip encoder", "adapter", "plus", "full-face"]
 OPTIONAL = {"visual_projection.weight", "visual.proj"}  # an encoder for plus adapters alone needs none
 
 
@@ -581,6 +577,7 @@ def encoder_of(width: int, projection: int | None) -> CLIPImage:
 def test_files_that_fit_pass(models, opened):
     check_fit(models["adapter"], "a", opened, models["image"], "e")
     check_fit(models["plus"], "a", opened, models["image"], "e")
+    check_fit(models["full-face"], "a", opened, models["image"], "e")
 
 
 @pytest.mark.parametrize("context_dim, said", [(768, "for SD 1.x"), (2048, "for SDXL"), (1024, "for SD 2.x")])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clip import CLIPImage, CLIPText
-from ipadapter import ImageProjection, IPAdapter, Resampler
+from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
 from unet import UNet
 from vae import VAE
 from weights import configs
@@ -124,14 +124,16 @@ def load_image_encoder(
 
 
 def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> IPAdapter:
-    """A released IP-Adapter (.safetensors or .bin), base, light or plus; the kind is read from its tensors."""
+    """A released IP-Adapter (.safetensors or .bin): base, light, plus or full-face; the kind is read from its tensors."""
     state = {rename_trainer_keys(key): value for key, value in read(path).items() if not key.startswith("unet.")}
     if any("_lora." in key for key in state):
-        raise WeightsError(f"{path}: an adapter of the FaceID kind (with LoRA); base, light and plus are supported")
+        raise WeightsError(
+            f"{path}: an adapter of the FaceID kind (with LoRA); base, light, plus and full-face are supported"
+        )
     if "ip_adapter.1.to_k_ip.weight" not in state or not any(key.startswith("image_proj.") for key in state):
         raise WeightsError(f"{path}: an IP-Adapter is wanted here; this is {what_is(state)}")
-    if "image_proj.latents" not in state and "image_proj.proj.weight" not in state:
-        raise WeightsError(f"{path}: {what_is(state)}; base, light and plus are supported")
+    if not any(key in state for key in ("image_proj.latents", "image_proj.proj.weight", "image_proj.proj.3.weight")):
+        raise WeightsError(f"{path}: {what_is(state)}; base, light, plus and full-face are supported")
     return fill(build_adapter, state, path, dtype, device)
 
 
@@ -139,6 +141,8 @@ def build_adapter(state: State) -> IPAdapter:
     numbers = sorted(int(key.split(".")[1]) for key in state if key.startswith("ip_adapter.") and "to_k_ip" in key)
     shapes = [tuple(state[f"ip_adapter.{n}.to_k_ip.weight"].shape) for n in numbers]
     context_dim = shapes[0][1]
+    if "image_proj.proj.3.weight" in state:
+        return IPAdapter(PatchProjection(state["image_proj.proj.0.weight"].shape[1], context_dim), shapes)
     if "image_proj.latents" not in state:
         rows, embed_dim = state["image_proj.proj.weight"].shape
         return IPAdapter(ImageProjection(embed_dim, context_dim, rows // context_dim), shapes)
@@ -159,11 +163,10 @@ def check_fit(
 ) -> None:
     """Refuse adapter, base and image encoder that do not fit together, naming what would."""
     projection = adapter.image_proj
-    context_dim = projection.norm_out.weight.shape[0] if adapter.fine_grained else projection.norm.weight.shape[0]
-    if context_dim != base.context_dim:
+    if projection.context_dim != base.context_dim:
         state = {f"ip_adapter.{k}": v for k, v in adapter.ip_adapter.state_dict().items()}
         raise WeightsError(
-            f"{adapter_path}: this adapter is {adapter_base(state)} (tokens of {context_dim}); "
+            f"{adapter_path}: this adapter is {adapter_base(state)} (tokens of {projection.context_dim}); "
             f"the base {base.path} has tokens of {base.context_dim}"
         )
     layers = [tuple(ip.to_k_ip.weight.shape) for ip in adapter.ip_adapter.values()]
@@ -173,12 +176,11 @@ def check_fit(
             f"({layers[0][0]} to {max(layers)[0]} wide), the base {base.path} has {len(base.layers)} "
             f"({base.layers[0][0]} to {max(base.layers)[0]} wide), in another order or number"
         )
-    if adapter.fine_grained:
-        wants, yields, what = projection.proj_in.in_features, encoder.config.width, "patch features"
-    else:
-        wants, yields, what = projection.proj.in_features, encoder.config.projection, "image embeddings"
+    patches = projection.patches
+    wants, what = projection.feature_dim, "patch features" if patches else "image embeddings"
+    yields = encoder.config.width if patches else encoder.config.projection
     if wants != yields:
-        names = {1280: "ViT-H/14", 1664: "ViT-bigG/14", 1024: "ViT-L/14"} if adapter.fine_grained else ENCODERS
+        names = {1280: "ViT-H/14", 1664: "ViT-bigG/14", 1024: "ViT-L/14"} if patches else ENCODERS
         name = f"{names[wants]} " if wants in names else ""
         raise WeightsError(
             f"{adapter_path}: this adapter wants {name}{what} of {wants}, "
