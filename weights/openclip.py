@@ -1,4 +1,4 @@
-"""OpenCLIP's names for an image tower, translated to the transformers names that our own tower has."""
+"""OpenCLIP's names for CLIP's two towers, translated to the transformers names that our own towers have."""
 
 import re
 
@@ -15,7 +15,16 @@ NAMES = {
     "visual.ln_pre": "vision_model.pre_layrnorm",
     "visual.ln_post": "vision_model.post_layernorm",
     "visual.transformer.resblocks": "vision_model.encoder.layers",
+    "visual.proj": "visual_projection.weight",
 }
+TEXT_NAMES = {
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "transformer.resblocks": "text_model.encoder.layers",
+    "ln_final": "text_model.final_layer_norm",
+    "text_projection": "text_projection.weight",
+}
+NOT_WEIGHTS = re.compile(r"(logit_scale|logit_bias|attn_mask)$")
 INSIDE_LAYER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -27,21 +36,29 @@ INSIDE_LAYER = {
 
 def from_openclip(state: State) -> State:
     """`visual.*` of an OpenCLIP file -> `vision_model.*`, `visual_projection.weight`; the text side is left aside."""
+    return rename({key: value for key, value in state.items() if not TEXT_SIDE.match(key)}, NAMES)
+
+
+def text_from_openclip(state: State) -> State:
+    """The text side of an OpenCLIP file -> `text_model.*`, `text_projection.weight`; `visual.*` is left aside."""
+    text = {key: value for key, value in state.items() if TEXT_SIDE.match(key) and not NOT_WEIGHTS.match(key)}
+    return rename(text, TEXT_NAMES)
+
+
+def rename(state: State, names: dict[str, str]) -> State:
     out: State = {}
     for key, value in state.items():
-        if TEXT_SIDE.match(key):
-            continue
-        if key == "visual.proj":
-            out["visual_projection.weight"] = value.mT if value.ndim > 1 else value
-            continue
         name = key
-        for old, new in NAMES.items():
-            name = name.replace(old, new)
+        for old, new in names.items():
+            if key.startswith(old):
+                name = new + key[len(old) :]
         for old, new in INSIDE_LAYER.items():
             name = name.replace(f".{old}.", f".{new}.")
         if ".attn.in_proj_" in name:  # q, k and v in one matrix
             for letter, part in zip("qkv", value.chunk(3), strict=True):
                 out[name.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = part
+        elif key in ("visual.proj", "text_projection") and value.ndim > 1:  # x @ W there, W @ x in a Linear
+            out[name] = value.mT
         else:
             out[name] = value
     return out
