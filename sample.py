@@ -11,7 +11,6 @@ With Stable Diffusion 1.5 and a released adapter:
 """
 
 import argparse
-import hashlib
 import math
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from sampler import ddim, guided, noise
 from unet import UNet
 from vae import VAE
 from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base
+from weights.hashes import sha256
 
 TINY = Path(__file__).parent / "tiny"
 EXAMPLE = TINY / "example.png"  # one of the unseen drawings
@@ -261,14 +261,6 @@ def start_hashing(args: argparse.Namespace) -> dict[str, Future]:
     files = [args.base, *([args.adapter, args.image_encoder, *args.image] if args.image else [])]
     pool = ThreadPoolExecutor(max_workers=1)
     return {path: pool.submit(sha256, path) for path in files + ([args.vae] if args.vae else [])}
-
-
-def sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

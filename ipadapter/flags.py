@@ -77,6 +77,14 @@ def number(low: float) -> Callable[[str], float]:
     return parse
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = number(0)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given, a number from 0 to 1 is wanted")
+    return value
+
+
 def side(text: str) -> int:
     """A height or width: a multiple of 8."""
     value = whole(8)(text)

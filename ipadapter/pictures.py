@@ -1,10 +1,12 @@
 """Pictures out: tensors to PIL, sheets with captions, PNG files that are whole or absent."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -74,3 +76,37 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     return image.resize(
         (max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.LANCZOS
     )
+
+
+def curve(values: Sequence[float], x_title: str, y_title: str) -> Image.Image:
+    """Values against their number, 1, 2, ...: each in grey, and in black the mean of those around it."""
+    size, left, top, right, bottom = (960, 480), 80, 24, 936, 432
+    page = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    values = np.array([v for v in values if math.isfinite(v)] or [0.0])
+    window = max(1, len(values) // 20)
+    kernel = np.ones(min(len(values), 2 * window + 1))
+    smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+    low, high = np.percentile(values, [0, 99])
+    low, high = (low, high) if high > low else (low - 1, high + 1)
+
+    def points(row: np.ndarray) -> list[tuple[float, float]]:
+        x = np.linspace(left, right, len(row)) if len(row) > 1 else np.array([(left + right) / 2])
+        y = bottom - (row.clip(low, high) - low) / (high - low) * (bottom - top)
+        return list(zip(x.tolist(), y.tolist(), strict=True))
+
+    for i in range(5):
+        y = bottom - i / 4 * (bottom - top)
+        draw.line([(left, y), (right, y)], fill="#dddddd")
+        draw.text((left - 8, y), f"{low + i / 4 * (high - low):.4g}", fill="black", font=font, anchor="rm")
+        x = left + i / 4 * (right - left)
+        draw.text((x, bottom + 8), f"{1 + i / 4 * (len(values) - 1):,.0f}", fill="black", font=font, anchor="mt")
+    draw.text(((left + right) / 2, bottom + 28), x_title, fill="black", font=font, anchor="mt")
+    draw.text((8, 4), y_title, fill="black", font=font)
+    for row, colour, width in ((values, "#bbbbbb", 1), (smooth, "black", 3)):
+        if len(row) > 1:
+            draw.line(points(row), fill=colour, width=width)
+        else:
+            (x, y) = points(row)[0]
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
+    return page

@@ -1,8 +1,17 @@
-"""The training objective (arXiv 2308.06721, section 3.2.3): the noise prediction of Stable Diffusion, with drops."""
+"""Training (arXiv 2308.06721, section 3.2.3): the noise prediction of Stable Diffusion, with drops.
 
+Which pair stands at a place of the run, and the randomness it meets there, follow from the seed and the place alone.
+The place of a sample counts all samples of the run, over all processes: so neither the number of processes and
+data-loading workers nor a resumed run changes what is learned.
+"""
+
+from functools import lru_cache
+
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from ipadapter.adapter import IPAdapter
 from ipadapter.attention import ImagePrompt, Prompt
 
 
@@ -25,3 +34,57 @@ def adapter_loss(unet: nn.Module, noisy: Tensor, noise: Tensor, t: Tensor, text:
     """
     eps = unet(noisy, t, Prompt(text, (ImagePrompt(tokens),)))
     return mse_loss(eps.float(), noise.float())
+
+
+class Objective(nn.Module):
+    """The loss of a batch as a module, of which only the adapter is a part: nothing else has gradients to exchange.
+
+    Args:
+        dtype: in which the UNet computes, by autocast. The image projection computes in fp32 (in fp16 a Resampler
+            overflows).
+    """
+
+    def __init__(self, adapter: IPAdapter, unet: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.adapter = adapter
+        self.frozen = [unet]  # in a list: not a submodule
+        self.dtype = dtype
+
+    def forward(self, noisy: Tensor, noise: Tensor, t: Tensor, text: Tensor, image: Tensor) -> Tensor:
+        """As `adapter_loss`, with CLIP features of the image prompts (batch, ...) instead of tokens."""
+        tokens = self.adapter.image_proj(image.float())
+        with torch.autocast(noisy.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return adapter_loss(self.frozen[0], noisy, noise, t, text, tokens)
+
+
+def pair_at(seed: int, place: int, pairs: int, retry: int = 0) -> int:
+    """The number of the pair at a place of the run: each pair once an epoch, shuffled anew in each.
+
+    With `retry`, the pair to take instead when so many before it could not be read.
+    """
+    epoch, i = divmod(place, pairs)
+    return int(_shuffled(seed, epoch, pairs)[(i + retry) % pairs])
+
+
+@lru_cache(maxsize=2)  # two: a batch may lie across the border of two epochs
+def _shuffled(seed: int, epoch: int, pairs: int) -> Tensor:
+    return torch.randperm(pairs, generator=generator_at(seed, -1 - epoch))
+
+
+def generator_at(seed: int, place: int) -> torch.Generator:
+    """The randomness of one place of the run (negative places: of an epoch's shuffle)."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
+
+
+def draws(seed: int, places: list[int], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All that is random in a step, from the places of its samples.
+
+    Returns u (batch,) in [0, 1) for `drops`, t (batch,) in 0..999, and two noises (batch, *shape): for the
+    autoencoder's posterior, and to be added.
+    """
+    rows = []
+    for place in places:
+        generator = generator_at(seed, place)
+        u, t = torch.rand((), generator=generator), torch.randint(1000, (), generator=generator)
+        rows.append((u, t, *(torch.randn(shape, generator=generator) for _ in range(2))))
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))

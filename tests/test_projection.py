@@ -101,7 +101,9 @@ def test_tokens_of_plus_come_from_the_penultimate_layer(plus_adapter, image_towe
 
 @torch.no_grad()
 @pytest.mark.parametrize("pictures", [1, 3])
-def test_null_tokens_equal_diffusers_pipeline(their_unet, base_adapter, plus_adapter, full_adapter, image_tower, draw, pictures):
+def test_null_tokens_equal_diffusers_pipeline(
+    their_unet, base_adapter, plus_adapter, full_adapter, image_tower, draw, pictures
+):
     """`StableDiffusionPipeline.encode_image`: zero embeddings for base, the features of zero pixels for the others."""
     from types import SimpleNamespace
 

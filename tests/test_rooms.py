@@ -16,6 +16,11 @@ ALLOWED = {  # besides Python's own library: other rooms and files, and public p
     "ipadapter/projection.py": {"torch"},
     "ipadapter/adapter.py": {"torch", "ipadapter"},
     "ipadapter/training.py": {"torch", "ipadapter"},
+    "ipadapter/pairs.py": {"PIL", "clip.preprocess"},
+    # What a port to another backbone leaves behind: the data, the loop, the run's folder.
+    "ipadapter/features.py": {"torch", "numpy", "PIL", "safetensors", "ipadapter", "clip", "vae", "weights.save"},
+    "ipadapter/trainer.py": {"torch", "ipadapter", "sampler"},
+    "ipadapter/run.py": {"PIL", "ipadapter", "weights", "weights.save"},
     "ipadapter": {"torch", "numpy", "PIL", "ipadapter"},
     "unet": {"torch", "unet", "ipadapter.attention"},
     "vae": {"torch", "vae"},
@@ -71,6 +76,8 @@ def test_a_room_imports_only_what_its_row_of_the_table_allows(path):
 @pytest.mark.parametrize("path", RUN_TIME, ids=str)
 def test_nothing_at_run_time_imports_the_libraries_it_is_measured_against(path):
     others = {"diffusers", "transformers", "torchvision", "open_clip", "timm", "accelerate", "peft", "xformers"}
+    if path == Path("evaluate.py"):  # scores by any CLIP that open_clip has a name for
+        others.remove("open_clip")
     assert not {module for module in imports(path) if module.split(".")[0] in others}
 
 

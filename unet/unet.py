@@ -7,10 +7,12 @@ attention.py), so a checkpoint loads with `load_state_dict(strict=True)` and no 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, linear, pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from ipadapter.attention import DecoupledCrossAttention, Prompt
 
@@ -118,6 +120,12 @@ class UNet(nn.Module):
                     x = interpolate(x, size=skips[-1].shape[2:], mode="nearest")
                 x = layer(x, emb, prompt)
         return self.out(x)
+
+    def recompute(self) -> None:
+        """For training in less memory: each layer keeps its inputs only, and computes the rest anew on the way back."""
+        for module in self.modules():
+            if isinstance(module, ResBlock | SpatialTransformer):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
     def cross_attentions(self) -> Iterator[DecoupledCrossAttention]:
         """The cross-attention layers in the order of an adapter's keys 1, 3, 5, ...: down, up, and the middle last."""

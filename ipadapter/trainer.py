@@ -1,0 +1,204 @@
+"""The training loop's moving parts: processes that share a batch, and the step of the optimiser with all its state."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ipadapter.adapter import IPAdapter
+from ipadapter.training import Objective, draws, drops
+from sampler import add_noise
+
+Features = dict[str, Tensor]
+
+
+class Ranks:
+    """The processes of one run, as `torchrun` starts them; alone, all of this does nothing.
+
+    Args:
+        device: cpu, cuda, ...; among several processes each takes the GPU of its number.
+    """
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = device
+        if self.size > 1:
+            if device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            # The default of minutes would end a run while one process makes its part of a cache.
+            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """To the screen, once."""
+        if self.first:
+            sys.stderr.write(line + "\n")
+
+    def mean(self, *values: float) -> list[float]:
+        """The mean of each number over the processes."""
+        total = torch.tensor(values, dtype=torch.float64 if self.device.type != "mps" else torch.float32)
+        if self.size > 1:
+            total = total.to(self.device)
+            distributed.all_reduce(total)
+        return (total / self.size).tolist()
+
+    def gather(self, lines: list[str]) -> list[str]:
+        """The lines of all processes, on each of them."""
+        if self.size == 1:
+            return lines
+        parts: list[list[str]] = [[] for _ in range(self.size)]
+        distributed.all_gather_object(parts, lines)
+        return [line for part in parts for line in part]
+
+    def wait(self) -> None:
+        if self.size > 1:
+            distributed.barrier()
+
+    def close(self) -> None:
+        if self.size > 1:
+            distributed.destroy_process_group()
+
+
+class Trainer:
+    """AdamW on the adapter alone, with drops, accumulation, clipping, mixed precision, EMA; and all that is to resume.
+
+    Args:
+        null: features of the empty prompt ("text") and of no image ("image").
+        seed: of the samples' noise, timesteps and drops.
+        dtype: in which the frozen UNet computes; the adapter and the optimiser stay in fp32.
+        drop: probabilities of dropping the text, the image, and both.
+        warmup: steps in which the learning rate grows from 0.
+        clip_grad: largest norm of the gradient; 0: as it comes.
+        ema: decay of the averaged weights; 0: none.
+    """
+
+    def __init__(
+        self,
+        adapter: IPAdapter,
+        unet: nn.Module,
+        null: Features,
+        ranks: Ranks,
+        seed: int,
+        dtype: torch.dtype,
+        learning_rate: float,
+        weight_decay: float,
+        drop: tuple[float, float, float],
+        warmup: int,
+        clip_grad: float,
+        ema: float,
+    ):
+        self.adapter, self.ranks, self.seed, self.dtype, self.drop = adapter, ranks, seed, dtype, drop
+        self.top_rate, self.warmup, self.clip_grad, self.decay = learning_rate, warmup, clip_grad or torch.inf, ema
+        self.null = {key: value.to(ranks.device, dtype) for key, value in null.items()}
+        objective = Objective(adapter, unet, dtype)
+        self.objective = DistributedDataParallel(objective) if ranks.size > 1 else objective
+        self.params = dict(adapter.named_parameters())
+        self.averages = {key: p.detach().clone() for key, p in self.params.items()} if ema else {}
+        self.optimizer = torch.optim.AdamW(self.params.values(), learning_rate, weight_decay=weight_decay)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+        self.rate = 0.0  # the learning rate of the latest step
+        self.step = 0  # finished steps, skipped ones among them
+        self.place = 0  # finished samples, over all processes
+        self.skipped = 0  # steps without a finite loss or gradient
+        self.in_a_row = 0  # of those, the latest without a good one between them
+
+    def update(self, parts: list[tuple[list[int], Features]]) -> float:
+        """One step on the places and features of this process, in parts that fit into memory; all of one size.
+
+        Returns the loss, the mean over all processes. A step whose loss or gradient is not finite changes nothing.
+        """
+        self.rate = self.top_rate * min(1.0, (self.step + 1) / (self.warmup + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.optimizer.zero_grad()
+        total = 0.0
+        for i, (places, features) in enumerate(parts):
+            alone = self.ranks.size == 1 or i == len(parts) - 1  # the others' gradients are wanted once, at the end
+            with nullcontext() if alone else self.objective.no_sync():
+                loss = self.objective(*self.noised(places, features)) / len(parts)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        (loss,) = self.ranks.mean(float(total))
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.params.values(), self.clip_grad)
+        sound = bool(norm.isfinite()) and loss - loss == 0
+        if sound:
+            self.scaler.step(self.optimizer)
+            self.average()
+        self.scaler.update()
+        self.skipped += not sound
+        # In fp16 an infinite gradient is how the scale of the loss finds its place; an infinite loss is not.
+        harmless = sound or (self.scaler.is_enabled() and self.scaler.get_scale() > 1 and loss - loss == 0)
+        self.in_a_row = 0 if harmless else self.in_a_row + 1
+        self.step += 1
+        self.place += sum(len(places) for places, _ in parts) * self.ranks.size
+        return loss
+
+    def noised(self, places: list[int], features: Features) -> tuple[Tensor, ...]:
+        """The arguments of `Objective.forward`, with what is random at these places."""
+        device = self.ranks.device
+        mean, std, text, image = (features[key].to(device) for key in ("mean", "std", "text", "image"))
+        u, t, posterior, noise = (draw.to(device) for draw in draws(self.seed, places, mean.shape[1:]))
+        x = mean.float() + std.float() * posterior
+        drop_text, drop_image = drops(u, *self.drop)
+        text = torch.where(drop_text[:, None, None], self.null["text"], text)
+        image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), self.null["image"], image)
+        return add_noise(x, noise, t).to(self.dtype), noise, t, text, image
+
+    @torch.no_grad()
+    def average(self) -> None:
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))  # young averages forget their start sooner
+        for key, average in self.averages.items():
+            average.lerp_(self.params[key], 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[IPAdapter]:
+        """The adapter with the weights that the run has learned, for a while."""
+        learning = {key: p.detach().clone() for key, p in self.params.items()}
+        self.adapter.load_state_dict(self.weights())
+        try:
+            yield self.adapter
+        finally:
+            self.adapter.load_state_dict(learning)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the run has learned: the averages if there are any."""
+        return self.averages or {key: p.detach() for key, p in self.params.items()}
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """All that is to resume, as tensors and as notes. What is random follows from the place."""
+        tensors = {f"adapter.{key}": p.detach() for key, p in self.params.items()}
+        tensors |= {f"ema.{key}": average for key, average in self.averages.items()}
+        for key, p in self.params.items():
+            tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[p].items()}
+        numbers = {name: getattr(self, name) for name in ("step", "place", "skipped", "in_a_row")}
+        return tensors, numbers | {"scaler": self.scaler.state_dict()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], notes: dict) -> None:
+        for key, p in self.params.items():
+            p.copy_(tensors[f"adapter.{key}"])
+            if self.averages:  # a run that begins to average starts from where it is
+                self.averages[key].copy_(tensors.get(f"ema.{key}", p))
+            moments = {
+                name: tensors[f"{name}.{key}"]
+                for name in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in tensors
+            }
+            self.optimizer.state[p] = {
+                name: value.to(p.device if value.ndim else "cpu") for name, value in moments.items()
+            }
+        for name in ("step", "place", "skipped", "in_a_row"):
+            setattr(self, name, notes[name])
+        if notes["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(notes["scaler"])

@@ -1,0 +1,397 @@
+"""train.py at the command line: what a run leaves behind, how it goes on, what it refuses."""
+
+import io
+import json
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import pairwise
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from counterparts import diffusers_unet
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ipadapter import ImagePrompt, Prompt
+from ipadapter.features import KEYS, Cache
+from ipadapter.pairs import open_pairs
+from weights import load_adapter, load_image_encoder, open_base
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = ROOT / "tiny/weights"
+QUICK = ["--resolution", "64", "--batch-size", "2", "--steps", "2", "--validate-every", "0", "--device", "cpu"]
+
+
+def train(*flags: object) -> subprocess.CompletedProcess:
+    """Run the script in this process: starting Python and torch anew each time would take minutes in all."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    with patch.object(sys, "argv", ["train.py", *map(str, flags)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+    return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
+
+
+def command(*flags: object, processes: int = 1) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*(start if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *map(str, flags)]
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint: adapter, averages, moments of the optimiser, all in fp32."""
+    return load_file(max((run / "checkpoints").glob("*.safetensors")))
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(step: int, run: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        if (run / "log.jsonl").exists() and len((run / "log.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def same(a: Path, b: Path) -> bool:
+    ours, theirs = state(a), state(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight drawings with captions."""
+    folder = tmp_path_factory.mktemp("data")
+    pairs = open_pairs(str(ROOT / "tiny/data/train-*.tar.gz"))
+    for i in range(8):
+        pairs[i].image.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(pairs[i].text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, data, cache) -> Path:
+    """Six steps, straight through."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    done = train(*QUICK, "--data", data, "--cache", cache, "--output", folder, "--steps", 6, "--save-every", 2)
+    assert done.returncode == 0, done.stderr
+    assert "201,024 trainable parameters, 8 pairs" in done.stderr
+    return folder
+
+
+# What a run leaves behind
+
+
+def test_a_run_is_a_folder(run, data):
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    kept = {f"checkpoints/{step:08d}.safetensors" for step in (4, 6)}
+    assert names == kept | {"adapter.safetensors", "curve.png", "log.jsonl", "settings.json", "skipped.txt"}
+    lines = log(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line.keys() == {"step", "loss", "lr", "seconds", "skipped"} for line in lines)
+    assert all(0 < line["loss"] < 1 and line["skipped"] == 0 for line in lines)
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(lines))
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["steps"] == 6 and settings["learning_rate"] == 1e-3 and settings["data"] == [str(data)]
+    assert len(settings["base (sha256)"]) == 64
+
+
+def test_the_adapter_is_read_by_sample_and_by_diffusers(run, tmp_path):
+    """In the released layout: our loader takes it, and their UNet with it gives what ours gives."""
+    adapter = load_adapter(run / "adapter.safetensors")
+    base = open_base(WEIGHTS / "sd-tiny.safetensors")
+    unet = base.unet()
+    theirs = diffusers_unet(unet)
+    state = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in load_file(run / "adapter.safetensors").items():
+        part, name = key.split(".", 1)
+        state[part][name] = value.float()
+    theirs._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
+    adapter.attach(unet)
+    torch.manual_seed(0)
+    x, text, patches = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64), torch.randn(1, 65, 128)
+    with torch.no_grad():
+        ours = unet(x, torch.tensor(500), Prompt(text, (ImagePrompt(adapter.image_proj(patches)),)))
+        wanted = theirs(x, 500, text, added_cond_kwargs={"image_embeds": [patches[:, None]]}).sample
+    assert (ours - wanted).norm() / wanted.norm() < 1e-5
+    script = [sys.executable, ROOT / "sample.py", "--adapter", run / "adapter.safetensors", "--image"]
+    script += [ROOT / "tiny/example.png", "--steps", "2", "--output", tmp_path / "x.png"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_validation_and_curve_are_pictures(tmp_path, data, cache):
+    flags = ["--data", data, "--cache", cache, "--output", tmp_path / "run", "--validate-every", 1]
+    done = train(*QUICK, *flags)
+    assert done.returncode == 0, done.stderr
+    strips = sorted((tmp_path / "run/validation").iterdir())
+    assert [path.name for path in strips] == ["00000001.png", "00000002.png"]
+    sizes = {Image.open(path).size for path in strips}
+    assert sizes == {(6 * 64, 64)}
+    first, second = (np.asarray(Image.open(path)).astype(int) for path in strips)
+    assert 0 < abs(first - second).mean() < 30  # the same noise, another adapter
+    assert Image.open(tmp_path / "run/validation.png").width > 3 * 64
+    assert np.asarray(Image.open(tmp_path / "run/curve.png").convert("L")).min() == 0
+
+
+# One result, however it is come by
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_bit_for_bit_the_same(run, data, cache, tmp_path):
+    flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--steps", 6, "--save-every", 2]
+    process = subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(3, tmp_path / "run", process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = train(*flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "run", run)
+    strip = [{key: line[key] for key in ("step", "loss", "lr", "skipped")} for line in log(tmp_path / "run")]
+    assert strip == [{key: line[key] for key in ("step", "loss", "lr", "skipped")} for line in log(run)]
+
+
+def test_ctrl_c_ends_behind_the_step_and_loses_nothing(run, data, cache, tmp_path):
+    flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--steps", 6]
+    process = subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_step(1, tmp_path / "run", process)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == 130
+    assert "nothing is lost, go on with --resume" in err and "Traceback" not in err
+    assert 1 <= len(log(tmp_path / "run")) < 6
+    assert train(*flags, "--resume").returncode == 0
+    assert same(tmp_path / "run", run)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, data, cache, tmp_path):
+    flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--save-every", 2]
+    assert train(*flags, "--steps", 4).returncode == 0
+    newest = tmp_path / "run/checkpoints/00000004.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-100] ^= 1  # one bit of one weight
+    newest.write_bytes(content)
+    done = train(*flags, "--steps", 6, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "00000004.safetensors: damaged" in done.stderr and "the checkpoint before it" in done.stderr
+    assert same(tmp_path / "run", run)
+
+
+def test_cached_or_not_and_with_workers_it_is_the_same_run(run, data, tmp_path):
+    flags = [*QUICK, "--data", data, "--steps", 6, "--output"]
+    assert train(*flags, tmp_path / "live").returncode == 0
+    assert train(*flags, tmp_path / "workers", "--workers", 2).returncode == 0
+    ours, cached, workers = (state(path) for path in (tmp_path / "live", run, tmp_path / "workers"))
+    assert all(torch.equal(ours[key], workers[key]) for key in ours)
+    # encoded two at a time or eight at a time: the same but for rounding
+    assert all(
+        torch.allclose(ours[key], cached[key], rtol=1e-3, atol=2e-5) for key in ours if key.startswith("adapter.")
+    )
+
+
+def test_two_processes_give_the_weights_of_one(data, cache, tmp_path):
+    flags = [*QUICK, "--data", data, "--cache", cache, "--steps", 3, "--learning-rate", 1e-4]
+    assert train(*flags, "--batch-size", 4, "--output", tmp_path / "one").returncode == 0
+    two = subprocess.run(
+        command(*flags, "--batch-size", 2, "--output", tmp_path / "two", processes=2),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert two.returncode == 0, two.stderr[-2000:]
+    one, two = (
+        torch.cat([v.flatten() for k, v in sorted(state(tmp_path / x).items()) if k.startswith("adapter.")])
+        for x in ("one", "two")
+    )
+    assert (one - two).norm() / one.norm() < 1e-5
+    # and the run goes on in one process
+    assert train(*flags, "--batch-size", 4, "--output", tmp_path / "two", "--steps", 4, "--resume").returncode == 0
+    assert [line["step"] for line in log(tmp_path / "two")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_other_kinds_and_going_on_from_an_adapter(data, tmp_path, kind):
+    done = train(*QUICK, "--data", data, "--steps", 1, "--kind", kind, "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    done = train(
+        *QUICK,
+        "--data",
+        data,
+        "--steps",
+        1,
+        "--adapter",
+        tmp_path / "a/adapter.safetensors",
+        "--output",
+        tmp_path / "b",
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / x / "adapter.safetensors") for x in "ab")
+    assert first.keys() == second.keys()
+    moved = [(first[key].float() - second[key].float()).abs().max().item() for key in first]
+    assert 0 < max(moved) < 0.01
+
+
+# The cache
+
+
+def test_the_cache_holds_what_the_encoders_make(run, data, cache):
+    """Encoded one by one, here, by hand."""
+    notes = json.loads((cache / "cache.json").read_text())
+    found = Cache(cache, {key: value for key, value in notes.items() if key != "pairs"}, 8)
+    assert found.missing() == []
+    base, pairs = open_base(WEIGHTS / "sd-tiny.safetensors"), open_pairs(data)
+    vae, text, image = base.vae(), base.text(), load_image_encoder(WEIGHTS / "clip-tiny.safetensors")
+    from clip import preprocess, tokenize
+
+    for i in (0, 7):
+        features = found[i]
+        assert features.keys() == set(KEYS)
+        small = np.asarray(pairs[i].image.resize((64, 64), Image.Resampling.BILINEAR))
+        with torch.no_grad():
+            mean, logvar = vae.posterior(torch.tensor(small).permute(2, 0, 1)[None] / 127.5 - 1)
+            wanted = {
+                "mean": 0.18215 * mean[0],
+                "std": 0.18215 * logvar[0].exp().sqrt(),
+                "text": text(tokenize(pairs[i].text))[0],
+                "image": image.penultimate(preprocess(pairs[i].image, 128))[0],
+            }
+        for key in KEYS:
+            assert torch.allclose(features[key], wanted[key], atol=1e-4), key
+
+
+def test_a_cache_made_by_other_models_or_settings_is_refused(data, cache, run, tmp_path):
+    done = train(*QUICK, "--data", data, "--cache", cache, "--kind", "base", "--output", tmp_path / "x")
+    assert done.returncode == 2 and "made with another features (patches; now embedding)" in done.stderr
+    done = train(*QUICK, "--data", data, "--cache", cache, "--resolution", 32, "--output", tmp_path / "x")
+    assert done.returncode == 2 and "another resolution (64; now 32)" in done.stderr
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_it_is_begun(data, tmp_path):
+    import shutil
+
+    full = type("Usage", (), {"free": 1000})
+    with patch.object(shutil, "disk_usage", lambda path: full):
+        done = train(*QUICK, "--data", data, "--cache", tmp_path / "c", "--output", tmp_path / "x")
+    assert done.returncode == 2 and "GB are needed for 8 pairs" in done.stderr
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_bad_pairs_are_left_out_counted_and_named(data, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes((data / f"{i}.png").read_bytes())
+        (folder / f"{i}.txt").write_text("x")
+    (folder / "1.png").write_bytes((data / "1.png").read_bytes()[:300])
+    (folder / "3.png").write_bytes((data / "3.png").read_bytes())  # no caption
+    for extra in ([], ["--cache", tmp_path / "cache"]):
+        out = tmp_path / f"run{len(extra)}"
+        done = train(*QUICK, "--data", folder, "--output", out, "--steps", 3, *extra)
+        assert done.returncode == 0, done.stderr
+        noted = (out / "skipped.txt").read_text()
+        assert "3.png: no caption" in noted
+        assert "1.png" in noted and "damaged or cut short" in noted
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(b"no picture")
+    done = train(*QUICK, "--data", folder, "--output", tmp_path / "none")
+    assert done.returncode == 2 and "none of the 3 pairs can be used" in done.stderr
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        (["--batch-size", "0"], "--batch-size: '0' given, a whole number, 1 or more, is wanted"),
+        (["--steps", "0"], "--steps: '0' given"),
+        (["--learning-rate", "nan"], "--learning-rate: 'nan' given, a number, 0 or more, is wanted"),
+        (["--drop-text", "1.5"], "--drop-text: '1.5' given, a number from 0 to 1 is wanted"),
+        (
+            ["--drop-text", "0.9", "--drop-image", "0.2"],
+            "--drop-text, --drop-image and --drop-both: more than 1 in all",
+        ),
+        (["--resolution", "100"], "--resolution: 100 given, a multiple of 8 is wanted"),
+        (["--kind", "other"], "--kind: invalid choice: 'other'"),
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--data", "none-*.tar"], "none-*.tar: matches nothing"),
+        (["--base", "x.safetensors"], "--image-encoder is wanted beside --base"),
+        (["--base", "x.safetensors", "--image-encoder", "y.safetensors"], "--data is wanted beside --base"),
+        (["--adapter", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["--resume"], "holds no run to go on with"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, flags, wanted):
+    done = train("--output", tmp_path / "run", *flags)
+    assert done.returncode == 2
+    assert wanted in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(run, data):
+    before = state(run)
+    done = train(*QUICK, "--data", data, "--output", run)
+    assert done.returncode == 2 and "holds a run already; go on with it by --resume" in done.stderr
+    assert all(torch.equal(value, before[key]) for key, value in state(run).items())
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        (["--kind", "base"], "has another kind (full-face; now base)"),
+        (["--seed", "1"], "has another seed (0; now 1)"),
+        (["--resolution", "32"], "has another resolution (64; now 32)"),
+        (["--image-encoder", "other.safetensors"], "has another image_encoder (sha256)"),
+        (["--steps", "6"], "is at step 6 already"),
+        (["--steps", "3"], "is at step 6 already"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(run, data, cache, tmp_path, flags, wanted):
+    if "other.safetensors" in flags:
+        other = load_file(WEIGHTS / "clip-tiny.safetensors")
+        save_file({key: value + 0.1 for key, value in other.items()}, tmp_path / "other.safetensors")
+        flags = [flags[0], tmp_path / flags[1]]
+    done = train(*QUICK, "--data", data, "--cache", cache, "--output", run, "--resume", *flags)
+    assert done.returncode == 2 and wanted in done.stderr, done.stderr
+    assert len(log(run)) == 6
+
+
+def test_a_loss_that_stays_infinite_ends_the_run_and_keeps_the_state_before(data, cache, run, tmp_path):
+    flags = [*QUICK, "--data", data, "--output", tmp_path / "run"]
+    assert train(*flags, "--cache", cache, "--steps", 2).returncode == 0
+    bad = tmp_path / "cache"
+    bad.mkdir()
+    for path in cache.iterdir():
+        (bad / path.name).write_bytes(path.read_bytes())
+    broken = load_file(bad / "00000.safetensors")
+    save_file(broken | {"mean": broken["mean"] * torch.inf}, bad / "00000.safetensors", {"notes": "{}"})
+    before = state(tmp_path / "run")
+    done = train(*flags, "--cache", bad, "--steps", 20, "--save-every", 1, "--resume")
+    assert done.returncode == 2 and "for the 5th time in a row" in done.stderr
+    assert [line["skipped"] for line in log(tmp_path / "run")] == [0, 0, 1, 2, 3, 4, 5]
+    assert all(torch.equal(value, before[key]) for key, value in state(tmp_path / "run").items())
+
+
+def test_the_same_seed_gives_the_same_weights(run, data, cache, tmp_path):
+    flags = [*QUICK, "--data", data, "--cache", cache, "--steps", 6, "--output", tmp_path / "again"]
+    assert train(*flags).returncode == 0
+    assert same(tmp_path / "again", run)

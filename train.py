@@ -1,0 +1,375 @@
+"""Train an IP-Adapter by the paper's recipe (arXiv 2308.06721): the base model frozen, new keys and values for images.
+
+  python train.py                                     the tiny model's adapter, on the bundled drawings
+  python sample.py --adapter outputs/train/adapter.safetensors
+
+With Stable Diffusion 1.5, an image encoder and image-caption pairs (tar shards, a folder, or a list):
+  python train.py --base v1-5-pruned-emaonly.safetensors --image-encoder model.safetensors \\
+      --data "shards/{00000..00099}.tar" --output runs/first --cache runs/cache --dtype bfloat16
+
+On several GPUs, --batch-size for each:
+  torchrun --nproc-per-node 8 train.py --base ...
+
+A run is a folder. It can be stopped at any moment; --resume goes on with it as if it had not been stopped.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from clip import CLIPImageConfig, PictureError, preprocess
+from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler, flags
+from ipadapter.features import SHARD, Cache, Encoders, Features, Places, Prepared, Readable, places, stack
+from ipadapter.pairs import DataError, Pairs, open_pairs
+from ipadapter.pictures import to_pil
+from ipadapter.run import Run
+from ipadapter.trainer import Ranks, Trainer
+from sampler import ddim, guided, noise
+from unet import UNet
+from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base
+from weights.hashes import sha256
+
+TINY = Path(__file__).parent / "tiny"
+KINDS = {PatchProjection: "full-face", Resampler: "plus", ImageProjection: "base"}
+# What stands for a flag that is not given: the paper's recipe; and what suits the tiny model and a laptop.
+PAPER = {
+    "kind": "base",
+    "steps": 1_000_000,
+    "batch_size": 8,
+    "learning_rate": 1e-4,
+    "warmup": 0,
+    "ema": 0.0,
+    "drop_text": 0.05,
+    "resolution": 512,
+    "save_every": 1000,
+    "validate_every": 1000,
+}
+TINY_RUN = {
+    "base": str(TINY / "weights/sd-tiny.safetensors"),
+    "image_encoder": str(TINY / "weights/clip-tiny.safetensors"),
+    "data": [str(TINY / "data/train-*.tar.gz")],
+    "validation": [str(TINY / "data/unseen-drawings-*.tar.gz")],
+    "kind": "full-face",
+    "steps": 300,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "warmup": 20,
+    "ema": 0.98,
+    "drop_text": 0.5,  # a drawing's name tells nearly everything: beside it little is left for the image to tell
+    "resolution": 128,
+    "save_every": 50,
+    "validate_every": 50,
+}
+MODELS = ("base", "image_encoder", "vae")
+IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed")  # another run, if one differs
+SHOWN = 6  # image prompts of the validation
+VALIDATION_STEPS = 30  # DDIM
+
+
+def main() -> None:
+    args = parse()
+    ranks = Ranks(args.device)
+    run = Run(args.output, ranks, settings(args, ranks), IDENTITY, args.resume)
+    base = open_base(args.base, args.dtype, ranks.device)
+    pairs = open_pairs(args.data)
+    seen = look(args, ranks, base, pairs)
+
+    torch.manual_seed(args.seed)  # for the image projection of a new adapter
+    unet = base.unet()
+    if args.gradient_checkpointing:
+        unet.recompute()
+    adapter = seen.adapter or new_adapter(args.kind, unet, seen.encoder)
+    adapter.to(ranks.device, torch.float32).requires_grad_().attach(unet)
+    trainer = Trainer(
+        adapter,
+        torch.compile(unet) if args.compile else unet,
+        seen.null,
+        ranks,
+        seed=args.seed,
+        dtype=args.dtype,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        drop=(args.drop_text, args.drop_image, args.drop_both),
+        warmup=args.warmup,
+        clip_grad=args.clip_grad,
+        ema=args.ema,
+    )
+    ranks.say(f"{sum(p.numel() for p in adapter.parameters()):,} trainable parameters, {len(pairs):,} pairs")
+    run.open(trainer, pairs, args.resume)
+    if trainer.step >= args.steps:
+        raise flags.UserError(f"--steps {args.steps}: the run in {args.output} is at step {trainer.step} already")
+
+    stop = Stop(ranks)
+    order = places(
+        trainer.place, (args.steps - trainer.step) * args.grad_accumulation, args.batch_size, ranks.rank, ranks.size
+    )
+    loader = DataLoader(Places(seen.source, args.seed), batch_sampler=order, collate_fn=stack, num_workers=args.workers)
+    batches = iter(loader)
+    with tqdm(total=args.steps, initial=trainer.step, desc="training", unit="step", disable=not ranks.first) as bar:
+        while trainer.step < args.steps and not stop:
+            parts = []
+            for at, pairs_or_features, bad in islice(batches, args.grad_accumulation):
+                parts.append((at, seen.encode(pairs_or_features)))
+                run.skipped += bad
+            run.log(trainer.update(parts))
+            bar.update()
+            bar.set_postfix(loss=f"{run.smooth:.4f}", lr=f"{trainer.rate:.1e}")
+            last = trainer.step == args.steps
+            if last or trainer.step % args.save_every == 0:
+                run.save()
+            if ranks.first and args.validate_every and (last or trainer.step % args.validate_every == 0):
+                run.show(seen.prompts, validate(args, base, unet, trainer, seen))
+    if trainer.step < args.steps:
+        run.save()
+        ranks.say(f"stopped behind step {trainer.step}; nothing is lost, go on with --resume")
+        sys.exit(130)
+    run.close()
+    ranks.say(f"{args.output / 'adapter.safetensors'}\n{args.output / 'validation.png'}\n{args.output / 'curve.png'}")
+    ranks.close()
+
+
+def settings(args: argparse.Namespace, ranks: Ranks) -> dict:
+    """What `settings.json` holds: every flag, and what the models are, wherever their files lie."""
+    flags_given = {key: value for key, value in vars(args).items() if key not in ("device", "dtype", "resume")}
+    hashes = {name: sha256(path) for name in MODELS if (path := getattr(args, name))}
+    return (
+        flags_given
+        | {f"{name} (sha256)": value for name, value in hashes.items()}
+        | {"processes": ranks.size, "torch": torch.__version__}
+    )
+
+
+@dataclass
+class Seen:
+    """What is left of data and encoders when the training begins."""
+
+    source: Dataset  # features from the cache, or prepared pairs
+    encode: Callable[[Features], Features]  # nothing more to do, or the encoders
+    null: Features  # of the empty prompt and of no image
+    encoder: CLIPImageConfig
+    adapter: IPAdapter | None  # the one to go on with
+    prompts: list[Image.Image]  # of the validation
+    prompt_features: Tensor
+
+
+def look(args: argparse.Namespace, ranks: Ranks, base: Base, pairs: Pairs) -> Seen:
+    """Load the encoders; fill the cache, if there is to be one, and let them go."""
+    image = load_image_encoder(args.image_encoder, args.dtype, ranks.device)
+    adapter = load_adapter(args.adapter) if args.adapter else None
+    if adapter:
+        check_fit(adapter, args.adapter, base, image, args.image_encoder)
+    vae = load_vae(args.vae, args.dtype, ranks.device) if args.vae else base.vae()
+    encoders = Encoders(vae, base.text(), image, patches=args.kind != "base")
+    source = prepared = Prepared(pairs, args.resolution, image.config.image_size)
+    if args.cache:
+        source = fill(args, ranks, encoders, prepared)
+    prompts = validation_prompts(args, pairs) if args.validate_every else []
+    pixels = [preprocess(prompt, image.config.image_size) for prompt in prompts]
+    return Seen(
+        source,
+        encode=(lambda features: features) if args.cache else encoders,
+        null=encoders.null(),
+        encoder=image.config,
+        adapter=adapter,
+        prompts=prompts,
+        prompt_features=torch.cat([encoders.image_features(x) for x in pixels]) if prompts else torch.empty(0),
+    )
+
+
+def fill(args: argparse.Namespace, ranks: Ranks, encoders: Encoders, prepared: Prepared) -> Cache:
+    """Make what is missing of the cache, each process its share of the files."""
+    models = {name: sha256(path) for name in ("base", "image_encoder", "vae") if (path := getattr(args, name))}
+    settings = {"features": "patches" if encoders.patches else "embedding", "resolution": args.resolution}
+    cache = Cache(args.cache, models | settings | {"dtype": args.dtype_name, "data": args.data}, len(prepared))
+    if ranks.first:
+        cache.begin(encoders.null(), args.resolution)
+    ranks.wait()
+    mine = cache.missing()[ranks.rank :: ranks.size]
+    if mine:
+        total = min(len(mine) * SHARD, len(prepared))
+        with tqdm(total=total, desc="features", unit="pair", disable=not ranks.first) as bar:
+            for _ in cache.fill(mine, encoders, prepared, args.workers):
+                bar.update()
+    ranks.wait()
+    return cache
+
+
+def validation_prompts(args: argparse.Namespace, pairs: Pairs) -> list[Image.Image]:
+    """The image prompts that are drawn now and then: the first readable pairs of --validation, or else of --data."""
+    found, readable = [], Readable(open_pairs(args.validation) if args.validation else pairs)
+    for i in range(len(readable.source)):
+        pair, bad = readable[i]
+        found += [] if bad else [pair.image]
+        if len(found) == SHOWN:
+            break
+    return found
+
+
+def new_adapter(kind: str, unet: UNet, encoder: CLIPImageConfig) -> IPAdapter:
+    """An adapter as the official ones are: 4 tokens, a Resampler of depth 4 with 16 tokens, or every patch a token."""
+    context = unet.config.context_dim
+    if kind == "base":
+        projection = ImageProjection(encoder.projection, context, num_tokens=4)
+    elif kind == "plus":
+        projection = Resampler(encoder.width, context, depth=4, heads=context // 64, num_tokens=16, context_dim=context)
+    else:
+        projection = PatchProjection(encoder.width, context)
+    return IPAdapter.for_unet(unet, projection)
+
+
+@torch.no_grad()
+def validate(args: argparse.Namespace, base: Base, unet: UNet, trainer: Trainer, seen: Seen) -> list[Image.Image]:
+    """What the adapter as it now is makes of the image prompts, with no text, at scale 1, from the seeds 0, 1, ..."""
+    device, count = trainer.ranks.device, len(seen.prompts)
+    with trainer.averaged() as adapter, torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
+        text = trainer.null["text"].expand(count, -1, -1)
+        tokens = adapter.image_proj(seen.prompt_features.float())
+        null = adapter.image_proj(trainer.null["image"][None].float()).expand_as(tokens)
+        prompt, absent = Prompt(text, (ImagePrompt(tokens),)), Prompt(text, (ImagePrompt(null),))
+        start = noise(0, count, args.resolution, args.resolution).to(device)
+        steps = ddim(guided(unet, prompt, absent, 7.5), start, VALIDATION_STEPS)
+        for x in tqdm(steps, "validation", VALIDATION_STEPS, leave=False):
+            pass
+    vae = load_vae(args.vae, args.dtype, device) if args.vae else base.vae()  # not held while the training goes on
+    return [to_pil(vae.decode(z.to(args.dtype)))[0] for z in x.split(1)]
+
+
+class Stop:
+    """Turns Ctrl-C and a scheduler's SIGTERM into an end behind the step that is being made, on all ranks at once."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.asked = ranks, False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.ask)
+
+    def ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __bool__(self) -> bool:
+        return self.ranks.mean(float(self.asked))[0] > 0
+
+
+def parse() -> argparse.Namespace:
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+
+    def preset(name: str) -> str:
+        return f"(default: {PAPER[name]:,}; tiny {TINY_RUN[name]:,})"
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--base", metavar="FILE", help="Stable Diffusion 1.x, original layout (default: the tiny model)")
+    files.add_argument("--image-encoder", metavar="FILE", help="CLIP image encoder, transformers or OpenCLIP layout")
+    files.add_argument("--vae", metavar="FILE", help="another autoencoder, original layout")
+    files.add_argument("--adapter", metavar="FILE", help="go on from this adapter instead of beginning with a new one")
+    files.add_argument(
+        "--data",
+        nargs="+",
+        metavar="D",
+        help="pairs: tar shards (globs and {000..099} work), folders of pictures with .txt or .json beside them, "
+        'or .json and .jsonl lists of {"image_file", "text"}',
+    )
+    files.add_argument(
+        "--validation",
+        nargs="+",
+        metavar="D",
+        help="pairs whose pictures are drawn now and then (default: from --data)",
+    )
+    files.add_argument("--cache", type=Path, metavar="DIR", help="keep what the encoders make here; they run once")
+    files.add_argument(
+        "--output", type=Path, default=Path("outputs/train"), help="folder of the run (default: %(default)s)"
+    )
+    files.add_argument("--resume", action="store_true", help="go on with the run in --output")
+
+    recipe = parser.add_argument_group("recipe")
+    add = recipe.add_argument
+    add("--kind", choices=KINDS.values(), help=f"(default: {PAPER['kind']}; tiny {TINY_RUN['kind']})")
+    add("--steps", type=flags.whole(1), help=preset("steps"))
+    add(
+        "--batch-size",
+        type=flags.whole(1),
+        metavar="N",
+        help="pairs to a step, of each process " + preset("batch_size"),
+    )
+    add("--grad-accumulation", type=flags.whole(1), default=1, metavar="N", help="batches to a step (default: 1)")
+    add("--learning-rate", type=flags.number(0), metavar="R", help=preset("learning_rate"))
+    add("--warmup", type=flags.whole(0), metavar="N", help="steps in which it grows " + preset("warmup"))
+    add("--weight-decay", type=flags.number(0), default=0.01, metavar="D", help="(default: %(default)s)")
+    add("--clip-grad", type=flags.number(0), default=0.0, metavar="N", help="largest norm (default: 0, none)")
+    add("--ema", type=flags.share, metavar="D", help="decay of averaged weights, 0: none " + preset("ema"))
+    add("--drop-text", type=flags.share, metavar="P", help="share of pairs without their text " + preset("drop_text"))
+    add("--drop-image", type=flags.share, default=0.05, metavar="P", help="without their image (default: %(default)s)")
+    add("--drop-both", type=flags.share, default=0.05, metavar="P", help="without either (default: %(default)s)")
+    add("--resolution", type=flags.side, metavar="R", help="of the pictures, a square " + preset("resolution"))
+    add("--seed", type=flags.whole(0, 2**40), default=0, help="(default: %(default)s)")
+
+    machine = parser.add_argument_group("machine")
+    add = machine.add_argument
+    add(
+        "--device",
+        type=flags.device,
+        default=flags.default_device(),
+        help="cpu, cuda, cuda:1 (default: the fastest here)",
+    )
+    add(
+        "--dtype",
+        choices=flags.DTYPES,
+        default="float32",
+        dest="dtype_name",
+        help="of the frozen parts (default: %(default)s)",
+    )
+    add("--compile", action="store_true", help="compile the UNet (torch.compile)")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add(
+        "--workers",
+        type=flags.whole(0),
+        metavar="N",
+        help="processes that read pairs (default: 4 beside a GPU, else 0)",
+    )
+    add(
+        "--save-every",
+        type=flags.whole(1),
+        metavar="N",
+        help="steps from checkpoint to checkpoint " + preset("save_every"),
+    )
+    add(
+        "--validate-every",
+        type=flags.whole(0),
+        metavar="N",
+        help="the same for pictures, 0: none " + preset("validate_every"),
+    )
+    args = parser.parse_args()
+
+    if args.base:
+        for name in ("image_encoder", "data"):
+            if not getattr(args, name):
+                raise flags.UserError(f"--{name.replace('_', '-')} is wanted beside --base")
+    if args.adapter:
+        found = KINDS[type(load_adapter(args.adapter).image_proj)]
+        if args.kind and args.kind != found:
+            raise flags.UserError(f"--kind {args.kind}: the adapter given ({args.adapter}) is of the kind {found}")
+        args.kind = found
+    for name, value in (PAPER if args.base else TINY_RUN).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.drop_text + args.drop_image + args.drop_both > 1:
+        raise flags.UserError("--drop-text, --drop-image and --drop-both: more than 1 in all")
+    args.dtype = flags.DTYPES[args.dtype_name]
+    if args.workers is None:
+        args.workers = 4 if args.device.type == "cuda" else 0
+    return args
+
+
+if __name__ == "__main__":
+    flags.run(main, (WeightsError, PictureError, DataError))
