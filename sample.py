@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from clip import PictureError, open_picture, preprocess, tokenize
 from clip.tokenizer import cut
-from ipadapter import ImagePrompt, Prompt, flags
+from ipadapter import ImagePrompt, IPAdapter, Prompt, flags
 from ipadapter.pictures import save_png, sheet, to_pil
 from sampler import ddim, guided, noise
 from unet import UNet
@@ -52,12 +52,13 @@ def main() -> None:
 
     base = open_base(args.base, args.dtype, args.device)
     vae = load_vae(args.vae, args.dtype, args.device) if args.vae else None
-    tokens, null_tokens = image_prompt(args, base) if args.image else (None, None)
+    adapter = load_adapter(args.adapter, args.dtype, args.device) if args.image else None
+    tokens, null_tokens = image_prompt(args, base, adapter) if args.image else (None, None)
     text, null_text = text_prompt(args, base)
 
     unet = base.unet()
-    if args.image:
-        load_adapter(args.adapter, args.dtype, args.device).attach(unet)
+    if adapter:
+        adapter.attach(unet)
     latents = []
     with tqdm(total=args.steps * batches(args) * len(args.scale), desc="denoising", unit="step") as bar:
         for scale in args.scale:
@@ -73,10 +74,9 @@ def main() -> None:
 
 
 @torch.no_grad()
-def image_prompt(args: argparse.Namespace, base: Base) -> tuple[Tensor, Tensor]:
+def image_prompt(args: argparse.Namespace, base: Base, adapter: IPAdapter) -> tuple[Tensor, Tensor]:
     """The image prompt's tokens and those of its absence; the image encoder is freed on return."""
     encoder = load_image_encoder(args.image_encoder, args.dtype, args.device)
-    adapter = load_adapter(args.adapter, args.dtype, args.device)
     check_fit(adapter, args.adapter, base, encoder, args.image_encoder)
     pixels = torch.cat([preprocess(open_picture(path), encoder.config.image_size) for path in args.image])
     pixels = pixels.to(args.device, args.dtype)

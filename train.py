@@ -57,8 +57,9 @@ PAPER = {
 TINY_RUN = {
     "base": str(TINY / "weights/sd-tiny.safetensors"),
     "image_encoder": str(TINY / "weights/clip-tiny.safetensors"),
-    "data": [str(TINY / "data/train-*.tar.gz")],
     "validation": [str(TINY / "data/unseen-drawings-*.tar.gz")],
+    "limit": 2000,  # of 9,142: to encode them all takes as long as to train
+    "data": [str(TINY / "data/train-*.tar.gz")],
     "kind": "full-face",
     "steps": 300,
     "batch_size": 32,
@@ -104,7 +105,7 @@ def main() -> None:
         clip_grad=args.clip_grad,
         ema=args.ema,
     )
-    ranks.say(f"{sum(p.numel() for p in adapter.parameters()):,} trainable parameters, {len(pairs):,} pairs")
+    ranks.say(f"{sum(p.numel() for p in adapter.parameters()):,} trainable parameters, {len(seen.source):,} pairs")
     run.open(trainer, pairs, args.resume)
     if trainer.step >= args.steps:
         raise flags.UserError(f"--steps {args.steps}: the run in {args.output} is at step {trainer.step} already")
@@ -170,7 +171,7 @@ def look(args: argparse.Namespace, ranks: Ranks, base: Base, pairs: Pairs) -> Se
         check_fit(adapter, args.adapter, base, image, args.image_encoder)
     vae = load_vae(args.vae, args.dtype, ranks.device) if args.vae else base.vae()
     encoders = Encoders(vae, base.text(), image, patches=args.kind != "base")
-    source = prepared = Prepared(pairs, args.resolution, image.config.image_size)
+    source = prepared = Prepared(pairs, args.limit or len(pairs), args.resolution, image.config.image_size)
     if args.cache:
         source = fill(args, ranks, encoders, prepared)
     prompts = validation_prompts(args, pairs) if args.validate_every else []
@@ -191,10 +192,11 @@ def fill(args: argparse.Namespace, ranks: Ranks, encoders: Encoders, prepared: P
     models = {name: sha256(path) for name in ("base", "image_encoder", "vae") if (path := getattr(args, name))}
     settings = {"features": "patches" if encoders.patches else "embedding", "resolution": args.resolution}
     cache = Cache(args.cache, models | settings | {"dtype": args.dtype_name, "data": args.data}, len(prepared))
+    mine = cache.missing()[ranks.rank :: ranks.size]  # before any process has begun to fill it
+    ranks.wait()
     if ranks.first:
         cache.begin(encoders.null(), args.resolution)
     ranks.wait()
-    mine = cache.missing()[ranks.rank :: ranks.size]
     if mine:
         total = min(len(mine) * SHARD, len(prepared))
         with tqdm(total=total, desc="features", unit="pair", disable=not ranks.first) as bar:
@@ -286,6 +288,7 @@ def parse() -> argparse.Namespace:
         metavar="D",
         help="pairs whose pictures are drawn now and then (default: from --data)",
     )
+    files.add_argument("--limit", type=flags.whole(1), metavar="N", help="the first N pairs (default: all)")
     files.add_argument("--cache", type=Path, metavar="DIR", help="keep what the encoders make here; they run once")
     files.add_argument(
         "--output", type=Path, default=Path("outputs/train"), help="folder of the run (default: %(default)s)"
@@ -360,8 +363,10 @@ def parse() -> argparse.Namespace:
         if args.kind and args.kind != found:
             raise flags.UserError(f"--kind {args.kind}: the adapter given ({args.adapter}) is of the kind {found}")
         args.kind = found
+    if not args.base and not args.data:
+        args.cache = args.cache or args.output / "cache"
     for name, value in (PAPER if args.base else TINY_RUN).items():
-        if getattr(args, name, None) is None:
+        if getattr(args, name) is None and not (args.data and name in ("validation", "limit")):
             setattr(args, name, value)
     if args.drop_text + args.drop_image + args.drop_both > 1:
         raise flags.UserError("--drop-text, --drop-image and --drop-both: more than 1 in all")

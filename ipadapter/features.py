@@ -32,13 +32,14 @@ SHARD = 256  # pairs to a file of the cache
 
 
 class Prepared(Dataset):
-    """Pairs as the encoders want them: pixels (3, R, R) in [-1, 1], clip (3, S, S), tokens (77,)."""
+    """The first pairs as the encoders want them: pixels (3, R, R) in [-1, 1], clip (3, S, S), tokens (77,)."""
 
-    def __init__(self, pairs: Pairs, resolution: int, clip_size: int):
-        self.pairs, self.resolution, self.clip_size = pairs, resolution, clip_size
+    def __init__(self, pairs: Pairs, limit: int, resolution: int, clip_size: int):
+        self.pairs, self.length = pairs, min(limit, len(pairs))
+        self.resolution, self.clip_size = resolution, clip_size
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return self.length
 
     def __getitem__(self, i: int) -> Features:
         pair = self.pairs[i]

@@ -40,7 +40,6 @@ class Base:
     """A Stable Diffusion 1.x checkpoint, its keys checked, its models built when they are asked for."""
 
     path: Path
-    context_dim: int
     layers: list[tuple[int, int]]  # (dim, context_dim) of each cross-attention, in the order of an adapter's keys
     dtype: torch.dtype
     device: torch.device | str
@@ -92,7 +91,7 @@ def open_base(path: str | Path, dtype: torch.dtype = torch.float32, device: torc
     build(lambda _: VAE(vae), parts[VAE_], path)
     build(lambda _: CLIPText(text), parts[TEXT], path)
     layers = [(layer.to_k.out_features, layer.to_k.in_features) for layer in shapes]
-    return Base(Path(path), unet.context_dim, layers, dtype, device)
+    return Base(Path(path), layers, dtype, device)
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:
@@ -163,11 +162,12 @@ def check_fit(
 ) -> None:
     """Refuse adapter, base and image encoder that do not fit together, naming what would."""
     projection = adapter.image_proj
-    if projection.context_dim != base.context_dim:
+    base_dim = base.layers[0][1]
+    if projection.context_dim != base_dim:
         state = {f"ip_adapter.{k}": v for k, v in adapter.ip_adapter.state_dict().items()}
         raise WeightsError(
             f"{adapter_path}: this adapter is {adapter_base(state)} (tokens of {projection.context_dim}); "
-            f"the base {base.path} has tokens of {base.context_dim}"
+            f"the base {base.path} has tokens of {base_dim}"
         )
     layers = [tuple(ip.to_k_ip.weight.shape) for ip in adapter.ip_adapter.values()]
     if layers != base.layers:
