@@ -49,6 +49,7 @@ PAPER = {
     "learning_rate": 1e-4,
     "warmup": 0,
     "ema": 0.0,
+    "loss": "eps",
     "drop_text": 0.05,
     "resolution": 512,
     "save_every": 1000,
@@ -66,6 +67,7 @@ TINY_RUN = {
     "learning_rate": 1e-3,
     "warmup": 20,
     "ema": 0.98,
+    "loss": "v",
     "drop_text": 0.5,  # a drawing's name tells nearly everything: beside it little is left for the image to tell
     "resolution": 128,
     "save_every": 50,
@@ -100,6 +102,7 @@ def main() -> None:
         dtype=args.dtype,
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
+        loss=args.loss,
         drop=(args.drop_text, args.drop_image, args.drop_both),
         warmup=args.warmup,
         clip_grad=args.clip_grad,
@@ -310,6 +313,7 @@ def parse() -> argparse.Namespace:
     add("--warmup", type=flags.whole(0), metavar="N", help="steps in which it grows " + preset("warmup"))
     add("--weight-decay", type=flags.number(0), default=0.01, metavar="D", help="(default: %(default)s)")
     add("--clip-grad", type=flags.number(0), default=0.0, metavar="N", help="largest norm (default: 0, none)")
+    add("--loss", choices=("eps", "v"), help="error of the noise, or weighted as that of v (default: eps; tiny v)")
     add("--ema", type=flags.share, metavar="D", help="decay of averaged weights, 0: none " + preset("ema"))
     add("--drop-text", type=flags.share, metavar="P", help="share of pairs without their text " + preset("drop_text"))
     add("--drop-image", type=flags.share, default=0.05, metavar="P", help="without their image (default: %(default)s)")

@@ -25,15 +25,19 @@ def drops(u: Tensor, text: float = 0.05, image: float = 0.05, both: float = 0.05
     return drop_text, drop_image
 
 
-def adapter_loss(unet: nn.Module, noisy: Tensor, noise: Tensor, t: Tensor, text: Tensor, tokens: Tensor) -> Tensor:
+def adapter_loss(
+    unet: nn.Module, noisy: Tensor, noise: Tensor, t: Tensor, text: Tensor, tokens: Tensor, weight: Tensor | float = 1.0
+) -> Tensor:
     """Mean squared error of the predicted noise, the one term of the paper's objective (equation 6).
 
     Args:
         noisy, noise: (batch, 4, H/8, W/8); t: (batch,) in 0..999.
         text: (batch, 77, context_dim); tokens: (batch, num_tokens, context_dim) of the adapter attached to the UNet.
+        weight: of each sample, (batch,); in the paper they are all 1.
     """
     eps = unet(noisy, t, Prompt(text, (ImagePrompt(tokens),)))
-    return mse_loss(eps.float(), noise.float())
+    errors = mse_loss(eps.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
+    return (weight * errors).mean()
 
 
 class Objective(nn.Module):
@@ -50,11 +54,13 @@ class Objective(nn.Module):
         self.frozen = [unet]  # in a list: not a submodule
         self.dtype = dtype
 
-    def forward(self, noisy: Tensor, noise: Tensor, t: Tensor, text: Tensor, image: Tensor) -> Tensor:
+    def forward(
+        self, noisy: Tensor, noise: Tensor, t: Tensor, text: Tensor, image: Tensor, weight: Tensor | float = 1.0
+    ) -> Tensor:
         """As `adapter_loss`, with CLIP features of the image prompts (batch, ...) instead of tokens."""
         tokens = self.adapter.image_proj(image.float())
         with torch.autocast(noisy.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return adapter_loss(self.frozen[0], noisy, noise, t, text, tokens)
+            return adapter_loss(self.frozen[0], noisy, noise, t, text, tokens, weight)
 
 
 def pair_at(seed: int, place: int, pairs: int, retry: int = 0) -> int:

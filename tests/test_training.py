@@ -9,11 +9,11 @@ import torch
 from counterparts import diffusers_unet_with, rel
 from torch.nn.functional import mse_loss
 
-from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
+from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.features import places
 from ipadapter.trainer import Ranks, Trainer
 from ipadapter.training import Objective, adapter_loss, draws, drops, pair_at
-from sampler import add_noise
+from sampler import add_noise, alphas_cumprod
 from unet import SD15, UNet
 
 RECIPE = {
@@ -21,6 +21,7 @@ RECIPE = {
     "dtype": torch.float32,
     "learning_rate": 1e-3,
     "weight_decay": 0.01,
+    "loss": "eps",
     "drop": (0.05, 0.05, 0.05),
     "warmup": 0,
     "clip_grad": 0.0,
@@ -86,6 +87,24 @@ def test_loss_and_gradients_equal_diffusers(unet, kind):
     for layer, ip in zip([layers[i] for i in order], ours.adapter.ip_adapter.values(), strict=True):
         assert rel(ip.to_k_ip.weight.grad, layer.to_k_ip[0].weight.grad) < 1e-3
         assert rel(ip.to_v_ip.weight.grad, layer.to_v_ip[0].weight.grad) < 1e-4
+
+
+@torch.no_grad()
+def test_the_v_loss_is_the_error_of_v(unet):
+    """v = sqrt(a) eps - sqrt(1 - a) x_0 (arXiv 2202.00512): its squared error, from x_0 as the predicted noise tells it."""
+    ours = trainer(unet, loss="v", drop=(0, 0, 0))
+    batch = features("base", [0])
+    noisy, noise, t, text, image, weight = ours.noised([0], batch)
+    a = alphas_cumprod()[t].double()
+    assert a < 15 / 16 and 1 / a < 16  # where nothing is clipped
+    eps = ours.objective.frozen[0](noisy, t, Prompt(text, (ImagePrompt(ours.adapter.image_proj(image)),))).double()
+
+    def v_of(eps: torch.Tensor) -> torch.Tensor:
+        return a.sqrt() * eps - (1 - a).sqrt() * (noisy - (1 - a).sqrt() * eps) / a.sqrt()
+
+    wanted = (v_of(eps) - v_of(noise)).square().mean()
+    assert ours.objective(noisy, noise, t, text, image, weight).item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert ours.noised(list(range(64)), features("base", list(range(64))))[5].max() == 16
 
 
 def test_drops_are_one_uniform_draw():
