@@ -138,7 +138,8 @@ def main() -> None:
         ranks.say(f"stopped behind step {trainer.step}; nothing is lost, go on with --resume")
         sys.exit(130)
     run.close()
-    ranks.say(f"{args.output / 'adapter.safetensors'}\n{args.output / 'validation.png'}\n{args.output / 'curve.png'}")
+    made = [args.output / name for name in ("adapter.safetensors", "validation.png", "curve.png")]
+    ranks.say("\n".join(str(path) for path in made if path.exists()))
     ranks.close()
 
 
