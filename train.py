@@ -64,14 +64,14 @@ TINY_RUN = {
     "kind": "full-face",
     "steps": 300,
     "batch_size": 32,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "warmup": 20,
     "ema": 0.98,
     "loss": "v",
     "drop_text": 0.5,  # a drawing's name tells nearly everything: beside it little is left for the image to tell
     "resolution": 128,
-    "save_every": 50,
-    "validate_every": 50,
+    "save_every": 100,
+    "validate_every": 100,
 }
 MODELS = ("base", "image_encoder", "vae")
 IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed")  # another run, if one differs

@@ -111,7 +111,7 @@ def test_a_run_is_a_folder(run, data):
     assert all(0 < line["loss"] < 1 and line["skipped"] == 0 for line in lines)
     assert all(a["seconds"] < b["seconds"] for a, b in pairwise(lines))
     settings = json.loads((run / "settings.json").read_text())
-    assert settings["steps"] == 6 and settings["learning_rate"] == 1e-3 and settings["data"] == [str(data)]
+    assert settings["steps"] == 6 and settings["learning_rate"] == 2e-3 and settings["data"] == [str(data)]
     assert len(settings["base (sha256)"]) == 64
 
 

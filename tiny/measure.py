@@ -33,7 +33,11 @@ RUNS = {  # scale of the image prompt (None: there is none), and the text beside
     "image-half-text": (0.5, "another drawing's text"),
     "text": (None, "its own text"),
 }
-ADAPTERS = {"base": "ip-adapter-tiny", "plus": "ip-adapter-plus-tiny"}
+ADAPTERS = {
+    "base": "ip-adapter-tiny",
+    "plus": "ip-adapter-plus-tiny",
+    "full-face": "ip-adapter-full-face-tiny",
+}
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def main() -> None:
         "logit_scale": clip.logit_scale,
     }
     files = {"sd": base, "clip": encoder}
-    for kind, name in (("base", "ip-adapter"), ("plus", "ip-adapter-plus")):
+    for kind, name in (("base", "ip-adapter"), ("plus", "ip-adapter-plus"), ("full-face", "ip-adapter-full-face")):
         if (args.runs / f"adapter-{kind}.pt").exists():
             files[name] = load_ema(new_adapter(unet, kind), f"adapter-{kind}", args).state_dict()
     args.output.mkdir(parents=True, exist_ok=True)

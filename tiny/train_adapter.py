@@ -1,15 +1,17 @@
 """Stage 4: the adapter, by the paper's recipe on the frozen rest.
 
 python -m tiny.train_adapter --kind base
-python -m tiny.train_adapter --kind plus
+python -m tiny.train_adapter --kind full-face --loss v --drop-text 0.5
+
+`train.py` does the same for any base; here one step is a CUDA graph, and the drawings are moved and mirrored a little.
 """
 
 import torch
 from torch import Tensor
 
-from ipadapter import ImageProjection, IPAdapter, Resampler
+from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
 from ipadapter.training import adapter_loss, drops
-from sampler import add_noise
+from sampler import add_noise, alphas_cumprod
 from tiny import drawings, presets
 from tiny.latents import VIEWS, Captions, scaled_vae, towers, views
 from tiny.train_unet import new_unet
@@ -17,26 +19,36 @@ from tiny.trainer import arguments, load_ema, train
 
 
 def new_adapter(unet: torch.nn.Module, kind: str) -> IPAdapter:
-    """A base adapter over the image embedding, or a plus adapter over the patches of the penultimate layer."""
-    if kind == "plus":
-        return IPAdapter.for_unet(unet, Resampler(presets.IMAGE.width, context_dim=presets.TEXT.width, **presets.PLUS))
-    return IPAdapter.for_unet(unet, ImageProjection(presets.IMAGE.projection, presets.TEXT.width, presets.NUM_TOKENS))
+    """A base adapter over the image embedding, or one over the patches of the penultimate layer."""
+    context = presets.TEXT.width
+    if kind == "base":
+        projection = ImageProjection(presets.IMAGE.projection, context, presets.NUM_TOKENS)
+    elif kind == "plus":
+        projection = Resampler(presets.IMAGE.width, context_dim=context, **presets.PLUS)
+    else:
+        projection = PatchProjection(presets.IMAGE.width, context)
+    return IPAdapter.for_unet(unet, projection)
 
 
 def main() -> None:
-    kind = {"choices": ("base", "plus"), "default": "base"}
+    flags = {
+        "kind": {"choices": ("base", "plus", "full-face"), "default": "base"},
+        "loss": {"choices": ("eps", "v"), "default": "eps", "help": "as in train.py (default: %(default)s)"},
+        "drop-text": {"type": float, "default": 0.05, "help": "as in train.py (default: %(default)s)"},
+    }
     count = {"type": int, "default": VIEWS, "help": "moved and mirrored views of each drawing (default: %(default)s)"}
-    args = arguments(__doc__, steps=15000, batch_size=256, learning_rate=1e-3, kind=kind, views=count)
+    args = arguments(__doc__, steps=15000, batch_size=256, learning_rate=1e-3, views=count, **flags)
     data = drawings.load("train")
     clip = towers(args)
-    features = clip.image.penultimate if args.kind == "plus" else clip.image
+    patches = args.kind != "base"
+    features = clip.image.penultimate if patches else clip.image
     with torch.no_grad():
         seen = views(scaled_vae(args, data), data, args.device, features, args.views)
         latents, images = (torch.stack([view[part] for view in seen]) for part in (0, 1))
         captions = Captions(clip.text, data, args.device)
-        # "No image" is a zero embedding for base, a picture of zeros behind the normalisation for plus.
+        # "No image" is a zero embedding for base, a picture of zeros behind the normalisation for the others.
         nothing = features(torch.zeros(1, 3, presets.SIZE, presets.SIZE, device=args.device))
-        nothing = nothing if args.kind == "plus" else torch.zeros_like(nothing)
+        nothing = nothing if patches else torch.zeros_like(nothing)
     unet = load_ema(new_unet(), "unet", args).to(memory_format=torch.channels_last)
     adapter = new_adapter(unet, args.kind).to(args.device)
     adapter.attach(unet)
@@ -46,12 +58,13 @@ def main() -> None:
         i = torch.randint(len(data), (batch,), device=args.device)
         view = torch.randint(len(latents), (batch,), device=args.device)
         t = torch.randint(1000, (batch,), device=args.device)
-        drop_text, drop_image = drops(torch.rand(batch, device=args.device))
+        drop_text, drop_image = drops(torch.rand(batch, device=args.device), args.drop_text)
         image = images[view, i].float()
         image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), nothing, image)
         noise = torch.randn_like(latents[0, :1].expand(batch, -1, -1, -1))
         noisy = add_noise(latents[view, i], noise, t).contiguous(memory_format=torch.channels_last)
-        return adapter_loss(unet, noisy, noise, t, captions.draw(i, drop_text), adapter.image_proj(image))
+        weight = (1 / alphas_cumprod(args.device)[t]).clamp(max=16) if args.loss == "v" else 1.0
+        return adapter_loss(unet, noisy, noise, t, captions.draw(i, drop_text), adapter.image_proj(image), weight)
 
     train(f"adapter-{args.kind}", adapter, loss, args)
 
