@@ -1,0 +1,209 @@
+"""What the experiments share: the tiny models, the bundled drawings as features, a training loop, scores, a report.
+
+All run on the tiny model, by default in minutes on two cores; the judge is the tiny CLIP, which is also the adapter's
+own image encoder, and 16x16 colour thumbnails, which took no part in any training.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, mse_loss, normalize
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from clip import tokenize
+from ipadapter import ImagePrompt, Prompt
+from ipadapter.adapter import image_features, null_features
+from ipadapter.features import SHARD, Cache, Encoders, Prepared
+from ipadapter.pairs import open_pairs
+from ipadapter.pictures import save_png, sheet, to_pil
+from ipadapter.training import draws, drops, pair_at
+from sample import TINY, TINY_FILES
+from sampler import add_noise, alphas_cumprod, ddim, guided, noise
+from tiny import drawings
+from tiny.measure import retrieval, thumbnail
+from weights import load_image_encoder, open_base, read
+from weights.hashes import sha256
+from weights.save import write_text
+
+SIDE = 128
+SHOWN = 8  # drawings on a sheet
+
+
+def arguments(doc: str, **more: dict) -> argparse.Namespace:
+    """The flags of an experiment; `more` adds its own ones, by name."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
+    parser.add_argument("--steps", type=int, default=300, help="of each training (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="(default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=2000, help="training drawings (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=40, help="unseen drawings as image prompts (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=2, help="pictures of each (default: %(default)s)")
+    parser.add_argument("--ddim-steps", type=int, default=25, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("outputs/experiments"), help="(default: %(default)s)")
+    return parser.parse_args()
+
+
+@dataclass
+class Variant:
+    """A model that can be prompted with images, and what of it is trained."""
+
+    name: str
+    unet: nn.Module
+    projection: nn.Module  # CLIP features to tokens
+    prompt: Callable[[Tensor, Tensor], Prompt]  # text features and tokens to what the UNet reads
+    trained: list[nn.Parameter] = field(default_factory=list)
+
+
+def decoupled(text: Tensor, tokens: Tensor) -> Prompt:
+    return Prompt(text, (ImagePrompt(tokens),))
+
+
+class Lab:
+    """The models, the training drawings as features on disk, the unseen drawings in memory."""
+
+    def __init__(self, args: argparse.Namespace):
+        torch.manual_seed(args.seed)
+        self.args, self.base = args, open_base(TINY_FILES["base"])
+        self.image, self.text, self.vae = (
+            load_image_encoder(TINY_FILES["image_encoder"]),
+            self.base.text(),
+            self.base.vae(),
+        )
+        self.text_projection = read(TINY_FILES["image_encoder"])["text_projection.weight"].float()
+        pairs = open_pairs(str(TINY / "data/train-*.tar.gz"))
+        encoders = Encoders(self.vae, self.text, self.image, patches=True)
+        prepared = Prepared(pairs, args.pairs, SIDE, SIDE)
+        models = {name: sha256(TINY_FILES[name]) for name in ("base", "image_encoder")}
+        self.data = Cache(args.output / f"cache-{args.pairs}", models, len(prepared))
+        self.styles = drawings.load("train", limit=args.pairs).styles  # in the order of the pairs
+        self.null = encoders.null()
+        if missing := self.data.missing():
+            self.data.begin(self.null, SIDE)
+            with tqdm(total=min(len(missing) * SHARD, len(prepared)), desc="features", unit="pair") as bar:
+                for _ in self.data.fill(missing, encoders, prepared, workers=0):
+                    bar.update()
+        unseen = drawings.load("unseen-drawings", limit=args.count)
+        self.x = drawings.to_unit(unseen.pixels)
+        self.captions = [unseen.styled(i) for i in range(len(unseen))]
+        with torch.no_grad():
+            self.patches = torch.cat(
+                [image_features(self.image, p, True) for p in drawings.clip_pixels(self.x).split(8)]
+            )
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Features of these training drawings."""
+        return default_collate([self.data[i] for i in numbers])
+
+    @torch.no_grad()
+    def embedding(self, patches: Tensor) -> Tensor:
+        """The global embedding, from the penultimate layer's patches: what is left of the tower."""
+        x = self.image.vision_model["encoder"]["layers"][-1](patches)
+        return self.image.visual_projection(self.image.vision_model["post_layernorm"](x[:, 0]))
+
+    def features(self, variant: Variant, patches: Tensor) -> Tensor:
+        return patches if variant.projection.patches else self.embedding(patches)
+
+    def no_image(self, variant: Variant) -> Tensor:
+        return null_features(self.image, torch.zeros(1, 3, SIDE, SIDE), variant.projection.patches)
+
+    def fit(self, variant: Variant, drop_text: float = 0.5, learning_rate: float | None = None) -> None:
+        """Train by the recipe of `train.py` for the tiny model: v loss, text dropped in half of the steps."""
+        args = self.args
+        optimizer = torch.optim.AdamW(variant.trained, learning_rate or args.learning_rate, weight_decay=0.01)
+        averages = [p.detach().clone() for p in variant.trained]
+        no_image = self.no_image(variant)
+        bar = tqdm(range(args.steps), desc=variant.name, unit="step")
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = (learning_rate or args.learning_rate) * min(1.0, (step + 1) / 20)
+            places = range(step * args.batch_size, (step + 1) * args.batch_size)
+            batch = self.batch([pair_at(args.seed, place, len(self.data)) for place in places])
+            u, t, posterior, eps = draws(args.seed, list(places), batch["mean"].shape[1:])
+            x = add_noise(batch["mean"] + batch["std"] * posterior, eps, t)
+            no_text, dropped = drops(u, drop_text)
+            text = torch.where(no_text[:, None, None], self.null["text"], batch["text"])
+            image = self.features(variant, batch["image"])
+            image = torch.where(dropped.view(-1, *[1] * (image.ndim - 1)), no_image, image)
+            found = variant.unet(x, t, variant.prompt(text, variant.projection(image)))
+            weight = (1 / alphas_cumprod()[t]).clamp(max=16)
+            loss = (weight * mse_loss(found, eps, reduction="none").mean(dim=(1, 2, 3))).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay = min(0.98, (1 + step) / (10 + step))
+            torch._foreach_lerp_(averages, [p.detach() for p in variant.trained], 1 - decay)
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        for p, average in zip(variant.trained, averages, strict=True):
+            p.data.copy_(average)
+
+    @torch.no_grad()
+    def pictures(self, variant: Variant, texts: Sequence[str] | None = None) -> Tensor:
+        """Each unseen drawing as image prompt, beside a text of its own or none: (samples, count, 3, 128, 128)."""
+        args, done = self.args, []
+        tokens = variant.projection(self.features(variant, self.patches))
+        nothing = variant.projection(self.no_image(variant))
+        text = self.text(tokenize(texts or [""] * len(tokens)))
+        starts = torch.stack([noise(args.seed + j, 1, SIDE, SIDE)[0] for j in range(args.samples)])
+        with tqdm(total=args.samples * len(tokens), desc=f"{variant.name}: pictures", unit="picture") as bar:
+            for start in starts:
+                row = []
+                for some, words in zip(tokens.split(20), text.split(20), strict=True):
+                    prompt = variant.prompt(words, some)
+                    null = variant.prompt(self.null["text"].expand_as(words), nothing.expand_as(some))
+                    for z in ddim(
+                        guided(variant.unet, prompt, null, 7.5), start.expand(len(some), -1, -1, -1), args.ddim_steps
+                    ):
+                        pass
+                    row.append(torch.cat([self.vae.decode(part) for part in z.split(4)]))
+                    bar.update(len(some))
+                done.append(torch.cat(row))
+        return torch.stack(done)
+
+    @torch.no_grad()
+    def scores(self, y: Tensor, texts: Sequence[str] | None = None) -> dict[str, float]:
+        """Of pictures (samples, count, 3, 128, 128), made with these texts or by the image prompts alone.
+
+        CLIP-I: cosine to the image prompt. CLIP-T: cosine to the text, or the prompt's own caption. Own: share of
+        pictures whose nearest prompt by thumbnails is their own. Diversity: 1 - cosine between two seeds.
+        """
+        prompts = normalize(self.embedding(self.patches), dim=-1)
+        tokens = tokenize(texts or self.captions)
+        hidden = self.text(tokens)[torch.arange(len(tokens)), tokens.argmax(-1)]
+        words = normalize(linear(hidden, self.text_projection), dim=-1)
+        made = torch.stack([self.embeds(row) for row in y])
+        own = [retrieval(-torch.cdist(thumbnail(row), thumbnail(self.x)))["first"] for row in y]
+        found = {
+            "CLIP-I": (made * prompts).sum(-1).mean().item(),
+            "CLIP-T": (made * words).sum(-1).mean().item(),
+            "own": sum(own) / len(own),
+        }
+        if len(y) > 1:
+            found["diversity"] = 1 - (made[0] * made[1]).sum(-1).mean().item()
+        return found
+
+    def embeds(self, x: Tensor) -> Tensor:
+        return normalize(torch.cat([self.image(drawings.clip_pixels(p.clamp(-1, 1))) for p in x.split(16)]), dim=-1)
+
+    def report(self, name: str, rows: dict[str, dict], columns: dict[str, Tensor]) -> None:
+        """Print and keep a table (row: its figures), and a sheet of the first drawings (title: pictures of each)."""
+        keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+        width = max(map(len, rows))
+        print(f"{'':{width}}", *(f"{key:>12}" for key in keys))
+        for title, row in rows.items():
+            cells = (f"{value:12,}" if isinstance(value, int) else f"{value:12.3f}" for value in row.values())
+            print(f"{title:{width}}", *cells)
+        settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(self.args).items()}
+        self.args.output.mkdir(parents=True, exist_ok=True)
+        write_text(self.args.output / f"{name}.json", json.dumps({"settings": settings, "rows": rows}, indent=1))
+        lines = [to_pil(x[:SHOWN]) for x in (self.x, *columns.values())]
+        save_png(sheet(list(zip(*lines, strict=True)), ["image prompt", *columns]), self.args.output / f"{name}.png")
+        print(self.args.output / f"{name}.json", self.args.output / f"{name}.png", sep="\n")
