@@ -10,10 +10,11 @@ With Stable Diffusion 1.5, an image encoder and image-caption pairs (tar shards,
 On several GPUs, --batch-size for each:
   torchrun --nproc-per-node 8 train.py --base ...
 
-A run is a folder. It can be stopped at any moment; --resume goes on with it as if it had not been stopped.
+A run is a folder. It can be stopped at any moment; --resume goes on with it, with its settings but for those given anew.
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -29,10 +30,10 @@ from tqdm import tqdm
 
 from clip import CLIPImageConfig, PictureError, preprocess
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler, flags
-from ipadapter.features import SHARD, Cache, Encoders, Features, Places, Prepared, Readable, places, stack
+from ipadapter.features import SHARD, Cache, Encoders, Features, Places, Prepared, Readable, deaf, places, stack
 from ipadapter.pairs import DataError, Pairs, open_pairs
 from ipadapter.pictures import to_pil
-from ipadapter.run import Run
+from ipadapter.run import Run, stored_settings
 from ipadapter.trainer import Ranks, Trainer
 from sampler import ddim, guided, noise
 from unet import UNet
@@ -74,7 +75,8 @@ TINY_RUN = {
     "validate_every": 100,
 }
 MODELS = ("base", "image_encoder", "vae")
-IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed")  # another run, if one differs
+# Another run, if one of these differs.
+IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed", "data", "limit")
 SHOWN = 6  # image prompts of the validation
 VALIDATION_STEPS = 30  # DDIM
 
@@ -82,10 +84,11 @@ VALIDATION_STEPS = 30  # DDIM
 def main() -> None:
     args = parse()
     ranks = Ranks(args.device)
-    run = Run(args.output, ranks, settings(args, ranks), IDENTITY, args.resume)
     base = open_base(args.base, args.dtype, ranks.device)
+    hashes = {f"{name} (sha256)": sha256(path) for name in MODELS if (path := getattr(args, name))}
+    run = Run(args.output, ranks, settings(args, ranks) | hashes, IDENTITY, args.resume)
     pairs = open_pairs(args.data)
-    seen = look(args, ranks, base, pairs)
+    seen = look(args, ranks, base, pairs, hashes)
 
     torch.manual_seed(args.seed)  # for the image projection of a new adapter
     unet = base.unet()
@@ -110,15 +113,12 @@ def main() -> None:
     )
     ranks.say(f"{sum(p.numel() for p in adapter.parameters()):,} trainable parameters, {len(seen.source):,} pairs")
     run.open(trainer, pairs, args.resume)
-    if trainer.step >= args.steps:
-        raise flags.UserError(f"--steps {args.steps}: the run in {args.output} is at step {trainer.step} already")
-
     stop = Stop(ranks)
     order = places(
         trainer.place, (args.steps - trainer.step) * args.grad_accumulation, args.batch_size, ranks.rank, ranks.size
     )
-    loader = DataLoader(Places(seen.source, args.seed), batch_sampler=order, collate_fn=stack, num_workers=args.workers)
-    batches = iter(loader)
+    drawn = Places(seen.source, args.seed)
+    batches = iter(DataLoader(drawn, 1, None, None, order, args.workers, stack, worker_init_fn=deaf))
     with tqdm(total=args.steps, initial=trainer.step, desc="training", unit="step", disable=not ranks.first) as bar:
         while trainer.step < args.steps and not stop:
             parts = []
@@ -128,30 +128,28 @@ def main() -> None:
             run.log(trainer.update(parts))
             bar.update()
             bar.set_postfix(loss=f"{run.smooth:.4f}", lr=f"{trainer.rate:.1e}")
-            last = trainer.step == args.steps
-            if last or trainer.step % args.save_every == 0:
+            if trainer.step % args.save_every == 0 or trainer.step == args.steps:
                 run.save()
-            if ranks.first and args.validate_every and (last or trainer.step % args.validate_every == 0):
+            if seen.prompts and trainer.step % args.validate_every == 0:
                 run.show(seen.prompts, validate(args, base, unet, trainer, seen))
     if trainer.step < args.steps:
         run.save()
-        ranks.say(f"stopped behind step {trainer.step}; nothing is lost, go on with --resume")
+        ranks.say(f"stopped behind step {trainer.step}; --resume goes on behind step {run.saved}")
         sys.exit(130)
+    if seen.prompts and not run.shown():  # also where a run was killed between its last step and here
+        run.show(seen.prompts, validate(args, base, unet, trainer, seen))
     run.close()
+    if run.saved < trainer.step:
+        ranks.say(f"no finite loss in the last steps: the adapter is that of step {run.saved}")
     made = [args.output / name for name in ("adapter.safetensors", "validation.png", "curve.png")]
     ranks.say("\n".join(str(path) for path in made if path.exists()))
     ranks.close()
 
 
 def settings(args: argparse.Namespace, ranks: Ranks) -> dict:
-    """What `settings.json` holds: every flag, and what the models are, wherever their files lie."""
-    flags_given = {key: value for key, value in vars(args).items() if key not in ("device", "dtype", "resume")}
-    hashes = {name: sha256(path) for name in MODELS if (path := getattr(args, name))}
-    return (
-        flags_given
-        | {f"{name} (sha256)": value for name, value in hashes.items()}
-        | {"processes": ranks.size, "torch": torch.__version__}
-    )
+    """What `settings.json` holds beside the hashes of the models: every flag, and what the run is made with."""
+    given = {key: value for key, value in vars(args).items() if key not in ("device", "dtype", "resume")}
+    return given | {"processes": ranks.size, "torch": torch.__version__}
 
 
 @dataclass
@@ -167,7 +165,7 @@ class Seen:
     prompt_features: Tensor
 
 
-def look(args: argparse.Namespace, ranks: Ranks, base: Base, pairs: Pairs) -> Seen:
+def look(args: argparse.Namespace, ranks: Ranks, base: Base, pairs: Pairs, hashes: dict[str, str]) -> Seen:
     """Load the encoders; fill the cache, if there is to be one, and let them go."""
     image = load_image_encoder(args.image_encoder, args.dtype, ranks.device)
     adapter = load_adapter(args.adapter) if args.adapter else None
@@ -177,8 +175,8 @@ def look(args: argparse.Namespace, ranks: Ranks, base: Base, pairs: Pairs) -> Se
     encoders = Encoders(vae, base.text(), image, patches=args.kind != "base")
     source = prepared = Prepared(pairs, args.limit or len(pairs), args.resolution, image.config.image_size)
     if args.cache:
-        source = fill(args, ranks, encoders, prepared)
-    prompts = validation_prompts(args, pairs) if args.validate_every else []
+        source = fill(args, ranks, encoders, prepared, hashes)
+    prompts = validation_prompts(args, pairs) if args.validate_every and ranks.first else []
     pixels = [preprocess(prompt, image.config.image_size) for prompt in prompts]
     return Seen(
         source,
@@ -191,11 +189,13 @@ def look(args: argparse.Namespace, ranks: Ranks, base: Base, pairs: Pairs) -> Se
     )
 
 
-def fill(args: argparse.Namespace, ranks: Ranks, encoders: Encoders, prepared: Prepared) -> Cache:
+def fill(
+    args: argparse.Namespace, ranks: Ranks, encoders: Encoders, prepared: Prepared, hashes: dict[str, str]
+) -> Cache:
     """Make what is missing of the cache, each process its share of the files."""
-    models = {name: sha256(path) for name in ("base", "image_encoder", "vae") if (path := getattr(args, name))}
-    settings = {"features": "patches" if encoders.patches else "embedding", "resolution": args.resolution}
-    cache = Cache(args.cache, models | settings | {"dtype": args.dtype_name, "data": args.data}, len(prepared))
+    features = {"features": "patches" if encoders.patches else "embedding", "resolution": args.resolution}
+    fingerprint = hashes | features | {"dtype": args.dtype_name, "data (sha256)": prepared.pairs.digest()}
+    cache = Cache(args.cache, fingerprint, len(prepared))
     mine = cache.missing()[ranks.rank :: ranks.size]  # before any process has begun to fill it
     ranks.wait()
     if ranks.first:
@@ -218,6 +218,8 @@ def validation_prompts(args: argparse.Namespace, pairs: Pairs) -> list[Image.Ima
         found += [] if bad else [pair.image]
         if len(found) == SHOWN:
             break
+    if not found:
+        raise DataError(f"--validation {' '.join(args.validation or args.data)}: no picture in it can be read")
     return found
 
 
@@ -293,7 +295,12 @@ def parse() -> argparse.Namespace:
         help="pairs whose pictures are drawn now and then (default: from --data)",
     )
     files.add_argument("--limit", type=flags.whole(1), metavar="N", help="the first N pairs (default: all)")
-    files.add_argument("--cache", type=Path, metavar="DIR", help="keep what the encoders make here; they run once")
+    files.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep what the encoders make here; they run once (delete it when pictures are replaced under their old names)",
+    )
     files.add_argument(
         "--output", type=Path, default=Path("outputs/train"), help="folder of the run (default: %(default)s)"
     )
@@ -357,7 +364,15 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="the same for pictures, 0: none " + preset("validate_every"),
     )
+    known = parser.parse_args()
+    if known.resume:  # what is not said anew is as it was
+        flags_of = {action.dest for action in parser._actions} - {"output", "resume", "device", "help"}
+        before = stored_settings(known.output)
+        parser.set_defaults(**{name: value for name, value in before.items() if name in flags_of})
     args = parser.parse_args()
+    above = next(folder for folder in (args.output, *args.output.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise flags.UserError(f"--output {args.output}: cannot write there")
 
     if args.base:
         for name in ("image_encoder", "data"):

@@ -8,6 +8,7 @@ A trained step sees a pair as a dictionary of its features:
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,10 @@ class Prepared(Dataset):
 
     def __getitem__(self, i: int) -> Features:
         pair = self.pairs[i]
+        if max(pair.image.size) > 32 * min(pair.image.size):  # brought to size, it would fill the memory
+            raise BadSample(
+                f"{pair.name}: a picture of {pair.image.width} x {pair.image.height}, too thin to crop a square"
+            )
         return {
             "pixels": to_square(pair.image, self.resolution),
             "clip": preprocess(pair.image, self.clip_size)[0],
@@ -105,7 +110,7 @@ class Cache(Dataset):
     Args:
         fingerprint: all that the features depend on (hashes of the models, settings, the data); a folder that was
             filled with another one is refused.
-        pairs: how many pairs the data have; those that could not be read are marked as bad.
+        pairs: how many pairs are to be in it; those that cannot be read are marked as bad.
 
     Raises:
         DataError: the folder belongs to other models, settings or data.
@@ -115,7 +120,10 @@ class Cache(Dataset):
         self.folder, self.pairs, self.notes = folder, pairs, fingerprint | {"pairs": pairs}
         note = folder / "cache.json"
         if note.exists():
-            found = json.loads(note.read_text())
+            try:
+                found = dict(json.loads(note.read_text()))
+            except (ValueError, TypeError, OSError):
+                raise DataError(f"{note}: damaged; delete the folder, and it is made anew") from None
             for key, value in self.notes.items():
                 if found.get(key) != value:
                     raise DataError(f"--cache {folder}: made with another {key} ({found.get(key)}; now {value})")
@@ -141,7 +149,10 @@ class Cache(Dataset):
         """Write what is there once, after a look at the space that the rest will need."""
         latents = 2 * 4 * (resolution // 8) ** 2 * null["text"].element_size()
         wanted = len(self.missing()) * SHARD * (latents + null["text"].nbytes + null["image"].nbytes)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--cache {self.folder}: cannot write there ({error.strerror})") from None
         free = shutil.disk_usage(self.folder).free
         if wanted > free:
             raise DataError(
@@ -155,7 +166,9 @@ class Cache(Dataset):
         for shard in shards:
             numbers = range(shard * SHARD, min((shard + 1) * SHARD, self.pairs))
             rows, parts, reasons = [], [], {}
-            loader = DataLoader(Readable(prepared), 8, sampler=numbers, num_workers=workers, collate_fn=list)
+            loader = DataLoader(
+                Readable(prepared), 8, sampler=numbers, num_workers=workers, collate_fn=list, worker_init_fn=deaf
+            )
             for batch in loader:
                 if good := [pair for pair, bad in batch if not bad]:
                     parts.append(encoders(default_collate(good)))
@@ -189,6 +202,12 @@ def _open_shard(path: str) -> tuple[safe_open, Tensor, dict[str, str]]:
         return shard, shard.get_tensor("row"), json.loads(shard.metadata()["notes"])
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: damaged or cut short ({error}); delete it, and it is made anew") from None
+
+
+def deaf(worker: int) -> None:
+    """For workers: a signal to the whole group is for the process that reads them to obey; it ends them in time."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 class Places(Dataset):

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -28,13 +29,16 @@ def run(main: Callable[[], None], mistakes: tuple[type[Exception], ...]) -> NoRe
     try:
         main()
     except (UserError, *mistakes) as error:
-        fail(str(error))
+        message = str(error)
+        if message.startswith("Caught "):  # out of a DataLoader worker, its traceback before it
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        fail(message)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
             raise
         fail(f"{error.filename or 'output'}: cannot write ({error.strerror})")
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: try a smaller --height and --width, fewer --num-images, or --dtype float16")
+        fail("out of GPU memory: try smaller pictures, fewer at a time, or another --dtype")
     except KeyboardInterrupt:
         print("\nstopped; no half-written file is left", file=sys.stderr)
         sys.exit(130)
@@ -98,6 +102,8 @@ def device(text: str) -> torch.device:
     """cpu, cuda, cuda:1, mps: one that is there."""
     try:
         value = torch.device(text)
+        if value.type == "cuda" and value.index is None and "LOCAL_RANK" in os.environ:  # started by torchrun
+            value = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=value)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split(".")[0].splitlines()[0]

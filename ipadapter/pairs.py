@@ -5,6 +5,7 @@ Shards follow https://github.com/webdataset/webdataset, lists the trainers of ht
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -112,6 +113,10 @@ class Pairs(Sequence[Pair]):
         for path in self.packed:
             unpack(path, file)
         return file
+
+    def digest(self) -> str:
+        """A hash of names, paths, listed captions, and places in shards; not of what a picture shows."""
+        return hashlib.sha256(self.names.content + b"\0" + self.strings.content + self.rows.tobytes()).hexdigest()
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         if size == WHOLE:

@@ -12,6 +12,7 @@ skipped.txt               pairs that could not be used, and why
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -27,10 +28,21 @@ KEPT = 2  # checkpoints
 PATIENCE = 5  # steps in a row without a finite loss
 
 
+def stored_settings(folder: Path) -> dict:
+    """Of the run in a folder, {} without one. Raises UserError."""
+    path = folder / "settings.json"
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError, OSError):
+        raise UserError(f"{path}: damaged; the run cannot be gone on with") from None
+
+
 class Run:
-    """Args:
-    settings: all that the run is started with; those of `identity` must be the same when it goes on.
-    resume: whether the folder holds a run to go on with.
+    """A run and its folder.
+
+    Args:
+        settings: all that the run is started with; those of `identity` must be the same when it goes on.
+        resume: whether the folder holds a run to go on with.
 
     Raises:
         UserError: the folder holds a run and should not, or the other way round, or another run than this.
@@ -39,6 +51,7 @@ class Run:
     def __init__(self, folder: Path, ranks: Ranks, settings: dict, identity: tuple[str, ...], resume: bool):
         self.folder, self.ranks, self.settings = folder, ranks, settings
         self.skipped: list[str] = []  # why pairs could not be used, since it was last written down
+        self.told: set[str] = set()  # what was written down of that
         note = folder / "settings.json"
         if note.exists() and not resume:
             raise UserError(
@@ -47,26 +60,39 @@ class Run:
         if resume and not note.exists():
             raise UserError(f"--resume: --output {folder} holds no run to go on with")
         if resume:
-            before = json.loads(note.read_text())
+            before = stored_settings(folder)
             for key in identity:
                 if (old := before.get(key)) != (new := json.loads(json.dumps(settings.get(key)))):
                     raise UserError(f"--resume: the run in {folder} has another {key} ({old}; now {new})")
 
     def open(self, trainer: Trainer, pairs: Pairs, resume: bool) -> None:
-        """Begin, or go on from the newest checkpoint that is whole."""
-        self.trainer, self.seconds, self.losses = trainer, 0.0, []
+        """Begin, or go on from the newest checkpoint that is whole.
+
+        Raises:
+            UserError: the folder cannot be written to; no checkpoint is whole; the run is behind its last step already.
+        """
+        self.trainer, self.seconds, self.losses, self.saved = trainer, 0.0, [], 0
         if resume:
             self.restore()
+            if trainer.step > self.settings["steps"]:
+                raise UserError(
+                    f"--steps {self.settings['steps']}: the run in {self.folder} is at step {trainer.step} already"
+                )
         if self.ranks.first:
-            for folder in ("checkpoints", "validation"):
-                (self.folder / folder).mkdir(parents=True, exist_ok=True)
+            try:
+                for folder in ("checkpoints", "validation"):
+                    (self.folder / folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output {self.folder}: cannot write there ({error.strerror})") from None
             write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1, default=str))
             done = [line for line in self.log_lines() if line["step"] <= trainer.step]
             write_text(self.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in done))
             self.losses = [math.nan if line["loss"] is None else line["loss"] for line in done]
             self.file = (self.folder / "log.jsonl").open("a")
             if not resume:
-                write_text(self.folder / "skipped.txt", "".join(f"{line}\n" for line in pairs.skipped))
+                more = pairs.skipped_count - len(pairs.skipped)
+                lines = [*pairs.skipped, f"and {more} more"] if more else pairs.skipped
+                write_text(self.folder / "skipped.txt", "".join(f"{line}\n" for line in lines))
         self.began = time.monotonic() - self.seconds
 
     def restore(self) -> None:
@@ -78,16 +104,24 @@ class Run:
                 self.ranks.say(f"{error}; going on from the checkpoint before it")
                 continue
             self.trainer.load_state(tensors, notes)
-            self.seconds = notes["seconds"]
-            return
-        if found:
+            self.seconds, self.saved = notes["seconds"], notes["step"]
+            break
+        if found and not self.saved:
             raise UserError(f"--resume: no checkpoint in {self.folder / 'checkpoints'} is whole")
-        self.ranks.say(f"{self.folder}: stopped before its first checkpoint; beginning anew")
+        if not found:
+            self.ranks.say(f"{self.folder}: stopped before its first checkpoint; beginning anew")
+        if len(set(self.ranks.gather([str(self.saved)]))) > 1:
+            raise UserError(
+                f"--resume: the processes see different checkpoints in {self.folder}; do they share the disk?"
+            )
 
     def log_lines(self) -> list[dict]:
         path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut short
+        found = []
+        with suppress(ValueError):  # the last lines may be cut short or damaged, when the machine went down
+            for line in path.read_text().splitlines() if path.exists() else []:
+                found.append(json.loads(line))
+        return found
 
     def log(self, loss: float) -> None:
         """Write down a step.
@@ -115,8 +149,11 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint, whole or not at all, and the adapter; the oldest checkpoint goes."""
+        if self.trainer.in_a_row:  # a state in doubt must not push out a good one
+            return
         skipped, self.skipped = self.ranks.gather(self.skipped), []
-        if not self.ranks.first or self.trainer.in_a_row:  # a state in doubt must not push out a good one
+        self.saved = self.trainer.step
+        if not self.ranks.first:
             return
         tensors, notes = self.trainer.state()
         folder = self.folder / "checkpoints"
@@ -126,8 +163,9 @@ class Run:
         write(self.folder / "adapter.safetensors", {k: v.half() for k, v in self.trainer.weights().items()})
         for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
             old.unlink()
-        with (self.folder / "skipped.txt").open("a") as file:
-            file.writelines(f"{line}\n" for line in skipped)
+        with (self.folder / "skipped.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{line}\n" for line in dict.fromkeys(skipped) if line not in self.told)
+        self.told.update(skipped)
 
     def show(self, prompts: list[Image.Image], pictures: list[Image.Image]) -> None:
         """Keep the pictures of a validation, and lay the prompts beside what was made early, later and now."""
@@ -147,6 +185,10 @@ class Run:
             sheet(list(zip(prompts, *columns, strict=True)), titles, side=max(width, 128)),
             self.folder / "validation.png",
         )
+
+    def shown(self) -> bool:
+        """Whether the pictures of this step are there."""
+        return (self.folder / "validation" / f"{self.trainer.step:08d}.png").exists()
 
     def close(self) -> None:
         """Draw the loss curve."""

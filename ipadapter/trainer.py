@@ -15,13 +15,15 @@ from ipadapter.training import Objective, draws, drops
 from sampler import add_noise, alphas_cumprod
 
 Features = dict[str, Tensor]
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+COUNTS = ("step", "place", "skipped", "in_a_row")  # what the trainer counts
 
 
 class Ranks:
     """The processes of one run, as `torchrun` starts them; alone, all of this does nothing.
 
     Args:
-        device: cpu, cuda, ...; among several processes each takes the GPU of its number.
+        device: of this process.
     """
 
     def __init__(self, device: torch.device):
@@ -29,8 +31,7 @@ class Ranks:
         self.device = device
         if self.size > 1:
             if device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
+                torch.cuda.set_device(device)
             # The default of minutes would end a run while one process makes its part of a cache.
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
 
@@ -185,7 +186,7 @@ class Trainer:
         tensors |= {f"ema.{key}": average for key, average in self.averages.items()}
         for key, p in self.params.items():
             tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[p].items()}
-        numbers = {name: getattr(self, name) for name in ("step", "place", "skipped", "in_a_row")}
+        numbers = {name: getattr(self, name) for name in COUNTS}
         return tensors, numbers | {"scaler": self.scaler.state_dict()}
 
     @torch.no_grad()
@@ -194,15 +195,9 @@ class Trainer:
             p.copy_(tensors[f"adapter.{key}"])
             if self.averages:  # a run that begins to average starts from where it is
                 self.averages[key].copy_(tensors.get(f"ema.{key}", p))
-            moments = {
-                name: tensors[f"{name}.{key}"]
-                for name in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in tensors
-            }
-            self.optimizer.state[p] = {
-                name: value.to(p.device if value.ndim else "cpu") for name, value in moments.items()
-            }
-        for name in ("step", "place", "skipped", "in_a_row"):
+            moments = {name: tensors[whole] for name in MOMENTS if (whole := f"{name}.{key}") in tensors}
+            self.optimizer.state[p] = {name: v.to(p.device if v.ndim else "cpu") for name, v in moments.items()}
+        for name in COUNTS:
             setattr(self, name, notes[name])
         if notes["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(notes["scaler"])

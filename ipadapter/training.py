@@ -1,10 +1,11 @@
 """Training (arXiv 2308.06721, section 3.2.3): the noise prediction of Stable Diffusion, with drops.
 
 Which pair stands at a place of the run, and the randomness it meets there, follow from the seed and the place alone.
-The place of a sample counts all samples of the run, over all processes: so neither the number of processes and
-data-loading workers nor a resumed run changes what is learned.
+The place of a sample counts all samples of the run, over all processes: so neither the number of data-loading workers,
+nor a resumed run, nor, at the same global batch, the number of processes changes what is learned.
 """
 
+import hashlib
 from functools import lru_cache
 
 import torch
@@ -79,7 +80,8 @@ def _shuffled(seed: int, epoch: int, pairs: int) -> Tensor:
 
 def generator_at(seed: int, place: int) -> torch.Generator:
     """The randomness of one place of the run (negative places: of an epoch's shuffle)."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
+    mixed = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "big"))
 
 
 def draws(seed: int, places: list[int], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

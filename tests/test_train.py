@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -176,7 +177,7 @@ def test_ctrl_c_ends_behind_the_step_and_loses_nothing(run, data, cache, tmp_pat
     process.send_signal(signal.SIGINT)
     err = process.communicate()[1]
     assert process.returncode == 130
-    assert "nothing is lost, go on with --resume" in err and "Traceback" not in err
+    assert "--resume goes on behind step" in err and "Traceback" not in err
     assert 1 <= len(log(tmp_path / "run")) < 6
     assert train(*flags, "--resume").returncode == 0
     assert same(tmp_path / "run", run)
@@ -361,7 +362,7 @@ def test_a_folder_with_a_run_is_not_overwritten(run, data):
         (["--seed", "1"], "has another seed (0; now 1)"),
         (["--resolution", "32"], "has another resolution (64; now 32)"),
         (["--image-encoder", "other.safetensors"], "has another image_encoder (sha256)"),
-        (["--steps", "6"], "is at step 6 already"),
+        (["--data", "tiny/data"], "has another data"),
         (["--steps", "3"], "is at step 6 already"),
     ],
 )
@@ -389,6 +390,68 @@ def test_a_loss_that_stays_infinite_ends_the_run_and_keeps_the_state_before(data
     assert done.returncode == 2 and "for the 5th time in a row" in done.stderr
     assert [line["skipped"] for line in log(tmp_path / "run")] == [0, 0, 1, 2, 3, 4, 5]
     assert all(torch.equal(value, before[key]) for key, value in state(tmp_path / "run").items())
+
+
+def test_what_is_not_said_anew_is_as_it_was(data, cache, tmp_path):
+    flags = [*QUICK, "--data", data, "--cache", cache, "--learning-rate", "3e-4", "--drop-image", "0.1", "--ema", "0.5"]
+    assert train(*flags, "--output", tmp_path / "run").returncode == 0
+    before = json.loads((tmp_path / "run/settings.json").read_text())
+    done = train("--resume", "--steps", 3, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/settings.json").read_text()) == before | {"steps": 3}
+    assert [line["lr"] for line in log(tmp_path / "run")][-1] == pytest.approx(3e-4 * 3 / 21)
+    finished = train("--resume", "--output", tmp_path / "run")
+    assert finished.returncode == 0 and (tmp_path / "run/adapter.safetensors").exists()
+
+
+def test_a_signal_to_the_whole_group_spares_the_workers(data, tmp_path):
+    """As torchrun and schedulers send it."""
+    flags = [*QUICK, "--data", data, "--output", tmp_path / "run", "--steps", 2000, "--workers", 1]
+    process = subprocess.Popen(command(*flags), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_step(2, tmp_path / "run", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    err = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in err
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, wanted",
+    [("settings.json", "{", "settings.json: damaged"), ("settings.json", "[1]", "settings.json: damaged")],
+)
+def test_damaged_notes_are_one_line(tmp_path, name, content, wanted):
+    (tmp_path / name).write_text(content)
+    done = train("--resume", "--output", tmp_path)
+    assert done.returncode == 2 and wanted in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_places_that_cannot_be_written_to(data, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file/run"):
+        done = train(*QUICK, "--data", data, "--output", path)
+        assert done.returncode == 2 and "cannot write there" in done.stderr
+    done = train(*QUICK, "--data", data, "--output", tmp_path / "run", "--cache", tmp_path / "file")
+    assert done.returncode == 2 and f"--cache {tmp_path / 'file'}" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--base", "--vae", "--image-encoder"])
+def test_missing_models_are_one_line(tmp_path, data, flag):
+    others = {"--base": WEIGHTS / "sd-tiny.safetensors", "--image-encoder": WEIGHTS / "clip-tiny.safetensors"}
+    given = [part for pair in (others | {flag: tmp_path / "nope"}).items() for part in pair]
+    done = train(*QUICK, "--data", data, "--output", tmp_path / "run", *given)
+    assert done.returncode == 2 and str(tmp_path / "nope") in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_thin_picture_is_left_out(data, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (1, 30000)).save(folder / "thin.png")
+    (folder / "good.png").write_bytes((data / "0.png").read_bytes())
+    for name in ("thin", "good"):
+        (folder / f"{name}.txt").write_text("x")
+    done = train(*QUICK, "--data", folder, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "thin: a picture of 1 x 30000, too thin" in (tmp_path / "run/skipped.txt").read_text()
 
 
 def test_the_same_seed_gives_the_same_weights(run, data, cache, tmp_path):

@@ -93,10 +93,9 @@ def test_loss_and_gradients_equal_diffusers(unet, kind):
 def test_the_v_loss_is_the_error_of_v(unet):
     """v = sqrt(a) eps - sqrt(1 - a) x_0 (arXiv 2202.00512): its squared error, from x_0 as the predicted noise tells it."""
     ours = trainer(unet, loss="v", drop=(0, 0, 0))
-    batch = features("base", [0])
-    noisy, noise, t, text, image, weight = ours.noised([0], batch)
+    place = next(place for place in range(100) if 300 < draws(0, [place], ())[1] < 700)  # where nothing is clipped
+    noisy, noise, t, text, image, weight = ours.noised([place], features("base", [place]))
     a = alphas_cumprod()[t].double()
-    assert a < 15 / 16 and 1 / a < 16  # where nothing is clipped
     eps = ours.objective.frozen[0](noisy, t, Prompt(text, (ImagePrompt(ours.adapter.image_proj(image)),))).double()
 
     def v_of(eps: torch.Tensor) -> torch.Tensor:

@@ -3,15 +3,25 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
-MEMORY = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipadapter" / "sha256.json"
+from weights.files import WeightsError
+
 SMALL = 1 << 24  # bytes; up to here a file is hashed in no time
 
 
 def sha256(path: str | Path) -> str:
-    """The hash of a file's content; for a large file that was hashed before, recognised by its place, size and time."""
-    status = os.stat(path)
+    """The hash of a file's content; for a large file that was hashed before, recognised by its place, size and time.
+
+    Raises:
+        WeightsError: missing or not readable.
+    """
+    try:
+        status = os.stat(path)
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     name, seen = os.path.realpath(path), [status.st_size, status.st_mtime_ns, status.st_ino]
     if status.st_size <= SMALL:
         return digest(path)
@@ -31,19 +41,25 @@ def digest(path: str | Path) -> str:
     return hasher.hexdigest()
 
 
+def memory_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ipadapter" / "sha256.json"
+
+
 def recall() -> dict[str, list]:
     try:
-        memory = json.loads(MEMORY.read_text())
+        memory = json.loads(memory_file().read_text())
         return memory if isinstance(memory, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
 def remember(memory: dict[str, list]) -> None:
-    part = MEMORY.with_name(f"{MEMORY.name}.{os.getpid()}")
+    path = memory_file()
+    part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        MEMORY.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(memory))
-        os.replace(part, MEMORY)
+        os.replace(part, path)
     except OSError:  # a home that cannot be written to: hash anew each time
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,13 +33,13 @@ def write(path: Path, state: State, notes: dict | None = None) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with whole(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name to write to; then the content is made sure of on disk and gets its own name."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")  # others may write the same file
     try:
         yield part
         with part.open("rb+") as file:
