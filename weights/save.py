@@ -16,6 +16,9 @@ from torch import Tensor
 
 from weights.files import State, WeightsError
 
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
+
 
 def write(path: Path, state: State, notes: dict | None = None) -> None:
     """Write tensors as a safetensors file.
@@ -42,6 +45,7 @@ def whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")  # others may write the same file
     try:
         yield part
+        os.chmod(part, 0o666 & ~UMASK)  # safetensors writes files that their owner alone may read
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
