@@ -47,7 +47,8 @@ def main() -> None:
         "--count", type=int, default=200, help="unseen drawings as image prompts (default: %(default)s)"
     )
     parser.add_argument("--split", choices=drawings.SPLITS[1:], default="unseen-drawings")
-    parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=["base"])
+    kinds = ", ".join(ADAPTERS)
+    parser.add_argument("--adapters", nargs="+", default=["base"], help=f"{kinds}, or files (default: base)")
     parser.add_argument(
         "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="what to prompt with (default: all)"
     )
@@ -83,7 +84,7 @@ def main() -> None:
     }
     rows = [to_pil(x[:20])]
     for kind in args.adapters:
-        adapter = load_adapter(args.weights / f"{ADAPTERS[kind]}.safetensors")
+        adapter = load_adapter(args.weights / f"{ADAPTERS[kind]}.safetensors" if kind in ADAPTERS else kind)
         number = adapter.attach(unet)
         tokens, null = image_tokens(adapter, encoder, x)
         for run in args.runs:
