@@ -370,9 +370,7 @@ def parse() -> argparse.Namespace:
         args.dtype_name = args.dtype_name or ("float16" if args.device.type == "cuda" else "float32")
         vars(args).update({name: getattr(args, name) or str(path) for name, path in TINY_FILES.items()})
     for flag, path in (("--output", args.output), ("--pictures", args.pictures or args.output)):
-        above = next(folder for folder in path.absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise flags.UserError(f"{flag} {path}: cannot write there")
+        flags.check_writable(flag, path, path.absolute().parent)
     return args
 
 

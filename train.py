@@ -14,7 +14,6 @@ A run is a folder. It can be stopped at any moment; --resume goes on with it, wi
 """
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -32,15 +31,14 @@ from clip import CLIPImageConfig, PictureError, preprocess
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler, flags
 from ipadapter.features import SHARD, Cache, Encoders, Features, Places, Prepared, Readable, deaf, places, stack
 from ipadapter.pairs import DataError, Pairs, open_pairs
-from ipadapter.pictures import to_pil
 from ipadapter.run import Run, stored_settings
 from ipadapter.trainer import Ranks, Trainer
+from sample import TINY, TINY_FILES, decode
 from sampler import ddim, guided, noise
 from unet import UNet
 from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base
 from weights.hashes import sha256
 
-TINY = Path(__file__).parent / "tiny"
 KINDS = {PatchProjection: "full-face", Resampler: "plus", ImageProjection: "base"}
 # What stands for a flag that is not given: the paper's recipe; and what suits the tiny model and a laptop.
 PAPER = {
@@ -57,8 +55,8 @@ PAPER = {
     "validate_every": 1000,
 }
 TINY_RUN = {
-    "base": str(TINY / "weights/sd-tiny.safetensors"),
-    "image_encoder": str(TINY / "weights/clip-tiny.safetensors"),
+    "base": str(TINY_FILES["base"]),
+    "image_encoder": str(TINY_FILES["image_encoder"]),
     "validation": [str(TINY / "data/unseen-drawings-*.tar.gz")],
     "limit": 2000,  # of 9,142: to encode them all takes as long as to train
     "data": [str(TINY / "data/train-*.tar.gz")],
@@ -173,15 +171,16 @@ def look(args: argparse.Namespace, ranks: Ranks, base: Base, pairs: Pairs, hashe
         check_fit(adapter, args.adapter, base, image, args.image_encoder)
     vae = load_vae(args.vae, args.dtype, ranks.device) if args.vae else base.vae()
     encoders = Encoders(vae, base.text(), image, patches=args.kind != "base")
+    null = encoders.null()
     source = prepared = Prepared(pairs, args.limit or len(pairs), args.resolution, image.config.image_size)
     if args.cache:
-        source = fill(args, ranks, encoders, prepared, hashes)
+        source = fill(args, ranks, encoders, null, prepared, hashes)
     prompts = validation_prompts(args, pairs) if args.validate_every and ranks.first else []
     pixels = [preprocess(prompt, image.config.image_size) for prompt in prompts]
     return Seen(
         source,
         encode=(lambda features: features) if args.cache else encoders,
-        null=encoders.null(),
+        null=null,
         encoder=image.config,
         adapter=adapter,
         prompts=prompts,
@@ -190,7 +189,12 @@ def look(args: argparse.Namespace, ranks: Ranks, base: Base, pairs: Pairs, hashe
 
 
 def fill(
-    args: argparse.Namespace, ranks: Ranks, encoders: Encoders, prepared: Prepared, hashes: dict[str, str]
+    args: argparse.Namespace,
+    ranks: Ranks,
+    encoders: Encoders,
+    null: Features,
+    prepared: Prepared,
+    hashes: dict[str, str],
 ) -> Cache:
     """Make what is missing of the cache, each process its share of the files."""
     features = {"features": "patches" if encoders.patches else "embedding", "resolution": args.resolution}
@@ -198,8 +202,8 @@ def fill(
     cache = Cache(args.cache, fingerprint, len(prepared))
     mine = cache.missing()[ranks.rank :: ranks.size]  # before any process has begun to fill it
     ranks.wait()
-    if ranks.first:
-        cache.begin(encoders.null(), args.resolution)
+    if ranks.first and mine:
+        cache.begin(null, args.resolution)
     ranks.wait()
     if mine:
         total = min(len(mine) * SHARD, len(prepared))
@@ -249,7 +253,7 @@ def validate(args: argparse.Namespace, base: Base, unet: UNet, trainer: Trainer,
         for x in tqdm(steps, "validation", VALIDATION_STEPS, leave=False):
             pass
     vae = load_vae(args.vae, args.dtype, device) if args.vae else base.vae()  # not held while the training goes on
-    return [to_pil(vae.decode(z.to(args.dtype)))[0] for z in x.split(1)]
+    return decode(vae, x.to(args.dtype))
 
 
 class Stop:
@@ -266,7 +270,7 @@ class Stop:
         self.asked = True
 
     def __bool__(self) -> bool:
-        return self.ranks.mean(float(self.asked))[0] > 0
+        return self.ranks.mean(float(self.asked)) > 0
 
 
 def parse() -> argparse.Namespace:
@@ -345,7 +349,7 @@ def parse() -> argparse.Namespace:
         help="of the frozen parts (default: %(default)s)",
     )
     add("--compile", action="store_true", help="compile the UNet (torch.compile)")
-    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--gradient-checkpointing", action="store_true", help="compute activations anew on the way back: less memory, more time")
     add(
         "--workers",
         type=flags.whole(0),
@@ -370,9 +374,7 @@ def parse() -> argparse.Namespace:
         before = stored_settings(known.output)
         parser.set_defaults(**{name: value for name, value in before.items() if name in flags_of})
     args = parser.parse_args()
-    above = next(folder for folder in (args.output, *args.output.absolute().parents) if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise flags.UserError(f"--output {args.output}: cannot write there")
+    flags.check_writable("--output", args.output, args.output)
 
     if args.base:
         for name in ("image_encoder", "data"):

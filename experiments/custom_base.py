@@ -8,14 +8,13 @@ adapter, trained on the original base, is attached to both. What is kept of its 
 """
 
 import torch
-from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from experiments.lab import SIDE, Lab, Variant, arguments, decoupled
+from experiments.lab import Lab, Variant, arguments, decoupled
 from ipadapter import Prompt
-from ipadapter.training import draws, drops, pair_at
+from ipadapter.trainer import noised
+from ipadapter.training import noise_loss, pair_at
 from sample import TINY_FILES
-from sampler import add_noise
 from unet import UNet
 from weights import load_adapter
 
@@ -52,11 +51,8 @@ def fine_tuned(lab: Lab) -> UNet:
     for step in bar:
         places = list(range(step * args.batch_size, (step + 1) * args.batch_size))
         batch = lab.batch([style[pair_at(args.seed, place, len(style))] for place in places])
-        u, t, posterior, eps = draws(args.seed, places, (4, SIDE // 8, SIDE // 8))
-        x = add_noise(batch["mean"] + batch["std"] * posterior, eps, t)
-        no_text, _ = drops(u, text=0.1, image=0.0, both=0.0)
-        text = torch.where(no_text[:, None, None], lab.null["text"], batch["text"])
-        loss = mse_loss(unet(x, t, Prompt(text)), eps)
+        x, eps, t, text, _ = noised(batch, lab.null, args.seed, places, (0.1, 0.0, 0.0))
+        loss = noise_loss(unet(x, t, Prompt(text)), eps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

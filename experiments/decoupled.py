@@ -8,8 +8,8 @@ The paper's section 4.4.1, at tiny scale: the same image projection, steps, orde
 import torch
 from torch import Tensor
 
-from experiments.lab import Lab, Variant, arguments, decoupled
-from ipadapter import ImageProjection, IPAdapter, Prompt
+from experiments.lab import Lab, Variant, arguments
+from ipadapter import ImageProjection, Prompt
 
 
 def simple(text: Tensor, tokens: Tensor) -> Prompt:
@@ -19,18 +19,14 @@ def simple(text: Tensor, tokens: Tensor) -> Prompt:
 def main() -> None:
     lab = Lab(arguments(__doc__))
     rows, columns = {}, {}
-    for name, prompt in (("decoupled", decoupled), ("simple", simple)):
+    for name in ("decoupled", "simple"):
         torch.manual_seed(lab.args.seed)
-        unet, projection = lab.base.unet(), ImageProjection(128, 64, num_tokens=4)
-        trained = projection
-        if prompt is decoupled:
-            trained = IPAdapter.for_unet(unet, projection)
-            trained.attach(unet)
-        variant = Variant(name, unet, projection, prompt, list(trained.parameters()))
-        lab.fit(variant)
-        y = lab.pictures(variant)
-        rows[name] = {"trained": sum(p.numel() for p in variant.trained)} | lab.scores(y)
-        columns[name] = y[0]
+        projection = ImageProjection(128, 64, num_tokens=4)
+        if name == "decoupled":
+            variant = lab.adapter(name, projection)
+        else:
+            variant = Variant(name, lab.base.unet(), projection, simple, list(projection.parameters()))
+        rows[name], columns[name] = lab.trial(variant)
     lab.report("decoupled", rows, columns)
 
 

@@ -8,8 +8,8 @@ every patch a token; the same steps, order and noise for all.
 
 import torch
 
-from experiments.lab import Lab, Variant, arguments, decoupled
-from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
+from experiments.lab import Lab, arguments
+from ipadapter import ImageProjection, PatchProjection, Resampler
 
 
 def main() -> None:
@@ -22,14 +22,7 @@ def main() -> None:
     rows, columns = {}, {}
     for name, make in makers.items():
         torch.manual_seed(lab.args.seed)
-        unet = lab.base.unet()
-        adapter = IPAdapter.for_unet(unet, make())
-        adapter.attach(unet)
-        variant = Variant(name, unet, adapter.image_proj, decoupled, list(adapter.parameters()))
-        lab.fit(variant)
-        y = lab.pictures(variant)
-        rows[name] = {"trained": sum(p.numel() for p in variant.trained)} | lab.scores(y)
-        columns[name] = y[0]
+        rows[name], columns[name] = lab.trial(lab.adapter(name, make()))
     lab.report("fine_features", rows, columns)
 
 

@@ -9,8 +9,8 @@ same tiny base, with the same image projection, steps, order and noise, the UNet
 import torch
 from torch import Tensor
 
-from experiments.lab import Lab, Variant, arguments, decoupled
-from ipadapter import ImageProjection, IPAdapter, Prompt
+from experiments.lab import Lab, Variant, arguments
+from ipadapter import ImageProjection, Prompt
 
 
 def instead_of_text(text: Tensor, tokens: Tensor) -> Prompt:
@@ -20,20 +20,16 @@ def instead_of_text(text: Tensor, tokens: Tensor) -> Prompt:
 def main() -> None:
     lab = Lab(arguments(__doc__))
     rows, columns = {}, {}
-    for name, prompt in (("adapter, base frozen", decoupled), ("UNet fine-tuned", instead_of_text)):
+    for name in ("adapter, base frozen", "UNet fine-tuned"):
         torch.manual_seed(lab.args.seed)
-        unet, projection = lab.base.unet(), ImageProjection(128, 64, num_tokens=4)
-        if prompt is decoupled:
-            adapter = IPAdapter.for_unet(unet, projection)
-            adapter.attach(unet)
-            variant, rate = Variant(name, unet, projection, prompt, list(adapter.parameters())), lab.args.learning_rate
+        projection, rate = ImageProjection(128, 64, num_tokens=4), lab.args.learning_rate
+        if name == "UNet fine-tuned":
+            unet, rate = lab.base.unet().requires_grad_(), rate / 10
+            trained = [*unet.parameters(), *projection.parameters()]
+            variant = Variant(name, unet, projection, instead_of_text, trained)
         else:
-            trained = [*unet.requires_grad_().parameters(), *projection.parameters()]
-            variant, rate = Variant(name, unet, projection, prompt, trained), lab.args.learning_rate / 10
-        lab.fit(variant, learning_rate=rate)
-        y = lab.pictures(variant)
-        rows[name] = {"trained": sum(p.numel() for p in variant.trained)} | lab.scores(y)
-        columns[name] = y[0]
+            variant = lab.adapter(name, projection)
+        rows[name], columns[name] = lab.trial(variant, rate)
     lab.report("finetune", rows, columns)
 
 

@@ -12,21 +12,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, mse_loss, normalize
+from torch.nn.functional import normalize
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from clip import tokenize
-from ipadapter import ImagePrompt, Prompt
+from ipadapter import ImagePrompt, IPAdapter, Prompt
 from ipadapter.adapter import image_features, null_features
 from ipadapter.features import SHARD, Cache, Encoders, Prepared
 from ipadapter.pairs import open_pairs
 from ipadapter.pictures import save_png, sheet, to_pil
-from ipadapter.training import draws, drops, pair_at
+from ipadapter.trainer import noised
+from ipadapter.training import noise_loss, pair_at
 from sample import TINY, TINY_FILES
-from sampler import add_noise, alphas_cumprod, ddim, guided, noise
+from sampler import ddim, guided, noise, v_weight
 from tiny import drawings
-from tiny.measure import retrieval, thumbnail
+from tiny.measure import image_embeds, retrieval, text_embeds, thumbnail
 from weights import load_image_encoder, open_base, read
 from weights.hashes import sha256
 from weights.save import write_text
@@ -115,27 +116,35 @@ class Lab:
     def no_image(self, variant: Variant) -> Tensor:
         return null_features(self.image, torch.zeros(1, 3, SIDE, SIDE), variant.projection.patches)
 
+    def adapter(self, name: str, projection: nn.Module) -> Variant:
+        """A new adapter on the frozen base."""
+        unet = self.base.unet()
+        adapter = IPAdapter.for_unet(unet, projection)
+        adapter.attach(unet)
+        return Variant(name, unet, projection, decoupled, list(adapter.parameters()))
+
+    def trial(self, variant: Variant, learning_rate: float | None = None) -> tuple[dict, Tensor]:
+        """Train a variant: its row of a table, and its pictures from the first seed."""
+        self.fit(variant, learning_rate=learning_rate)
+        y = self.pictures(variant)
+        return {"trained": sum(p.numel() for p in variant.trained)} | self.scores(y), y[0]
+
     def fit(self, variant: Variant, drop_text: float = 0.5, learning_rate: float | None = None) -> None:
         """Train by the recipe of `train.py` for the tiny model: v loss, text dropped in half of the steps."""
         args = self.args
         optimizer = torch.optim.AdamW(variant.trained, learning_rate or args.learning_rate, weight_decay=0.01)
         averages = [p.detach().clone() for p in variant.trained]
-        no_image = self.no_image(variant)
+        null = {"text": self.null["text"], "image": self.no_image(variant)[0]}
         bar = tqdm(range(args.steps), desc=variant.name, unit="step")
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = (learning_rate or args.learning_rate) * min(1.0, (step + 1) / 20)
-            places = range(step * args.batch_size, (step + 1) * args.batch_size)
+            places = list(range(step * args.batch_size, (step + 1) * args.batch_size))
             batch = self.batch([pair_at(args.seed, place, len(self.data)) for place in places])
-            u, t, posterior, eps = draws(args.seed, list(places), batch["mean"].shape[1:])
-            x = add_noise(batch["mean"] + batch["std"] * posterior, eps, t)
-            no_text, dropped = drops(u, drop_text)
-            text = torch.where(no_text[:, None, None], self.null["text"], batch["text"])
-            image = self.features(variant, batch["image"])
-            image = torch.where(dropped.view(-1, *[1] * (image.ndim - 1)), no_image, image)
+            batch["image"] = self.features(variant, batch["image"])
+            x, eps, t, text, image = noised(batch, null, args.seed, places, (drop_text, 0.05, 0.05))
             found = variant.unet(x, t, variant.prompt(text, variant.projection(image)))
-            weight = (1 / alphas_cumprod()[t]).clamp(max=16)
-            loss = (weight * mse_loss(found, eps, reduction="none").mean(dim=(1, 2, 3))).mean()
+            loss = noise_loss(found, eps, v_weight(t))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -176,10 +185,8 @@ class Lab:
         pictures whose nearest prompt by thumbnails is their own. Diversity: 1 - cosine between two seeds.
         """
         prompts = normalize(self.embedding(self.patches), dim=-1)
-        tokens = tokenize(texts or self.captions)
-        hidden = self.text(tokens)[torch.arange(len(tokens)), tokens.argmax(-1)]
-        words = normalize(linear(hidden, self.text_projection), dim=-1)
-        made = torch.stack([self.embeds(row) for row in y])
+        words = text_embeds(self.text, self.text_projection, texts or self.captions)
+        made = torch.stack([image_embeds(self.image, row) for row in y])
         own = [retrieval(-torch.cdist(thumbnail(row), thumbnail(self.x)))["first"] for row in y]
         found = {
             "CLIP-I": (made * prompts).sum(-1).mean().item(),
@@ -189,9 +196,6 @@ class Lab:
         if len(y) > 1:
             found["diversity"] = 1 - (made[0] * made[1]).sum(-1).mean().item()
         return found
-
-    def embeds(self, x: Tensor) -> Tensor:
-        return normalize(torch.cat([self.image(drawings.clip_pixels(p.clamp(-1, 1))) for p in x.split(16)]), dim=-1)
 
     def report(self, name: str, rows: dict[str, dict], columns: dict[str, Tensor]) -> None:
         """Print and keep a table (row: its figures), and a sheet of the first drawings (title: pictures of each)."""

@@ -23,11 +23,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from clip import CLIPImage, CLIPText, preprocess, tokenize
 from ipadapter.adapter import image_features, null_features
 from ipadapter.pairs import BadSample, DataError, Pairs
-from ipadapter.training import pair_at
+from ipadapter.training import Features, pair_at
 from vae import VAE
 from weights.save import write, write_text
 
-Features = dict[str, Tensor]
 KEYS = ("mean", "std", "text", "image")
 SHARD = 256  # pairs to a file of the cache
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -96,6 +97,13 @@ def side(text: str) -> int:
         near = max(8, round(value / 8) * 8)
         raise argparse.ArgumentTypeError(f"{value} given, a multiple of 8 is wanted (the nearest is {near})")
     return value
+
+
+def check_writable(flag: str, path: Path, folder: Path) -> None:
+    """Refuse a path if its folder, or the nearest one above it that exists, cannot be written to."""
+    nearest = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{flag} {path}: cannot write there")
 
 
 def device(text: str) -> torch.device:

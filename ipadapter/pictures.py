@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from weights.save import whole
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
@@ -19,24 +20,15 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write a PNG under a temporary name and rename it, so that a full disk or Ctrl-C leaves no half of a file.
+    """Write a PNG, whole or not at all.
 
     The settings go into the PNG's text as JSON, under the key `ipadapter`.
     """
     info = PngInfo()
     if settings is not None:
         info.add_itxt("ipadapter", json.dumps(settings, ensure_ascii=False))
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part:
+        image.save(part, format="PNG", pnginfo=info)
 
 
 def sheet(

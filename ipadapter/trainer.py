@@ -11,10 +11,9 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ipadapter.adapter import IPAdapter
-from ipadapter.training import Objective, draws, drops
-from sampler import add_noise, alphas_cumprod
+from ipadapter.training import Features, Objective, draws, drops
+from sampler import add_noise, v_weight
 
-Features = dict[str, Tensor]
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 COUNTS = ("step", "place", "skipped", "in_a_row")  # what the trainer counts
 
@@ -45,13 +44,13 @@ class Ranks:
         if self.first:
             sys.stderr.write(line + "\n")
 
-    def mean(self, *values: float) -> list[float]:
-        """The mean of each number over the processes."""
-        total = torch.tensor(values, dtype=torch.float64 if self.device.type != "mps" else torch.float32)
-        if self.size > 1:
-            total = total.to(self.device)
-            distributed.all_reduce(total)
-        return (total / self.size).tolist()
+    def mean(self, value: float) -> float:
+        """The mean of a number over the processes."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
+        distributed.all_reduce(total)
+        return total.item() / self.size
 
     def gather(self, lines: list[str]) -> list[str]:
         """The lines of all processes, on each of them."""
@@ -132,7 +131,7 @@ class Trainer:
                 loss = self.objective(*self.noised(places, features)) / len(parts)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-        (loss,) = self.ranks.mean(float(total))
+        loss = self.ranks.mean(float(total))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.clip_grad)
         sound = bool(norm.isfinite()) and loss - loss == 0
@@ -148,17 +147,11 @@ class Trainer:
         self.place += sum(len(places) for places, _ in parts) * self.ranks.size
         return loss
 
-    def noised(self, places: list[int], features: Features) -> tuple[Tensor, ...]:
+    def noised(self, places: list[int], features: Features) -> tuple[Tensor | float, ...]:
         """The arguments of `Objective.forward`, with what is random at these places."""
-        device = self.ranks.device
-        mean, std, text, image = (features[key].to(device) for key in ("mean", "std", "text", "image"))
-        u, t, posterior, noise = (draw.to(device) for draw in draws(self.seed, places, mean.shape[1:]))
-        x = mean.float() + std.float() * posterior
-        drop_text, drop_image = drops(u, *self.drop)
-        text = torch.where(drop_text[:, None, None], self.null["text"], text)
-        image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), self.null["image"], image)
-        weight = (1 / alphas_cumprod(device)[t]).clamp(max=16) if self.loss == "v" else 1.0
-        return add_noise(x, noise, t).to(self.dtype), noise, t, text, image, weight
+        features = {key: value.to(self.ranks.device) for key, value in features.items()}
+        noisy, noise, t, text, image = noised(features, self.null, self.seed, places, self.drop)
+        return noisy.to(self.dtype), noise, t, text, image, v_weight(t) if self.loss == "v" else 1.0
 
     @torch.no_grad()
     def average(self) -> None:
@@ -201,3 +194,20 @@ class Trainer:
             setattr(self, name, notes[name])
         if notes["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(notes["scaler"])
+
+
+def noised(
+    features: Features, null: Features, seed: int, places: list[int], drop: tuple[float, float, float]
+) -> tuple[Tensor, ...]:
+    """A batch with what is random at its places: noisy latents, the noise, t, text and image, some of them dropped.
+
+    Args:
+        null: "text" and "image", what stands for a dropped one, without a batch dimension.
+        drop: probabilities of dropping the text, the image, and both.
+    """
+    mean, std, text, image = (features[key] for key in ("mean", "std", "text", "image"))
+    u, t, posterior, noise = (draw.to(mean.device) for draw in draws(seed, places, mean.shape[1:]))
+    drop_text, drop_image = drops(u, *drop)
+    text = torch.where(drop_text[:, None, None], null["text"], text)
+    image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), null["image"], image)
+    return add_noise(mean.float() + std.float() * posterior, noise, t), noise, t, text, image

@@ -15,6 +15,8 @@ from torch.nn.functional import mse_loss
 from ipadapter.adapter import IPAdapter
 from ipadapter.attention import ImagePrompt, Prompt
 
+Features = dict[str, Tensor]  # of a batch: what they are stands in ipadapter/features.py
+
 
 def drops(u: Tensor, text: float = 0.05, image: float = 0.05, both: float = 0.05) -> tuple[Tensor, Tensor]:
     """Which samples lose their text and which their image prompt, from one uniform draw each.
@@ -36,7 +38,11 @@ def adapter_loss(
         text: (batch, 77, context_dim); tokens: (batch, num_tokens, context_dim) of the adapter attached to the UNet.
         weight: of each sample, (batch,); in the paper they are all 1.
     """
-    eps = unet(noisy, t, Prompt(text, (ImagePrompt(tokens),)))
+    return noise_loss(unet(noisy, t, Prompt(text, (ImagePrompt(tokens),))), noise, weight)
+
+
+def noise_loss(eps: Tensor, noise: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Mean squared error of predicted noise (batch, 4, H/8, W/8), each sample with its weight (batch,)."""
     errors = mse_loss(eps.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
     return (weight * errors).mean()
 

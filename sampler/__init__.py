@@ -2,6 +2,6 @@
 
 from sampler.ddim import ddim
 from sampler.guidance import guided
-from sampler.schedule import add_noise, alphas_cumprod, noise
+from sampler.schedule import add_noise, alphas_cumprod, noise, v_weight
 
-__all__ = ["add_noise", "alphas_cumprod", "ddim", "guided", "noise"]
+__all__ = ["add_noise", "alphas_cumprod", "ddim", "guided", "noise", "v_weight"]

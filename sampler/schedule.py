@@ -21,6 +21,11 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
 
+def v_weight(t: Tensor) -> Tensor:
+    """Weights (batch,), 1 to 16, that make the squared error of the noise at t that of v (arXiv 2202.00512)."""
+    return (1 / alphas_cumprod(t.device)[t]).clamp(max=16)
+
+
 def noise(seed: int, count: int, height: int, width: int) -> Tensor:
     """(count, 4, height/8, width/8) fp32 on the CPU; picture j's noise depends on seed + j alone."""
     shape = (1, 4, height // 8, width // 8)

@@ -100,33 +100,28 @@ def diffusers_vae(vae: VAE) -> AutoencoderKL:
 
 
 def transformers_text(text: CLIPText, activation: str = "quick_gelu") -> CLIPTextModelWithProjection:
-    c = text.config
-    config = CLIPTextConfig(
-        hidden_size=c.width,
-        intermediate_size=c.mlp,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        projection_dim=c.projection,
-        hidden_act=activation,
-        eos_token_id=49407,
-    )
-    theirs = CLIPTextModelWithProjection(config)
-    theirs.load_state_dict(text.state_dict(), strict=True)
-    return theirs.requires_grad_(False).eval()
+    config = CLIPTextConfig(**transformers_shape(text), hidden_act=activation, eos_token_id=49407)
+    return filled(CLIPTextModelWithProjection(config), text)
 
 
 def transformers_image(image: CLIPImage, activation: str = "gelu") -> CLIPVisionModelWithProjection:
-    c = image.config
-    config = CLIPVisionConfig(
-        hidden_size=c.width,
-        intermediate_size=c.mlp,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        projection_dim=c.projection,
-        hidden_act=activation,
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-    )
-    theirs = CLIPVisionModelWithProjection(config)
-    theirs.load_state_dict(image.state_dict(), strict=True)
+    sizes = {"image_size": image.config.image_size, "patch_size": image.config.patch_size}
+    config = CLIPVisionConfig(**transformers_shape(image), **sizes, hidden_act=activation)
+    return filled(CLIPVisionModelWithProjection(config), image)
+
+
+def transformers_shape(tower: CLIPText | CLIPImage) -> dict[str, int]:
+    """What their configs of both towers call the same."""
+    c = tower.config
+    return {
+        "hidden_size": c.width,
+        "intermediate_size": c.mlp,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "projection_dim": c.projection,
+    }
+
+
+def filled(theirs: nn.Module, ours: nn.Module) -> nn.Module:
+    theirs.load_state_dict(ours.state_dict(), strict=True)
     return theirs.requires_grad_(False).eval()

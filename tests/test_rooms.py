@@ -20,6 +20,7 @@ ALLOWED = {  # besides Python's own library: other rooms and files, and public p
     # What a port to another backbone leaves behind: the data, the loop, the run's folder.
     "ipadapter/features.py": {"torch", "numpy", "PIL", "safetensors", "ipadapter", "clip", "vae", "weights.save"},
     "ipadapter/trainer.py": {"torch", "ipadapter", "sampler"},
+    "ipadapter/pictures.py": {"torch", "numpy", "PIL", "weights.save"},
     "ipadapter/run.py": {"PIL", "ipadapter", "weights", "weights.save"},
     "ipadapter": {"torch", "numpy", "PIL", "ipadapter"},
     "unet": {"torch", "unet", "ipadapter.attention"},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
 from ipadapter.training import adapter_loss, drops
-from sampler import add_noise, alphas_cumprod
+from sampler import add_noise, v_weight
 from tiny import drawings, presets
 from tiny.latents import VIEWS, Captions, scaled_vae, towers, views
 from tiny.train_unet import new_unet
@@ -63,7 +63,7 @@ def main() -> None:
         image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), nothing, image)
         noise = torch.randn_like(latents[0, :1].expand(batch, -1, -1, -1))
         noisy = add_noise(latents[view, i], noise, t).contiguous(memory_format=torch.channels_last)
-        weight = (1 / alphas_cumprod(args.device)[t]).clamp(max=16) if args.loss == "v" else 1.0
+        weight = v_weight(t) if args.loss == "v" else 1.0
         return adapter_loss(unet, noisy, noise, t, captions.draw(i, drop_text), adapter.image_proj(image), weight)
 
     train(f"adapter-{args.kind}", adapter, loss, args)
