@@ -349,7 +349,11 @@ def parse() -> argparse.Namespace:
         help="of the frozen parts (default: %(default)s)",
     )
     add("--compile", action="store_true", help="compile the UNet (torch.compile)")
-    add("--gradient-checkpointing", action="store_true", help="compute activations anew on the way back: less memory, more time")
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations anew on the way back: less memory, more time",
+    )
     add(
         "--workers",
         type=flags.whole(0),
