@@ -39,6 +39,7 @@ from ipadapter.pairs import PICTURES, BadSample, DataError, Pair, Pairs, open_pa
 from ipadapter.pictures import save_png, sheet, to_pil
 from sample import TINY, TINY_FILES
 from sampler import ddim, guided, noise
+from unet import size_vector
 from weights import WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base, read
 from weights.clip import load_clip
 from weights.hashes import sha256
@@ -98,20 +99,27 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
     base = open_base(args.base, flags.DTYPES[args.dtype_name], args.device)
     encoder = load_image_encoder(args.image_encoder, base.dtype, args.device)
     adapter = load_adapter(args.adapter, base.dtype, args.device)
+    if adapter.image_proj.faces:
+        raise WeightsError(f"{args.adapter}: a FaceID adapter, it reads faces; one that reads pictures is wanted here")
     check_fit(adapter, args.adapter, base, encoder, args.image_encoder)
-    unet, text = base.unet(), base.text()
-    vae = load_vae(args.vae, base.dtype, args.device) if args.vae else base.vae()
+    args.height, args.width = args.height or base.side, args.width or base.side
+    unet, encode = base.unet(), base.text_encoder()
+    vae = load_vae(args.vae, base.dtype, args.device, base.family.latent_scale) if args.vae else base.vae()
+    vae_dtype = next(vae.parameters()).dtype
     settings = open_folder(args)
     adapter.attach(unet)
 
-    empty, size = text(tokenize("").to(args.device)), encoder.config.image_size
+    def with_text(text: Tensor, pooled: Tensor | None, tokens: Tensor) -> Prompt:
+        vector = None if pooled is None else size_vector(pooled, args.height, args.width)
+        return Prompt(text, (ImagePrompt(tokens, args.scale),), vector)
+
+    size = encoder.config.image_size
     zeros = torch.zeros(1, 3, size, size, device=args.device, dtype=base.dtype)
-    null = Prompt(empty, (ImagePrompt(adapter.null_tokens(encoder, zeros), args.scale),))
+    empty, null = encode(""), with_text(*encode.null(""), adapter.null_tokens(encoder, zeros))
 
     def prompt(pair: Pair) -> Prompt:
         tokens = adapter.tokens(encoder, preprocess(pair.image, size).to(zeros))
-        words = text(tokenize(pair.text).to(args.device)) if args.text else empty
-        return Prompt(words, (ImagePrompt(tokens, args.scale),))
+        return with_text(*(encode(pair.text) if args.text else empty), tokens)
 
     def missing(bar: tqdm) -> Iterator[tuple[Prompt, int, Path]]:
         for i, name in enumerate(names):
@@ -129,10 +137,11 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
         for batch in batches(missing(bar), args.batch_size):
             prompts, seeds, paths = zip(*batch, strict=True)
             start = torch.cat([noise(seed, 1, args.height, args.width) for seed in seeds]).to(args.device)
-            eps = guided(unet, Prompt.cat(prompts), Prompt.cat([null] * len(batch)), args.guidance_scale)
+            nulls = Prompt.cat([null] * len(batch))
+            eps = guided(unet, Prompt.cat(prompts), nulls, args.guidance_scale, base.prediction)
             for x in ddim(eps, start, args.steps):
                 pass
-            for latent, seed, path in zip(x.to(base.dtype).split(1), seeds, paths, strict=True):
+            for latent, seed, path in zip(x.to(vae_dtype).split(1), seeds, paths, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_png(to_pil(vae.decode(latent))[0], path, settings | {"seed": seed})
                 bar.update()
@@ -338,13 +347,13 @@ def parse() -> argparse.Namespace:
     add("--steps", type=flags.whole(1, 1000), default=50, help="DDIM steps (default: %(default)s)")
     add("--guidance-scale", type=flags.number(0), default=7.5, metavar="G", help="1 is off (default: %(default)s)")
     add("--seed", type=flags.whole(0, 2**62), default=0, help="sample j: noise of seed + j (default: %(default)s)")
-    add("--height", type=flags.side, help="pixels, a multiple of 8 (default: 512, tiny 128)")
-    add("--width", type=flags.side, help="pixels, a multiple of 8 (default: 512, tiny 128)")
+    add("--height", type=flags.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
+    add("--width", type=flags.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
     add("--batch-size", type=flags.whole(1), default=8, metavar="B", help="pictures at a time (default: %(default)s)")
-    add("--base", metavar="FILE", help="Stable Diffusion 1.x, original layout (default: the tiny model)")
+    add("--base", metavar="FILE", help="SD 1.x, SD 2.x or SDXL: a checkpoint or a folder (default: the tiny model)")
     add("--adapter", metavar="FILE", help="IP-Adapter, .safetensors or .bin")
     add("--image-encoder", metavar="FILE", help="CLIP image encoder, transformers or OpenCLIP layout")
-    add("--vae", metavar="FILE", help="another autoencoder, original layout")
+    add("--vae", metavar="FILE", help="another autoencoder")
     add("--device", type=flags.device, default=flags.default_device(), help="default: the fastest here")
     add("--dtype", choices=flags.DTYPES, dest="dtype_name", help="when making (default: float16 on cuda, else float32)")
     args = parser.parse_args()
@@ -366,7 +375,8 @@ def parse() -> argparse.Namespace:
     else:
         args.pictures = args.pictures or args.output.with_suffix("")
         args.num_samples = args.num_samples or 4
-        args.height, args.width = (side or (512 if args.base else 128) for side in (args.height, args.width))
+        if not args.base:
+            args.height, args.width = args.height or 128, args.width or 128
         args.dtype_name = args.dtype_name or ("float16" if args.device.type == "cuda" else "float32")
         vars(args).update({name: getattr(args, name) or str(path) for name, path in TINY_FILES.items()})
     for flag, path in (("--output", args.output), ("--pictures", args.pictures or args.output)):

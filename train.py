@@ -83,6 +83,10 @@ def main() -> None:
     args = parse()
     ranks = Ranks(args.device)
     base = open_base(args.base, args.dtype, ranks.device)
+    if base.family.name != "SD 1.x" or base.prediction != "eps":
+        raise flags.UserError(
+            f"--base {args.base}: {base.family.name}, predicting {base.prediction}; training is for SD 1.x, predicting eps"
+        )
     hashes = {f"{name} (sha256)": sha256(path) for name in MODELS if (path := getattr(args, name))}
     run = Run(args.output, ranks, settings(args, ranks) | hashes, IDENTITY, args.resume)
     pairs = open_pairs(args.data)
@@ -385,7 +389,9 @@ def parse() -> argparse.Namespace:
             if not getattr(args, name):
                 raise flags.UserError(f"--{name.replace('_', '-')} is wanted beside --base")
     if args.adapter:
-        found = KINDS[type(load_adapter(args.adapter).image_proj)]
+        found = KINDS.get(type(load_adapter(args.adapter).image_proj))
+        if not found:
+            raise flags.UserError(f"--adapter {args.adapter}: FaceID; {', '.join(KINDS.values())} can be trained")
         if args.kind and args.kind != found:
             raise flags.UserError(f"--kind {args.kind}: the adapter given ({args.adapter}) is of the kind {found}")
         args.kind = found

@@ -67,15 +67,27 @@ class CLIPText(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, 77) -> (batch, 77, width): last hidden states, behind the final LayerNorm."""
+        return self.last(self.penultimate(tokens))
+
+    def penultimate(self, tokens: Tensor) -> Tensor:
+        """tokens (batch, 77) -> (batch, 77, width): the output of the last layer but one, without a LayerNorm."""
         table = self.text_model["embeddings"]
         x = table["token_embedding"](tokens) + table["position_embedding"].weight[: tokens.shape[1]]
-        for layer in self.text_model["encoder"]["layers"]:
+        for layer in self.text_model["encoder"]["layers"][:-1]:
             x = layer(x, causal=True)
+        return x
+
+    def last(self, x: Tensor) -> Tensor:
+        """The rest of the way, from `penultimate` to the last hidden states."""
+        x = self.text_model["encoder"]["layers"][-1](x, causal=True)
         return self.text_model["final_layer_norm"](x)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (batch, 77) -> (batch, projection), not normalised: read at the end-of-text token, projected."""
-        hidden = self(tokens)
+        return self.pool(self(tokens), tokens)
+
+    def pool(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Last hidden states (batch, 77, width) -> (batch, projection), as `embed`."""
         end = tokens.argmax(dim=-1)  # end-of-text has the largest number; argmax finds the first of them
         return self.text_projection(hidden[torch.arange(len(tokens), device=tokens.device), end])
 

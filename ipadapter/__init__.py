@@ -2,10 +2,12 @@
 
 from ipadapter.adapter import IPAdapter
 from ipadapter.attention import DecoupledCrossAttention, ImagePrompt, Prompt
-from ipadapter.projection import ImageProjection, PatchProjection, Resampler
+from ipadapter.projection import FacePlusProjection, FaceProjection, ImageProjection, PatchProjection, Resampler
 
 __all__ = [
     "DecoupledCrossAttention",
+    "FacePlusProjection",
+    "FaceProjection",
     "IPAdapter",
     "ImageProjection",
     "ImagePrompt",

@@ -13,7 +13,7 @@ class ImageProjection(nn.Module):
         context_dim: width of the tokens (768 in SD 1.x).
     """
 
-    patches = False  # reads the global embedding
+    patches, faces = False, False  # reads the global embedding
 
     def __init__(self, embed_dim: int, context_dim: int, num_tokens: int):
         super().__init__()
@@ -47,8 +47,8 @@ class PerceiverAttention(nn.Module):
         return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Resampler(nn.Module):
-    """The plus adapter: learned queries gather `num_tokens` tokens from all patches of the image.
+class Perceiver(nn.Module):
+    """Latent queries that read image features in several layers; `FacePerceiverResampler` of the official code.
 
     Args:
         feature_dim: width of the image tower's penultimate hidden states (1280 for ViT-H/14).
@@ -56,12 +56,8 @@ class Resampler(nn.Module):
         context_dim: width of the tokens (768 in SD 1.x).
     """
 
-    patches = True  # reads the penultimate hidden states of all patches
-
-    def __init__(self, feature_dim: int, dim: int, depth: int, heads: int, num_tokens: int, context_dim: int):
+    def __init__(self, feature_dim: int, dim: int, depth: int, heads: int, context_dim: int):
         super().__init__()
-        self.feature_dim, self.context_dim = feature_dim, context_dim
-        self.latents = nn.Parameter(nn.init.normal_(torch.empty(1, num_tokens, dim), std=dim**-0.5))
         self.proj_in = nn.Linear(feature_dim, dim)
         self.proj_out = nn.Linear(dim, context_dim)
         self.norm_out = nn.LayerNorm(context_dim)
@@ -69,14 +65,28 @@ class Resampler(nn.Module):
             nn.ModuleList([PerceiverAttention(dim, heads), feed_forward(dim)]) for _ in range(depth)
         )
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (batch, 1 + patches, feature_dim), penultimate layer -> (batch, num_tokens, context_dim)."""
+    def read(self, latents: Tensor, features: Tensor) -> Tensor:
+        """latents (batch, queries, dim), features (batch, 1 + patches, feature_dim) -> (batch, queries, context_dim)."""
         x = self.proj_in(features)
-        latents = self.latents.expand(len(x), -1, -1)
         for attention, ff in self.layers:
             latents = attention(x, latents) + latents
             latents = ff(latents) + latents
         return self.norm_out(self.proj_out(latents))
+
+
+class Resampler(Perceiver):
+    """The plus adapter: learned queries gather `num_tokens` tokens from all patches of the image."""
+
+    patches, faces = True, False  # reads the penultimate hidden states of all patches
+
+    def __init__(self, feature_dim: int, dim: int, depth: int, heads: int, num_tokens: int, context_dim: int):
+        super().__init__(feature_dim, dim, depth, heads, context_dim)
+        self.feature_dim, self.context_dim = feature_dim, context_dim
+        self.latents = nn.Parameter(nn.init.normal_(torch.empty(1, num_tokens, dim), std=dim**-0.5))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (batch, 1 + patches, feature_dim), penultimate layer -> (batch, num_tokens, context_dim)."""
+        return self.read(self.latents.expand(len(features), -1, -1), features)
 
 
 class PatchProjection(nn.Module):
@@ -87,7 +97,7 @@ class PatchProjection(nn.Module):
         context_dim: width of the tokens (768 in SD 1.x).
     """
 
-    patches = True
+    patches, faces = True, False
 
     def __init__(self, feature_dim: int, context_dim: int):
         super().__init__()
@@ -102,6 +112,55 @@ class PatchProjection(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """features (batch, 1 + patches, feature_dim), penultimate layer -> (batch, 1 + patches, context_dim)."""
         return self.proj(features)
+
+
+class FaceProjection(nn.Module):
+    """The FaceID adapters: what a face recogniser says of a face (ArcFace's normed embedding) becomes tokens.
+
+    `MLPProjModel` of the official ip_adapter_faceid.py.
+
+    Args:
+        face_dim: width of the face embedding (512).
+        context_dim: width of the tokens (768 in SD 1.x).
+    """
+
+    patches, faces = False, True
+    feature_dim = 0  # of CLIP it reads nothing
+
+    def __init__(self, face_dim: int, context_dim: int, num_tokens: int):
+        super().__init__()
+        self.face_dim, self.context_dim = face_dim, context_dim
+        self.proj = nn.Sequential(
+            nn.Linear(face_dim, 2 * face_dim), nn.GELU(), nn.Linear(2 * face_dim, num_tokens * context_dim)
+        )
+        self.norm = nn.LayerNorm(context_dim)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """faces (batch, face_dim), of length 1 -> (batch, num_tokens, context_dim)."""
+        return self.norm(self.proj(faces).unflatten(1, (-1, self.context_dim)))
+
+
+class FacePlusProjection(FaceProjection):
+    """FaceID-plus: the tokens of the face embedding go on to read the patches of a picture of the face.
+
+    `ProjPlusModel` of the official ip_adapter_faceid.py. Versions 1 and 2 have the same tensors and differ in
+    `structure_scale`: None is version 1; in version 2 what the patches say is added to the face's own tokens, with
+    this weight.
+    """
+
+    patches, faces = True, True
+
+    def __init__(self, face_dim: int, feature_dim: int, depth: int, heads: int, num_tokens: int, context_dim: int):
+        super().__init__(face_dim, context_dim, num_tokens)
+        self.feature_dim = feature_dim
+        self.structure_scale: float | None = None
+        self.perceiver_resampler = Perceiver(feature_dim, context_dim, depth, heads, context_dim)
+
+    def forward(self, faces: Tensor, features: Tensor) -> Tensor:
+        """faces (batch, face_dim), features (batch, 1 + patches, feature_dim) -> (batch, num_tokens, context_dim)."""
+        tokens = super().forward(faces)
+        out = self.perceiver_resampler.read(tokens, features)
+        return out if self.structure_scale is None else tokens + self.structure_scale * out
 
 
 def feed_forward(dim: int) -> nn.Sequential:

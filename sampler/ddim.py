@@ -1,24 +1,17 @@
 """DDIM (arXiv 2010.02502, equation 12)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sampler.guidance import Eps
-from sampler.schedule import STEPS, alphas_cumprod
-
-
-def timesteps(steps: int) -> list[int]:
-    """The timesteps to visit, from noise to picture: evenly spaced from t = 1 upwards ("leading", offset 1)."""
-    if not 1 <= steps <= STEPS:
-        raise ValueError(f"steps: {steps} given, 1 to {STEPS} allowed")
-    return [min(i * (STEPS // steps) + 1, STEPS - 1) for i in reversed(range(steps))]
+from sampler.schedule import alphas_cumprod, noise_like, timesteps
 
 
 @torch.no_grad()
 def ddim(
-    eps: Eps, x: Tensor, steps: int, eta: float = 0.0, generator: torch.Generator | None = None
+    eps: Eps, x: Tensor, steps: int, generators: Sequence[torch.Generator] | None = None, eta: float = 0.0
 ) -> Iterator[Tensor]:
     """Denoise x step by step, yielding the latents after each step (the last ones are the result).
 
@@ -26,8 +19,8 @@ def ddim(
         eps: the noise prediction, eps(x, t).
         x: pure noise, (batch, 4, H/8, W/8) fp32.
         steps: how many, 1 to 1000.
+        generators: one per picture, source of the noise that eta adds.
         eta: 0 is deterministic; 1 adds as much new noise at each step as DDPM does.
-        generator: source of that noise.
     """
     alphas = alphas_cumprod().tolist()
     visit = timesteps(steps)
@@ -38,7 +31,5 @@ def ddim(
         x_0 = (x - (1 - alpha) ** 0.5 * e) / alpha**0.5
         x = alpha_prev**0.5 * x_0 + (1 - alpha_prev - sigma**2) ** 0.5 * e
         if sigma:
-            x = x + sigma * torch.randn(
-                x.shape, generator=generator, device=generator.device if generator else x.device
-            ).to(x)
+            x = x + sigma * noise_like(x, generators)
         yield x

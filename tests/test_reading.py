@@ -47,7 +47,8 @@ def step(unet, base_adapter) -> tuple[list[CodeType], set[CodeType]]:
     """The functions on the way from `sample.denoise` to the image prompt's attention, and all that a step enters."""
     with_adapter = copy.deepcopy(unet)
     base_adapter.attach(with_adapter)
-    args = Namespace(seed=0, num_images=1, height=64, width=64, device="cpu", steps=2, guidance_scale=7.5)
+    size = {"num_images": 1, "height": 64, "width": 64, "batch": 4}
+    args = Namespace(**size, seed=0, device="cpu", sampler="ddim", steps=2, guidance_scale=7.5, apart=False)
     prompt, null = (Prompt(torch.randn(1, 77, 64), (ImagePrompt(torch.randn(1, 4, 64)),)) for _ in range(2))
     kernel, stacks = ipadapter.attention.scaled_dot_product_attention, []
 
@@ -63,7 +64,7 @@ def step(unet, base_adapter) -> tuple[list[CodeType], set[CodeType]]:
     bar = Bar()
     ipadapter.attention.scaled_dot_product_attention = watched
     try:
-        sample.denoise(args, with_adapter, prompt, null, bar)
+        sample.denoise(args, with_adapter, "eps", prompt, null, bar)
     finally:
         ipadapter.attention.scaled_dot_product_attention = kernel
         sys.setprofile(None)

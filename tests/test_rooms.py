@@ -16,6 +16,7 @@ ALLOWED = {  # besides Python's own library: other rooms and files, and public p
     "ipadapter/projection.py": {"torch"},
     "ipadapter/adapter.py": {"torch", "ipadapter"},
     "ipadapter/training.py": {"torch", "ipadapter"},
+    "ipadapter/faces.py": {"torch", "numpy", "PIL", "safetensors", "insightface"},  # the last one where it is installed
     "ipadapter/pairs.py": {"PIL", "clip.preprocess"},
     # What a port to another backbone leaves behind: the data, the loop, the run's folder.
     "ipadapter/features.py": {"torch", "numpy", "PIL", "safetensors", "ipadapter", "clip", "vae", "weights.save"},
@@ -27,6 +28,7 @@ ALLOWED = {  # besides Python's own library: other rooms and files, and public p
     "vae": {"torch", "vae"},
     "sampler": {"torch", "sampler", "ipadapter.attention"},
     "clip": {"torch", "numpy", "PIL", "ftfy", "regex", "clip"},
+    "weights/hub.py": {"huggingface_hub", "weights"},
     "weights": {"torch", "safetensors", "weights", "clip", "ipadapter", "unet", "vae"},
 }
 ROOMS = ("clip", "ipadapter", "sampler", "unet", "vae", "weights")

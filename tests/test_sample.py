@@ -203,7 +203,7 @@ MISTAKES = {
     "adapter as base": (["--prompt", "x", "--base", WEIGHTS / "ip-adapter-tiny.safetensors"], "this is an IP-Adapter"),
     "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter is wanted here"),
     "base as encoder": (["--image-encoder", WEIGHTS / "sd-tiny.safetensors"], "a CLIP image encoder is wanted here"),
-    "encoder as vae": (["--vae", WEIGHTS / "clip-tiny.safetensors"], "an autoencoder in the original layout is wanted"),
+    "encoder as vae": (["--vae", WEIGHTS / "clip-tiny.safetensors"], "an autoencoder is wanted here"),
     "adapter of another base": (["--adapter", "sd15-adapter.safetensors"], "for SD 1.x (tokens of 768)"),
     "adapter of another encoder": (
         ["--adapter", "bigg-adapter.safetensors"],
@@ -211,7 +211,7 @@ MISTAKES = {
     ),
     "no adapter": (
         ["--base", WEIGHTS / "sd-tiny.safetensors", "--image", ROOT / "tiny/example.png"],
-        "--adapter FILE is wanted",
+        "--adapter is wanted beside",
     ),
     "nothing to draw": (["--base", WEIGHTS / "sd-tiny.safetensors"], "--image or --prompt is wanted"),
     "size": (["--height", "130"], "--height: 130 given, a multiple of 8 is wanted (the nearest is 128)"),

@@ -1,13 +1,21 @@
 """The autoencoder equals diffusers' on the same weights."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from counterparts import diffusers_vae, randomise, rel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vae import SD_VAE, VAE
+import vae.vae as vae_file
+from clip import open_picture, preprocess
+from vae import SD_VAE, VAE, strips
+from weights import open_base
 from weights.configs import vae_config
+
+TINY = Path(__file__).parents[1] / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +102,92 @@ def test_another_latent_scale_is_used(draw):
     sdxl = randomise(VAE(SD_VAE.__class__((32, 32), 1, 4, 0.13025)), 6)
     theirs, latents = diffusers_vae(sdxl), draw(1, 4, 4, 4)
     assert rel(sdxl.decode(latents), theirs.decode(latents / 0.13025).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("height, width", [(16, 8), (5, 9), (1, 1)])
+@pytest.mark.parametrize("rows", [1, 3, 16, 64])
+def test_strips_give_what_the_whole_gives(vae, draw, height, width, rows):
+    latents, pixels = draw(2, 4, height, width), draw(2, 3, 8 * height, 8 * width).clamp(-1, 1)
+    assert rel(vae.decode(latents, rows), vae.decode(latents)) <= 1e-5
+    assert rel(vae.encode(pixels, rows=rows), vae.encode(pixels)) <= 1e-5
+    drawn = [vae.encode(pixels, torch.Generator().manual_seed(5), rows) for rows in (None, rows)]
+    assert rel(*drawn) <= 1e-5
+
+
+def test_strips_leave_their_input_as_it_was(vae, draw):
+    latents, pixels = draw(1, 4, 6, 6), draw(1, 3, 48, 48)
+    kept = latents.clone(), pixels.clone()
+    vae.decode(latents, 8), vae.encode(pixels, rows=8)
+    assert torch.equal(latents, kept[0]) and torch.equal(pixels, kept[1])
+
+
+def test_strips_of_a_picture_show_no_seam():
+    """A drawing and a smooth picture of 256x256, trained weights."""
+    in_strips = open_base(TINY / "weights/sd-tiny.safetensors").vae()
+    # torch's GroupNorm loses digits on a CPU where the channels come last: 0.2/255 at 512x512, 0.9/255 at 768x768.
+    whole = copy.deepcopy(in_strips).to(memory_format=torch.contiguous_format)
+    ramp = torch.linspace(-0.8, 0.8, 256)
+    smooth = torch.stack([ramp[:, None].expand(256, 256), ramp.expand(256, 256), ramp[:, None] * ramp])
+    drawing = F.interpolate(preprocess(open_picture(TINY / "example.png"), 64), 256)[0].clamp(-1, 1)
+    for pixels in (smooth[None], drawing[None]):
+        latents = whole.encode(pixels)
+        assert rel(in_strips.encode(pixels, rows=48), latents) <= 1e-5
+        apart = (in_strips.decode(latents, 48) - whole.decode(latents)).abs() * 127.5
+        assert apart.max() < 0.05  # of 255
+
+
+def test_norms_of_a_map_far_from_zero_are_exact_in_strips(draw):
+    """Mean 30, deviation 0.1: the mean of the squares less the square of the mean would leave no digit."""
+    norm = randomise(torch.nn.GroupNorm(4, 8, eps=1e-6), 0)
+    x = 30 + 0.1 * draw(2, 8, 50, 40)
+    ours = strips.activate(norm, strips.in_memory(x), 7).read(0, 50)
+    assert rel(ours.double(), F.silu(copy.deepcopy(norm).double()(x.double()))) <= 1e-4
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_strips_make_no_map_larger_than_the_one_that_is_held(vae, draw):
+    """The enlarged map, of the next level's 64 channels, is never there as a whole; nor is a norm's output."""
+    latents = draw(1, 4, 16, 16)
+    with LargestTensor() as whole:
+        vae.decode(latents)
+    with LargestTensor() as in_strips:
+        vae.decode(latents, 8)
+    assert whole.numbers == 64 * 128 * 128
+    assert in_strips.numbers == 32 * 128 * 128
+
+
+def test_half_precision_in_strips(vae, draw):
+    half = copy.deepcopy(vae).bfloat16()
+    latents = draw(1, 4, 4, 4)
+    exact = vae.decode(latents)
+    whole, in_strips = (half.decode(latents.bfloat16(), rows) for rows in (None, 16))
+    assert in_strips.dtype == torch.bfloat16
+    assert rel(in_strips.float(), exact) <= 1.2 * rel(whole.float(), exact)
+
+
+def test_attention_in_slices_gives_what_the_whole_gives(vae, draw, monkeypatch):
+    latents = draw(2, 4, 9, 7)
+    whole = vae.decode(latents)
+    sizes, kernel = [], vae_file.scaled_dot_product_attention
+    monkeypatch.setattr(
+        vae_file,
+        "scaled_dot_product_attention",
+        lambda q, k, v: sizes.append(q.shape[2] * k.shape[2]) or kernel(q, k, v),
+    )
+    monkeypatch.setattr(vae_file, "SCORES", 2 * 10 * 63)
+    assert rel(vae.decode(latents), whole) <= 1e-6
+    assert sizes == [630] * 6 + [3 * 63]

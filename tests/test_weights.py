@@ -19,7 +19,7 @@ from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
 from unet import SD15, UNet
 from vae import VAE, VAEConfig
-from weights import WeightsError, check_fit, load, load_adapter, load_image_encoder, load_vae, open_base, read
+from weights import WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base, read
 from weights.kinds import what_is
 
 State = dict[str, Tensor]
@@ -91,6 +91,12 @@ def refused(path, call) -> str:
     message = str(error.value)
     assert message.startswith(f"{path}: ") and "\n" not in message, message
     return message[len(f"{path}: ") :]
+
+
+def reads(monkeypatch, read) -> None:
+    """Let the loaders find other tensors in their files."""
+    for module in ("weights.base", "weights.adapter", "weights.load"):
+        monkeypatch.setattr(f"{module}.read", read)
 
 
 # Whole checkpoints
@@ -312,6 +318,7 @@ def test_what_is_no_weight_file_is_refused(tmp_path, name, loader):
     path = tmp_path / name
     if name == "folder":
         path.mkdir()
+        wanted = "not a whole diffusers folder" if loader == "base" else wanted
     elif content is not None:
         path.write_bytes(content)
     assert wanted in refused(path, lambda: LOADERS[loader](path))
@@ -368,10 +375,11 @@ def kinds(models, base_state) -> dict[str, State]:
     unet, vae = prefixed("", models["unet"]), prefixed("", models["vae"])
     adapter, plus = models["adapter"].state_dict(), models["plus"].state_dict()
     return {
-        "SDXL": base_state
+        "SDXL refiner": base_state
         | {"model.diffusion_model.label_emb.0.0.weight": torch.ones(8, 8), "conditioner.embedders.0.x": one},
         "SD 2": {k: v for k, v in base_state.items() if not k.startswith("cond_stage")}
         | {"cond_stage_model.model.ln_final.weight": one},
+        "SD 2 unCLIP": base_state | {"model.diffusion_model.label_emb.0.0.weight": torch.ones(8, 8)},
         "SD 3": {"model.diffusion_model.joint_blocks.0.x": one},
         "FLUX in a checkpoint": {"model.diffusion_model.double_blocks.0.x": one},
         "FLUX": {"double_blocks.0.img_attn.proj.weight": one},
@@ -387,10 +395,8 @@ def kinds(models, base_state) -> dict[str, State]:
             "ip_adapter.0.to_q_lora.down.weight": one,
             "ip_adapter.1.to_k_ip.weight": torch.ones(320, 768),
         },
-        "FaceID portrait": {
-            "image_proj.proj.0.weight": torch.ones(8, 512),
-            "image_proj.proj.2.weight": one,
-            "image_proj.norm.weight": one,
+        "unknown projection": {
+            "image_proj.mlp.0.weight": torch.ones(8, 512),
             "ip_adapter.1.to_k_ip.weight": torch.ones(320, 768),
         },
         "full-face": models["full-face"].state_dict(),
@@ -412,17 +418,23 @@ def kinds(models, base_state) -> dict[str, State]:
 
 
 WRONG = [  # loader, file, what the message says was found
-    ("base", "SDXL", "an SD 1.x checkpoint is wanted here; this is a whole SDXL checkpoint"),
-    ("base", "SD 2", "an SD 1.x checkpoint is wanted here; this is a whole SD 2.x checkpoint"),
-    ("base", "SD 3", "an SD 1.x checkpoint is wanted here; this is a whole SD 3 checkpoint"),
-    ("base", "FLUX in a checkpoint", "an SD 1.x checkpoint is wanted here; this is a whole FLUX checkpoint"),
-    ("base", "FLUX", "a base model is wanted here (SD 1.x, original layout); this is a FLUX checkpoint"),
+    (
+        "base",
+        "SDXL refiner",
+        "an SD 1.x, SD 2.x or SDXL checkpoint is wanted here; this is a whole SDXL refiner checkpoint",
+    ),
+    ("base", "SD 2", "the key 'text_model.embeddings.token_embedding.weight' is missing"),
+    ("base", "SD 2 unCLIP", "this is a whole SD 2.x unCLIP checkpoint"),
+    ("base", "SD 3", "this is a whole SD 3 checkpoint (it has model.diffusion_model.joint_blocks.0.x)"),
+    ("base", "FLUX in a checkpoint", "this is a whole FLUX checkpoint"),
+    ("base", "FLUX", "a base model is wanted here (SD 1.x, SD 2.x or SDXL, a checkpoint in the original layout or a"),
+    ("base", "FLUX", "this is a FLUX checkpoint (it has double_blocks.0.img_attn.proj.weight)"),
     ("base", "kohya LoRA", "this is a LoRA"),
     ("base", "PEFT LoRA", "this is a LoRA"),
     ("base", "diffusers LoRA", "this is a LoRA"),
     ("base", "adapter", "this is an IP-Adapter (base, reads embeddings of 96, for a base with 64 wide tokens)"),
     ("base", "plus", "this is an IP-Adapter (plus, reads 128 wide patch features"),
-    ("base", "FaceID", "IP-Adapter (FaceID, for SD 1.x)"),
+    ("base", "FaceID", "IP-Adapter (FaceID, reads faces, for SD 1.x)"),
     ("base", "VAE", "this is an autoencoder"),
     ("base", "UNet", "this is a UNet alone"),
     ("base", "diffusers UNet", "this is a UNet of a diffusers folder"),
@@ -432,8 +444,8 @@ WRONG = [  # loader, file, what the message says was found
     ("base", "image encoder", "this is a CLIP image encoder of width 128"),
     ("base", "text tower", "this is a CLIP text tower"),
     ("base", "embedding", "this is something unknown (its first keys: emb_params)"),
-    ("vae", "adapter", "an autoencoder in the original layout is wanted here; this is an IP-Adapter"),
-    ("vae", "diffusers VAE", "this is an autoencoder of a diffusers folder"),
+    ("vae", "adapter", "an autoencoder is wanted here; this is an IP-Adapter"),
+    ("vae", "diffusers VAE", "an autoencoder is wanted here; this is an autoencoder (it has"),
     ("vae", "image encoder", "this is a CLIP image encoder"),
     ("vae", "UNet", "this is a UNet alone"),
     ("encoder", "adapter", "a CLIP image encoder is wanted here; this is an IP-Adapter"),
@@ -444,8 +456,8 @@ WRONG = [  # loader, file, what the message says was found
     ("adapter", "kohya LoRA", "this is a LoRA"),
     ("adapter", "VAE", "this is an autoencoder"),
     ("adapter", "SD 2", "this is a whole SD 2.x checkpoint"),
-    ("adapter", "FaceID", "an adapter of the FaceID kind (with LoRA); base, light, plus and full-face are supported"),
-    ("adapter", "FaceID portrait", "an IP-Adapter (FaceID, for SD 1.x); base, light, plus and full-face are supported"),
+    ("adapter", "FaceID", "its keys do not fit a IPAdapter"),
+    ("adapter", "unknown projection", "whose image projection is none of: base, light, plus, full-face, FaceID"),
 ]
 
 
@@ -515,7 +527,7 @@ def test_each_missing_key_is_refused(monkeypatch, right, kind):
     for left_out in keys_to_try(kind, state):
         if left_out in OPTIONAL:
             continue
-        monkeypatch.setattr(load, "read", lambda path, k=left_out: {key: state[key] for key in state if key != k})
+        reads(monkeypatch, lambda path, k=left_out: {key: state[key] for key in state if key != k})
         refused("x.safetensors", lambda: loader("x.safetensors"))
 
 
@@ -527,7 +539,7 @@ def test_each_wrong_shape_is_refused(monkeypatch, right, kind):
             if kind == "encoder" and key == "visual_projection.weight" and shape == (7, 128):
                 continue  # an encoder with embeddings of 7: unusual, but whole
             wrong = {**state, key: torch.ones(shape)}
-            monkeypatch.setattr(load, "read", lambda path, wrong=wrong: dict(wrong))
+            reads(monkeypatch, lambda path, wrong=wrong: dict(wrong))
             refused("x.safetensors", lambda: loader("x.safetensors"))
 
 
@@ -535,7 +547,7 @@ def test_each_wrong_shape_is_refused(monkeypatch, right, kind):
 @pytest.mark.parametrize("kind", RIGHT)
 def test_each_unknown_key_is_refused(monkeypatch, right, kind, extra):
     loader, state = right[kind]
-    monkeypatch.setattr(load, "read", lambda path: {**state, extra: torch.ones(1)})
+    reads(monkeypatch, lambda path: {**state, extra: torch.ones(1)})
     message = refused("x.safetensors", lambda: loader("x.safetensors"))
     assert "not known" in message or "missing" in message
 
@@ -588,7 +600,11 @@ def test_adapter_for_another_base_is_refused(models, opened, context_dim, said):
         ):
             message = refused("a", lambda: check_fit(adapter, "a", opened, models["image"], "e"))  # noqa: B023
             assert said in message and f"tokens of {context_dim}" in message
-            assert f"the base {opened.path} has tokens of 64" in message
+            assert f"the base {opened.path} is SD 1.x and has tokens of 64" in message
+
+
+HINTS = {"ViT-H/14 ": "; --image-encoder vit-h", "ViT-bigG/14 ": "; --image-encoder vit-bigg"}
+HINTS |= {"ViT-L/14 ": "; --image-encoder vit-l", "": ""}
 
 
 @pytest.mark.parametrize("embed_dim, name", [(1024, "ViT-H/14 "), (1280, "ViT-bigG/14 "), (768, "ViT-L/14 "), (80, "")])
@@ -596,7 +612,7 @@ def test_base_adapter_for_another_encoder_is_refused(models, opened, embed_dim, 
     adapter = IPAdapter.for_unet(models["unet"], ImageProjection(embed_dim, 64, 4))
     message = refused("a", lambda: check_fit(adapter, "a", opened, models["image"], "e"))
     assert message == (
-        f"this adapter wants {name}image embeddings of {embed_dim}, the image encoder given (e) yields 96"
+        f"this adapter wants {name}image embeddings of {embed_dim}, the image encoder given (e) yields 96{HINTS[name]}"
     )
 
 
@@ -604,7 +620,9 @@ def test_base_adapter_for_another_encoder_is_refused(models, opened, embed_dim, 
 def test_plus_adapter_for_another_encoder_is_refused(models, opened, width, name):
     adapter = IPAdapter.for_unet(models["unet"], Resampler(width, 64, 1, 1, 4, 64))
     message = refused("a", lambda: check_fit(adapter, "a", opened, models["image"], "e"))
-    assert message == f"this adapter wants {name}patch features of {width}, the image encoder given (e) yields 128"
+    assert message == (
+        f"this adapter wants {name}patch features of {width}, the image encoder given (e) yields 128{HINTS[name]}"
+    )
 
 
 def test_base_adapter_with_an_encoder_without_projection_is_refused(models, opened):

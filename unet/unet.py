@@ -6,11 +6,12 @@ attention.py), so a checkpoint loads with `load_state_dict(strict=True)` and no 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import gelu, interpolate, linear, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -24,11 +25,10 @@ class UNetConfig:
     in_channels: int  # latent channels, 4
     out_channels: int
     channels: tuple[int, ...]  # per level, finest first: (320, 640, 1280, 1280) in SD 1.x
-    down: tuple[
-        tuple[int, ...], ...
-    ]  # per level, the number of transformer blocks behind each ResBlock on the way down
-    middle: int  # transformer blocks in the middle; 0: a middle without attention
-    up: tuple[tuple[int, ...], ...]  # the same on the way up, coarsest level first
+    # The number of transformer blocks behind each ResBlock:
+    down: tuple[tuple[int, ...], ...]  # per level, on the way down
+    middle: tuple[int, ...]  # (1, 0) in SD 1.x; distilled models leave a ResBlock out, or all of it
+    up: tuple[tuple[int, ...], ...]  # per level, on the way up, coarsest first
     context_dim: int  # width of text and image tokens
     heads: int | None  # attention heads at every width (SD 1.x: 8), or None where head_dim is fixed instead
     head_dim: int | None  # channels per head (SD 2.x and SDXL: 64), or None
@@ -41,13 +41,27 @@ SD15 = UNetConfig(
     out_channels=4,
     channels=(320, 640, 1280, 1280),
     down=((1, 1), (1, 1), (1, 1), (0, 0)),
-    middle=1,
+    middle=(1, 0),
     up=((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
     context_dim=768,
     heads=8,
     head_dim=None,
     linear_proj=False,
     vector_dim=None,
+)
+SD21 = replace(SD15, context_dim=1024, heads=None, head_dim=64, linear_proj=True)
+SDXL = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    channels=(320, 640, 1280),
+    down=((0, 0), (2, 2), (10, 10)),
+    middle=(10, 0),
+    up=((10, 10, 10), (2, 2, 2), (0, 0, 0)),
+    context_dim=2048,
+    heads=None,
+    head_dim=64,
+    linear_proj=True,
+    vector_dim=2816,
 )
 
 
@@ -84,8 +98,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(nn.ModuleList([Downsample(ch)]))
                 skips.append(ch)
 
-        self.middle_block = layers(ch, ch, config.middle)
-        self.middle_block.append(ResBlock(ch, ch, emb_dim))
+        self.middle_block = nn.ModuleList(layer for depth in config.middle for layer in layers(ch, ch, depth))
 
         self.output_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(config.channels))):
@@ -129,8 +142,24 @@ class UNet(nn.Module):
 
     def cross_attentions(self) -> Iterator[DecoupledCrossAttention]:
         """The cross-attention layers in the order of an adapter's keys 1, 3, 5, ...: down, up, and the middle last."""
+        yield from (layer for layer in self.attentions() if isinstance(layer, DecoupledCrossAttention))
+
+    def attentions(self) -> Iterator[nn.Module]:
+        """All attention layers in the order of an adapter's keys 0, 1, 2, ...; the even ones attend to the picture."""
         for part in (self.input_blocks, self.output_blocks, self.middle_block):
-            yield from (module for module in part.modules() if isinstance(module, DecoupledCrossAttention))
+            yield from (m for m in part.modules() if isinstance(m, SelfAttention | DecoupledCrossAttention))
+
+
+def size_vector(pooled: Tensor, height: int, width: int, sinusoids: int = 256) -> Tensor:
+    """What SDXL is told beside the text (arXiv 2307.01952, section 2.2): `Prompt.vector`.
+
+    The size of the original picture, the corner it is cut from (0, 0) and the size wanted, in pixels; the first and the
+    last are the same here.
+
+    pooled (batch, width) of the second text tower -> (batch, width + 6 * sinusoids): 2816 for SDXL
+    """
+    sizes = torch.tensor([height, width, 0, 0, height, width], device=pooled.device)
+    return torch.cat([pooled, timestep_embedding(sizes, sinusoids).flatten().expand(len(pooled), -1).to(pooled)], dim=1)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -247,7 +276,31 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, H*W, dim) -> (batch, H*W, dim)."""
         q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scores: int = 2**27) -> Tensor:
+    """Scaled dot-product attention, in slices of the queries where all scores at once would fill the memory.
+
+    Fused kernels hold no scores. Where none will run (MPS, a GPU too old for the dtype) 2048x2048 pixels would ask for
+    the scores of 65,536 queries by as many keys, for each head.
+
+    Args:
+        q, k, v: (batch, heads, length, head_dim).
+        scores: how many of them may be in memory.
+    """
+    rows = max(1, scores // (q.shape[0] * q.shape[1] * k.shape[2]))
+    if rows >= q.shape[2] or fused(q, k, v):
+        return scaled_dot_product_attention(q, k, v)
+    return torch.cat([scaled_dot_product_attention(part, k, v) for part in q.split(rows, dim=2)], dim=2)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch has a kernel for this device, dtype and head_dim that holds no scores."""
+    try:
+        return torch._fused_sdp_choice(q, k, v) != SDPBackend.MATH.value
+    except (NotImplementedError, RuntimeError):  # a device that cannot be asked has none (MPS)
+        return False
 
 
 class FeedForward(nn.Module):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 
+from vae import strips
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -23,6 +25,9 @@ class VAEConfig:
 SD_VAE = VAEConfig(channels=(128, 256, 512, 512), res_blocks=2, latent_channels=4, latent_scale=0.18215)
 
 
+SCORES = 2**27  # of the attention, held at once at most; reached beyond 850x850 pixels
+
+
 class VAE(nn.Module):
     """Pictures to latents and back. The latent scale is applied here and nowhere else."""
 
@@ -35,24 +40,30 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
 
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None, rows: int | None = None) -> Tensor:
         """pixels (batch, 3, H, W) in [-1, 1] -> scaled latents (batch, 4, H/8, W/8).
 
-        With a generator the latent is drawn from the posterior; without one it is the posterior's mean.
+        With a generator the latent is drawn from the posterior; without one it is the posterior's mean. `rows`: as in
+        `decode`.
         """
-        mean, logvar = self.posterior(pixels)
+        mean, logvar = self.posterior(pixels, rows)
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
             mean = mean + (0.5 * logvar).exp() * noise
         return mean * self.config.latent_scale
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """scaled latents (batch, 4, H/8, W/8) -> pixels (batch, 3, H, W), nominally in [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.config.latent_scale))
+    def decode(self, latents: Tensor, rows: int | None = None) -> Tensor:
+        """scaled latents (batch, 4, H/8, W/8) -> pixels (batch, 3, H, W), nominally in [-1, 1], not clamped.
 
-    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        With `rows` in strips of so many rows, in a fraction of the memory; the result is the same (vae/strips.py).
+        """
+        z = self.post_quant_conv(latents / self.config.latent_scale)
+        return self.decoder(z) if rows is None else strips.decode(self.decoder, z, rows)
+
+    def posterior(self, pixels: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
         """pixels (batch, 3, H, W) in [-1, 1] -> mean and log variance of the unscaled latents."""
-        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        x = self.encoder(pixels) if rows is None else strips.encode(self.encoder, pixels, rows)
+        mean, logvar = self.quant_conv(x).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
 
@@ -155,7 +166,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (to(h).flatten(2).transpose(1, 2) for to in (self.q, self.k, self.v))  # (batch, H*W, C)
-        h = scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        slices = q[:, None].split(max(1, SCORES // (q.shape[0] * q.shape[1])), dim=2)  # no kernel fills the memory
+        h = torch.cat([scaled_dot_product_attention(part, k[:, None], v[:, None]) for part in slices], dim=2)[:, 0]
         return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 

@@ -9,8 +9,8 @@ from clip import CLIPImage, CLIPText
 from clip.tokenizer import CONTEXT, END
 from weights import configs
 from weights.files import State, WeightsError, read
+from weights.fill import IGNORED, fill
 from weights.kinds import what_is
-from weights.load import IGNORED, fill
 from weights.openclip import from_openclip, text_from_openclip
 
 IMAGE, TEXT = ("vision_model.", "visual_projection."), ("text_model.", "text_projection.")

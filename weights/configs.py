@@ -32,6 +32,13 @@ def unet_config(state: State) -> UNetConfig:
         level.append(depth(f"input_blocks.{i}"))
     down.append(tuple(level))
 
+    middle: list[int] = []
+    for i in range(count(state, r"middle_block\.(\d+)\.")):
+        if f"middle_block.{i}.in_layers.0.weight" in state:
+            middle.append(0)
+        else:  # a transformer, behind the ResBlock before it
+            middle[-1] = count(state, rf"middle_block\.{i}\.transformer_blocks\.(\d+)\.")
+
     per_level = len(down[0]) + 1
     going_up = [depth(f"output_blocks.{i}") for i in range(per_level * len(down))]
     up = tuple(tuple(going_up[i : i + per_level]) for i in range(0, len(going_up), per_level))
@@ -45,7 +52,7 @@ def unet_config(state: State) -> UNetConfig:
         out_channels=state["out.2.weight"].shape[0],
         channels=tuple(channels),
         down=tuple(down),
-        middle=depth("middle_block"),
+        middle=tuple(middle),
         up=up,
         context_dim=context,
         heads=None if linear else 8,  # SD 1.x has 8 heads everywhere, its successors heads of 64
@@ -67,11 +74,11 @@ def vae_config(state: State, latent_scale: float = 0.18215) -> VAEConfig:
 
 
 TEXT_HEADS = {64: 4, 768: 12, 1024: 16, 1280: 20}  # by width: the tiny model, CLIP-L, OpenCLIP ViT-H, ViT-bigG
-IMAGE_HEADS = {768: 12, 1024: 16, 1280: 16, 1664: 16}  # ViT-B, L, H, bigG
+IMAGE_HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # ViT-B, L, H, g, bigG
 
 
-def text_config(state: State) -> CLIPTextConfig:
-    """From SD 1.x's text tower, `text_model.*`."""
+def text_config(state: State, quick_gelu: bool = True) -> CLIPTextConfig:
+    """From a text tower in the transformers layout, `text_model.*`."""
     tokens = state["text_model.embeddings.token_embedding.weight"]
     projection = state.get("text_projection.weight")
     return CLIPTextConfig(
@@ -79,7 +86,7 @@ def text_config(state: State) -> CLIPTextConfig:
         layers=count(state, r"text_model\.encoder\.layers\.(\d+)\."),
         heads=TEXT_HEADS.get(tokens.shape[1], max(1, tokens.shape[1] // 64)),
         mlp=state["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        quick_gelu=True,
+        quick_gelu=quick_gelu,
         projection=None if projection is None else projection.shape[0],
         vocabulary=tokens.shape[0],
         context=state["text_model.embeddings.position_embedding.weight"].shape[0],

@@ -1,0 +1,182 @@
+"""Peak memory of a whole run on the CPU, at the settings that trade time or digits for it.
+
+    python -m benchmarks.memory                          SD 1.5; writes 4 GB of random weights to a temporary folder
+    python -m benchmarks.memory --families sd15 sdxl --folder weights         SDXL: 8 GB more, and up to 17 GB of memory
+    python -m benchmarks.memory --vae 1024 2048          the autoencoder's decoder alone, whole and in strips
+
+A run loads fp16 files, encodes an image prompt and a text, takes guided steps and decodes, as sample.py does, in fp32. Each
+is a process of its own. The peak counts mapped file pages, too; "over the start" is what lies above importing torch.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.command import ROOT, Cost, cost
+from benchmarks.reference import FULL, NARROW, randomize
+from clip import CLIPImage, CLIPText, CLIPTextConfig, open_picture, preprocess
+from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt
+from sampler import ddim, guided, noise
+from unet import SDXL, UNet, UNetConfig, size_vector
+from vae import SD_VAE, VAE, VAEConfig
+from weights import load_adapter, load_image_encoder, open_base
+from weights.storage import STORAGES, store
+
+BIGG = CLIPTextConfig(width=1280, layers=32, heads=20, mlp=5120, quick_gelu=False, projection=1280)
+COMPUTE, GUIDANCE, SCALE, TEXT = torch.float32, 7.5, 0.6, "a red fox in the snow"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a run saves memory."""
+
+    storage: str | None = None  # of STORAGES; None: as it computes
+    apart: bool = False  # the two halves of the guidance one after the other
+    rows: int | None = None  # strips of the autoencoder
+
+
+SETTINGS = {
+    "fp32": Setting(),
+    "fp16 storage": Setting("float16"),
+    "fp8 storage": Setting("float8"),
+    "fp16 storage, strips, guidance apart": Setting("float16", True, 64),
+    "fp8 storage, strips, guidance apart": Setting("float8", True, 64),
+}
+
+
+@torch.no_grad()
+def run(family: str, folder: Path, name: str, side: int, steps: int) -> None:
+    """One run, from files to pixels, each model freed when it has done its part."""
+    setting = SETTINGS[name]
+    storage = STORAGES.get(setting.storage)
+    loaded = (
+        COMPUTE if storage is None else torch.float16
+    )  # as the files are: a mapped weight takes no memory of its own
+
+    def stored(model: torch.nn.Module) -> torch.nn.Module:
+        return store(model, storage, COMPUTE) if storage else model
+
+    base = open_base(folder / f"{family}.safetensors", loaded)
+    adapter = load_adapter(folder / f"{family}-adapter.safetensors", loaded)
+    adapter.image_proj.to(COMPUTE)
+    stored(adapter.ip_adapter)
+    encoder = stored(load_image_encoder(folder / "image_encoder.safetensors", loaded))
+    pixels = preprocess(open_picture(ROOT / "tiny/example.png"), encoder.config.image_size)
+    tokens = adapter.tokens(encoder, pixels), adapter.null_tokens(encoder, pixels)
+    del encoder
+    encode = stored(base.text_encoder())
+    prompts = []
+    for image, (text, pooled) in zip(tokens, (encode(TEXT), encode.null("")), strict=True):
+        vector = None if pooled is None else size_vector(pooled, side, side)
+        prompts.append(Prompt(text, (ImagePrompt(image, SCALE),), vector))
+    del encode
+    unet = base.unet()
+    adapter.attach(unet)
+    stored(unet)
+    prompt, null = prompts
+    if setting.apart:
+        with_prompt, without = guided(unet, prompt, null, 1), guided(unet, null, null, 1)
+
+        def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            eps_null = without(x, t)
+            return eps_null + GUIDANCE * (with_prompt(x, t) - eps_null)
+    else:
+        eps = guided(unet, prompt, null, GUIDANCE)
+    *_, latents = ddim(eps, noise(7, 1, side, side), steps)
+    del unet, adapter, eps
+    if setting.apart:
+        del with_prompt, without
+    vae = replace(base, dtype=COMPUTE).vae()
+    assert vae.decode(latents, setting.rows).isfinite().all()
+
+
+@torch.no_grad()
+def decode(side: int, rows: int | None, config: VAEConfig) -> None:
+    """The decoder alone, with its own random initialisation."""
+    torch.manual_seed(0)
+    vae = VAE(config).eval().to(memory_format=torch.channels_last)
+    assert vae.decode(torch.randn(1, 4, side // 8, side // 8), rows).isfinite().all()
+
+
+def write(folder: Path, families: list[str], narrow: bool) -> None:
+    """All files in fp16; those that are there already are kept."""
+    sizes = NARROW if narrow else FULL
+    unets: dict[str, UNetConfig] = {"sd15": sizes.unet, "sdxl": SDXL}
+    texts = {"sd15": {"cond_stage_model.transformer.": sizes.text}}
+    texts["sdxl"] = {"conditioner.embedders.0.transformer.": sizes.text, "conditioner.embedders.1.transformer.": BIGG}
+    if narrow:
+        unets["sdxl"] = replace(SDXL, channels=(64, 128, 192), context_dim=128, vector_dim=64 + 6 * 256)
+        texts["sdxl"]["conditioner.embedders.1.transformer."] = replace(
+            BIGG, width=64, layers=2, heads=4, projection=64
+        )
+    with torch.device("meta"):
+        contents = {"image_encoder": CLIPImage(sizes.image).state_dict()}
+        for family in families:
+            unet = UNet(unets[family])
+            contents[family] = UNet.state_dict(unet, prefix="model.diffusion_model.") | VAE(sizes.vae).state_dict(
+                prefix="first_stage_model."
+            )
+            for prefix, config in texts[family].items():
+                contents[family] |= CLIPText(config).state_dict(prefix=prefix)
+            projection = ImageProjection(sizes.image.projection, unets[family].context_dim, 4)
+            contents[f"{family}-adapter"] = IPAdapter.for_unet(unet, projection).state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (name, shapes) in enumerate(contents.items()):
+        if not (path := folder / f"{name}.safetensors").exists():
+            save_file(randomize(shapes, seed, torch.float16), path)
+
+
+def measure(*arguments: object) -> Cost:
+    return cost([sys.executable, "-m", "benchmarks.memory", *map(str, arguments)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="*", choices=("sd15", "sdxl"), default=["sd15"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--side", type=int, default=512, help="pixels (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--vae", nargs="+", type=int, metavar="SIDE", help="the decoder alone, pixels along a side")
+    parser.add_argument("--narrow", action="store_true", help="small widths, to try this script out")
+    parser.add_argument("--folder", type=Path, help="keep the weight files here")
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # a run, in a process of its own
+    args = parser.parse_args()
+    small = ["--narrow"] if args.narrow else []
+    if args.one:
+        kind, *rest = args.one
+        if kind == "run":
+            run(rest[0], args.folder, rest[1], args.side, args.steps)
+        elif kind == "decode":
+            decode(args.side, int(rest[0]) or None, NARROW.vae if args.narrow else SD_VAE)
+        elif kind == "write":
+            write(args.folder, rest, args.narrow)
+        return
+    start = measure("--one", "start").peak_gib
+    print(f"{'peak GiB':>60}  over the start  seconds")
+
+    def report(name: str, spent: Cost) -> None:
+        print(f"{name:52}{spent.peak_gib:8.2f}{spent.peak_gib - start:16.2f}{spent.seconds:9.1f}", flush=True)
+
+    for side in args.vae or []:
+        for rows in (0, 64):
+            name = f"decoder, {side}x{side}, " + (f"strips of {rows} rows" if rows else "whole")
+            report(name, measure("--one", "decode", rows, "--side", side, *small))
+    if args.vae:
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or Path(temporary)).resolve()
+        # Apart, too: a child starts with its parent's peak.
+        measure("--one", "write", *args.families, "--folder", folder, *small)
+        for family in args.families:
+            for name in args.settings:
+                flags = ("--folder", folder, "--side", args.side, "--steps", args.steps)
+                report(f"{family}, {name}", measure("--one", "run", family, name, *flags))
+
+
+if __name__ == "__main__":
+    main()

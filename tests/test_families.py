@@ -1,0 +1,359 @@
+"""SD 1.x, SD 2.x and SDXL: each family's files are told, read and sampled as diffusers, open_clip and transformers do."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+from conftest import NARROW_TEXT
+from counterparts import (
+    Order,
+    Twin,
+    assert_same_picture,
+    open_clip_state,
+    our_picture,
+    prefixed,
+    rel,
+    their_picture,
+    transformers_open_clip,
+)
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import load_file, save_file
+from test_diffusers_layout import FAMILIES as PUBLISHED
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from clip import CLIPText, tokenize
+from unet import SD15, SD21, SDXL, UNet, UNetConfig, size_vector
+from vae import SD_VAE, VAE
+from weights import WeightsError, open_base
+from weights.base import FAMILIES, predicts
+from weights.configs import unet_config
+from weights.fill import on_meta
+
+State = dict[str, Tensor]
+UNET, BIAS = "model.diffusion_model.", "model.diffusion_model.output_blocks.{}.1.transformer_blocks.0.norm1.bias"
+TEXTS = ["", "a red fox in the snow, 35mm", "Don't STOP; 日本 🙂", "many words, " * 60]
+
+
+@pytest.fixture(params=["sd1", "sd2", "sdxl"])
+def twin(request) -> Twin:
+    return request.getfixturevalue(request.param)
+
+
+# At full size, without memory
+
+DISTILLED = {
+    "SSD-1B": replace(SDXL, down=((0, 0), (2, 2), (4, 4)), middle=(0,), up=((4, 4, 10), (2, 1, 1), (0, 0, 0))),
+    "Segmind-Vega": replace(SDXL, down=((0, 0), (1, 1), (2, 2)), middle=(0,), up=((2, 2, 2), (1, 1, 1), (0, 0, 0))),
+    "BK-SDM small": replace(SD15, down=((1,), (1,), (1,), (0,)), middle=(), up=((0, 0), (1, 1), (1, 1), (1, 1))),
+}
+CONFIGS: dict[str, UNetConfig] = {"SD 1.5": SD15, "SD 2.1": SD21, "SDXL": SDXL, **DISTILLED}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unet_of_each_family_is_the_published_one(name):
+    """Parameters as diffusers counts them (tests/test_diffusers_layout.py), and the config is read back."""
+    state = on_meta(lambda: UNet(CONFIGS[name])).state_dict()
+    assert str(sum(w.numel() for w in state.values())).startswith(PUBLISHED[name][1])
+    assert unet_config(state) == CONFIGS[name]
+
+
+def open_clip_on_meta(name: str) -> CLIP:
+    """The text side of a published model, with as little of the image side as goes."""
+    config = open_clip.get_model_config(name)
+    image = CLIPVisionCfg(layers=1, width=32, head_width=32, patch_size=16, image_size=32)
+    return on_meta(lambda: CLIP(config["embed_dim"], image, CLIPTextCfg(**config["text_cfg"])))
+
+
+def clip_l_on_meta() -> State:
+    """CLIP ViT-L/14's text tower by transformers' names, as files have had it since 2022."""
+    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    state = on_meta(lambda: CLIPTextModel(config)).state_dict()
+    assert sum(w.numel() for w in state.values()) == 123_060_480
+    return {f"text_model.{key.removeprefix('text_model.')}": w for key, w in state.items()}
+
+
+def under(prefix: str, state: State) -> State:
+    return {prefix + key: w for key, w in state.items()}
+
+
+def whole_checkpoint(name: str) -> State:
+    """In the original layout; the text towers as open_clip and transformers name their tensors."""
+    state = prefixed(UNET, on_meta(lambda: UNet({"SD 1.x": SD15, "SD 2.x": SD21, "SDXL": SDXL}[name])))
+    state |= prefixed("first_stage_model.", on_meta(lambda: VAE(SD_VAE)))
+    if name == "SD 1.x":
+        return state | under("cond_stage_model.transformer.", clip_l_on_meta())
+    if name == "SD 2.x":
+        state[BIAS.format(11)] = torch.zeros(320)  # as at 512 pixels: it varies little
+        return state | open_clip_state("cond_stage_model.model.", open_clip_on_meta("ViT-H-14"))
+    state |= under("conditioner.embedders.0.transformer.", clip_l_on_meta())
+    return state | open_clip_state("conditioner.embedders.1.model.", open_clip_on_meta("ViT-bigG-14"))
+
+
+CLIP_L = (768, 12, 12, True)  # width, layers, heads, OpenAI's GELU
+WHOLE = {  # config, latent scale, side, text towers, the first cross-attention and how many there are
+    "SD 1.x": (SD15, 0.18215, 512, [CLIP_L], (320, 768), 16),
+    "SD 2.x": (SD21, 0.18215, 512, [(1024, 23, 16, False)], (320, 1024), 16),
+    "SDXL": (SDXL, 0.13025, 1024, [CLIP_L, (1280, 32, 20, False)], (640, 2048), 70),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_checkpoint_of_full_size_is_opened(monkeypatch, name):
+    config, latent_scale, side, towers, layer, count = WHOLE[name]
+    state = whole_checkpoint(name)
+    monkeypatch.setattr("weights.base.read", lambda path: dict(state))
+    base = open_base("x.safetensors", device="meta")
+    assert (base.family.name, base.prediction, base.side) == (name, "eps", side)
+    assert base.layers[0] == layer and len(base.layers) == count
+    assert base.unet().config == config and base.vae().config == replace(SD_VAE, latent_scale=latent_scale)
+    found = [m.config for m in base.text_encoder().modules() if isinstance(m, CLIPText)]
+    assert [(c.width, c.layers, c.heads, c.quick_gelu) for c in found] == towers
+
+
+@pytest.mark.parametrize("name, unused, parameters", [("ViT-H-14", 1, 354_032_641), ("ViT-bigG-14", 0, 694_659_841)])
+def test_open_clip_towers_are_the_published_ones(name, unused, parameters):
+    """What no tensor tells, the heads, and how many layers are not used; the temperature counts as a parameter."""
+    text = open_clip_on_meta(name)
+    assert sum(w.numel() for w in open_clip_state("", text).values()) == parameters
+    _, layers, heads, _ = WHOLE["SD 2.x" if unused else "SDXL"][3][-1]
+    assert (text.transformer.layers - unused, text.transformer.resblocks[0].attn.num_heads) == (layers, heads)
+
+
+# Texts
+
+
+@torch.no_grad()
+def test_sd2_text_equals_open_clip_and_transformers(sd2, open_clip_tower):
+    """All layers but the last, then the final LayerNorm (Stability's FrozenOpenCLIPEmbedder, layer "penultimate")."""
+    encode, theirs = sd2.base.text_encoder(), transformers_open_clip(open_clip_tower, layers=2)
+    found = []
+    for text in TEXTS:
+        tokens = open_clip.tokenize(text)
+        assert torch.equal(tokens, tokenize(text, pad=0))
+        x = open_clip_tower.token_embedding(tokens) + open_clip_tower.positional_embedding
+        for block in open_clip_tower.transformer.resblocks[:-1]:
+            x = block(x, attn_mask=open_clip_tower.attn_mask)
+        ours, pooled = encode(text)
+        assert pooled is None
+        assert rel(ours, open_clip_tower.ln_final(x)) <= 1e-5
+        assert rel(ours, theirs(tokens).last_hidden_state) <= 1e-5
+        assert torch.equal(encode.null(text)[0], ours)
+        found.append(ours)
+    assert rel(found[0], found[1]) > 0.1
+    assert rel(sd2.base.text()(tokenize(TEXTS[1])), found[1]) > 0.01  # padded otherwise, it says something else
+
+
+@torch.no_grad()
+def test_sdxl_second_tower_equals_open_clip(sdxl, open_clip_tower):
+    """The pooled embedding is the whole tower's, at the end of the text, projected, and not normalised."""
+    encode = sdxl.base.text_encoder()
+    for text in TEXTS:
+        _, pooled = encode(text)
+        assert rel(pooled, open_clip_tower.encode_text(open_clip.tokenize(text))) <= 1e-5
+
+
+TRANSFORMERS_TEXTS = [TEXTS[i] for i in (0, 1, 3)]  # its tokenizer has no repair of texts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negative", [None, "blurry, low quality"])
+@pytest.mark.parametrize("text", TRANSFORMERS_TEXTS, ids=["empty", "short", "long"])
+def test_text_equals_diffusers_pipeline(twin, text, negative):
+    encode, _, _ = twin.parts
+    arguments = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    wanted = twin.pipeline.encode_prompt(text, negative_prompt=negative, **arguments)
+    found = [x for half in zip(encode(text), encode.null(negative or ""), strict=True) for x in half if x is not None]
+    assert len(found) == len(wanted) == (4 if twin.base.family.name == "SDXL" else 2)
+    for ours, theirs in zip(found, wanted, strict=True):
+        if negative or twin.base.family.name != "SDXL" or theirs.any():
+            assert rel(ours, theirs) <= 1e-5
+        else:
+            assert torch.equal(ours, theirs)  # SDXL without a negative prompt: zeros
+    if twin.base.family.name == "SDXL":
+        assert (negative is None) == (not found[1].any()) == (not found[3].any()) and found[0].any()
+
+
+@pytest.mark.parametrize("height, width", [(1024, 1024), (768, 1344), (64, 96)])
+def test_vector_of_sizes_equals_diffusers_pipeline(sdxl, draw, height, width):
+    pooled, pipeline = draw(2, 32), sdxl.pipeline
+    sizes = pipeline._get_add_time_ids((height, width), (0, 0), (height, width), torch.float32, 32)
+    sinusoids = pipeline.unet.add_time_proj(sizes.flatten()).reshape(1, -1).expand(2, -1)
+    assert rel(size_vector(pooled, height, width, 8), torch.cat([pooled, sinusoids], dim=1)) <= 1e-6
+    assert size_vector(draw(2, 1280), height, width).shape == (2, SDXL.vector_dim)
+    if height != width:
+        assert rel(size_vector(pooled, height, width, 8), size_vector(pooled, width, height, 8)) > 0.1
+
+
+# Whole pictures
+
+
+@pytest.mark.parametrize("negative_prompt", ["", "blurry, low quality"], ids=["alone", "with a negative prompt"])
+def test_picture_equals_diffusers(twin, negative_prompt):
+    order = Order(negative_prompt=negative_prompt)
+    ours = our_picture(twin, order)
+    assert_same_picture(ours, their_picture(twin, order))
+    other = our_picture(twin, replace(order, negative_prompt="a house"))
+    assert rel(other[0], ours[0]) > 0.01  # the negative prompt shows
+
+
+def test_picture_of_a_v_model_is_not_that_of_an_eps_model(sd2):
+    assert sd2.base.prediction == "v"
+    wrong = Twin(replace(sd2.base, prediction="eps"), sd2.pipeline)
+    assert rel(our_picture(wrong, Order())[0], our_picture(sd2, Order())[0]) > 0.1
+
+
+def test_a_folder_of_diffusers_is_the_same_base(twin, tmp_path):
+    """As `save_pretrained` writes its parts: names, text towers and what the UNet predicts."""
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler"):
+        if part := getattr(twin.pipeline, name, None):
+            part.save_pretrained(tmp_path / name)
+    base = open_base(tmp_path)
+    assert replace(base, path=twin.base.path) == twin.base
+    for found, wanted in zip((base.text_encoder(), base.unet(), base.vae()), twin.parts, strict=True):
+        found, wanted = found.state_dict(), wanted.state_dict()
+        assert found.keys() == wanted.keys() and all(torch.equal(w, wanted[key]) for key, w in found.items())
+
+
+# What the UNet predicts
+
+
+def sd2_state(spread: float, blocks: int = 12) -> State:
+    bias = torch.linspace(-1, 1, 320)
+    return {BIAS.format(blocks - 1): bias * spread / bias.std(correction=0)}
+
+
+@pytest.mark.parametrize("spread, said", [(0.02, "eps"), (0.085, "eps"), (0.095, "v"), (0.3, "v")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_versions_of_sd2_are_told_by_a_bias(spread, said, dtype):
+    state = {key: w.to(dtype) for key, w in sd2_state(spread).items()}
+    assert predicts("x", state, FAMILIES["SD 2.x"]) == said
+    assert predicts("x", state, FAMILIES["SD 1.x"]) == predicts("x", state, FAMILIES["SDXL"]) == "eps"
+
+
+def test_the_versions_of_a_distilled_sd2_are_told_by_the_last_block():
+    assert predicts("x", sd2_state(0.3, blocks=8), FAMILIES["SD 2.x"]) == "v"
+    assert predicts("x", sd2_state(0.02, blocks=8), FAMILIES["SD 2.x"]) == "eps"
+
+
+@pytest.mark.parametrize("family", [FAMILIES["SD 1.x"], FAMILIES["SDXL"]])
+def test_a_file_may_say_that_v_is_predicted(family):
+    assert predicts("x", {"v_pred": torch.zeros(0)}, family) == "v"
+
+
+def rewritten(twin: Twin, path, change: Callable[[State], None]):
+    """The twin's file with something changed."""
+    state = load_file(twin.base.path)
+    change(state)
+    save_file(state, path)
+    return path
+
+
+def test_a_file_with_the_mark_of_v_is_opened(sdxl, tmp_path):
+    path = rewritten(sdxl, tmp_path / "x.safetensors", lambda state: state.update(v_pred=torch.zeros(1)))
+    assert open_base(path).prediction == "v" and sdxl.base.prediction == "eps"
+
+
+def test_what_is_asked_for_outweighs_what_the_file_tells(sd1, sd2, tmp_path):
+    assert open_base(sd1.base.path, prediction="v").prediction == "v"
+    assert open_base(sd2.base.path, prediction="eps").prediction == "eps"
+    narrow = BIAS.format(11)
+    path = rewritten(sd2, tmp_path / "x.safetensors", lambda state: state[narrow].mul_(0.1))
+    base = open_base(path)
+    assert (base.prediction, base.side, sd2.base.prediction, sd2.base.side) == ("eps", 512, "v", 768)
+
+
+@pytest.mark.parametrize("config, said", [("epsilon", "eps"), ("v_prediction", "v"), (None, "eps")])
+def test_the_scheduler_of_a_folder_says_it(tmp_path, config, said):
+    """It outweighs the tensors, which tell where it is silent."""
+    (tmp_path / "scheduler").mkdir()
+    content = {"prediction_type": config} if config else {}
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(content))
+    other = {"eps": 0.3, "v": 0.02}[said] if config else 0.02
+    assert predicts(tmp_path, sd2_state(other), FAMILIES["SD 2.x"]) == said
+
+
+# Files that are refused
+
+
+def refused(path, loader=open_base) -> str:
+    with pytest.raises(WeightsError) as error:
+        loader(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message[len(f"{path}: ") :]
+
+
+def without(*prefixes: str) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        left = [key for key in state if key.startswith(prefixes)]
+        assert left
+        for key in left:
+            del state[key]
+
+    return change
+
+
+WANTED = "an SD 1.x, SD 2.x or SDXL checkpoint is wanted here; this is a whole "
+
+
+def refiner(state: State) -> None:
+    """One text tower, OpenCLIP's, and it is the first."""
+    without("conditioner.embedders.0.")(state)
+    for key in [key for key in state if key.startswith("conditioner.embedders.1.")]:
+        state[key.replace("embedders.1.", "embedders.0.")] = state.pop(key)
+
+
+def unclip(state: State) -> None:
+    state[f"{UNET}label_emb.0.0.weight"] = torch.ones(256, 64)
+    state["embedder.model.visual.proj"] = torch.ones(4, 4)
+    state["noise_augmentor.data_mean"] = torch.ones(1, 4)
+
+
+def inpainting(state: State) -> None:
+    weight = state[f"{UNET}input_blocks.0.0.weight"]
+    state[f"{UNET}input_blocks.0.0.weight"] = torch.ones(len(weight), 9, 3, 3)
+
+
+REFUSED = {
+    "SDXL refiner": ("sdxl", refiner, WANTED + "SDXL refiner checkpoint"),
+    "SD 2.x unCLIP": ("sd2", unclip, WANTED + "SD 2.x unCLIP checkpoint"),
+    "SD 1.x inpainting": ("sd1", inpainting, "its UNet takes 9 channels (an inpainting or depth model?), 4 are wanted"),
+    "SD 2.x inpainting": ("sd2", inpainting, "its UNet takes 9 channels (an inpainting or depth model?), 4 are wanted"),
+    "SDXL inpainting": ("sdxl", inpainting, "its UNet takes 9 channels (an inpainting or depth model?), 4 are wanted"),
+    "SD 2.x without its text tower": (
+        *("sd2", without("cond_stage_model.")),
+        "the text tower (cond_stage_model.model.*) is missing; a whole SD 2.x checkpoint has: UNet, autoencoder, text tower",
+    ),
+    "SDXL without its first text tower": (
+        *("sdxl", without("conditioner.embedders.0.")),
+        "the text tower (conditioner.embedders.0.transformer.*) is missing; a whole SDXL checkpoint has: UNet, "
+        + "autoencoder, text tower, second text tower",
+    ),
+    "SDXL without its second text tower": (
+        *("sdxl", without("conditioner.embedders.1.")),
+        "the second text tower (conditioner.embedders.1.model.*) is missing; a whole SDXL checkpoint has: UNet, "
+        + "autoencoder, text tower, second text tower",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_base_is_refused_by_name(request, case, tmp_path):
+    name, change, message = REFUSED[case]
+    twin: Twin = request.getfixturevalue(name)
+    assert refused(rewritten(twin, tmp_path / "x.safetensors", change)).startswith(message)
+
+
+def test_a_text_tower_of_another_width_is_refused(sd2, tmp_path):
+    narrow: nn.Module = CLIPText(replace(NARROW_TEXT, width=32, heads=1, mlp=64))
+
+    def change(state: State) -> None:
+        without("cond_stage_model.")(state)
+        state.update(prefixed("cond_stage_model.transformer.", narrow))
+
+    message = refused(rewritten(sd2, tmp_path / "x.safetensors", change))
+    assert message == "its UNet reads tokens of 64, its text towers give 32"

@@ -1,0 +1,438 @@
+"""LoRAs merged into our models give what diffusers and peft compute with the same files."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NARROW_TEXT, NARROW_XL
+from counterparts import diffusers_unet, randomise, rel, transformers_text
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers, set_weights_and_activate_adapters
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from clip import CLIPText
+from ipadapter import Prompt
+from unet import UNet
+from weights.files import WeightsError
+from weights.lora import LowRank, check, merge, read_lora, swap
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TRANSFORMER = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "samplers.0.conv", "time_emb_proj")  # of a LoCon
+ORIGINAL_CONVOLUTIONS = ("in_layers.2", "out_layers.3", "skip_connection", ".op", ".conv", "emb_layers.1")
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+KOHYA, PEFT = ("lora_down", "lora_up"), ("lora_A", "lora_B")
+DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight")
+ALPHA = 3.0
+
+
+def layers(model: nn.Module, endings: tuple[str, ...]) -> dict[str, nn.Module]:
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    return {name: m for name, m in modules.items() if name.endswith(endings)}
+
+
+def pair(module: nn.Module, seed: int, rank: int = 4) -> tuple[Tensor, Tensor]:
+    """Down and up for a layer; their product is a third as large as its own weights."""
+    generator = torch.Generator().manual_seed(seed)
+    out, width, *kernel = module.weight.shape
+    down = torch.randn(rank, width, *kernel, generator=generator) / module.weight[0].numel() ** 0.5
+    return down, torch.randn(out, rank, *[1] * len(kernel), generator=generator) / (3 * rank**0.5)
+
+
+def kohya(prefix: str, modules: dict[str, nn.Module], seed: int = 0) -> dict[str, Tensor]:
+    """Ranks of 2 to 4 and one alpha: another scale in each layer."""
+    state = {}
+    for i, (name, module) in enumerate(modules.items()):
+        flat = prefix + name.replace(".", "_")
+        matrices = pair(module, 1000 * seed + i, rank=2 + i % 3)
+        state |= {f"{flat}.{which}.weight": w for which, w in zip(KOHYA, matrices, strict=True)}
+        state[f"{flat}.alpha"] = torch.tensor(ALPHA)
+    return state
+
+
+def dotted(prefix: str, modules: dict[str, nn.Module], which: tuple[str, str], seed: int = 0) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{name}.{kind}.weight": w
+        for i, (name, module) in enumerate(modules.items())
+        for kind, w in zip(which, pair(module, 1000 * seed + i), strict=True)
+    }
+
+
+def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    save_file({key: w.contiguous() for key, w in state.items()}, path, metadata)
+    return path
+
+
+def load_theirs(pipeline: type, unet: UNet2DConditionModel, text: nn.Module | None, paths: list[Path]) -> None:
+    """diffusers' loader, without a whole pipeline."""
+    for i, path in enumerate(paths):
+        state, alphas = pipeline.lora_state_dict(path, unet_config=unet.config)[:2]
+        pipeline.load_lora_into_unet(state, alphas, unet, adapter_name=f"lora_{i}")
+        if text:
+            pipeline.load_lora_into_text_encoder(state, alphas, text, adapter_name=f"lora_{i}")
+
+
+def tuned(model: nn.Module) -> int:
+    return sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+@torch.no_grad()
+def outputs(unet: UNet, theirs: UNet2DConditionModel, draw) -> tuple[Tensor, Tensor]:
+    x, t, text = draw(1, 4, 8, 8), torch.tensor([500]), draw(1, 77, unet.config.context_dim)
+    if not unet.config.vector_dim:
+        return unet(x, t, Prompt(text)), theirs(x, t, text).sample
+    pooled, sizes = draw(1, 32), torch.tensor([[64.0, 96, 0, 0, 64, 96]])
+    vector = torch.cat([pooled, theirs.add_time_proj(sizes.flatten()).view(1, -1)], dim=1)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    return unet(x, t, Prompt(text, vector=vector)), theirs(x, t, text, added_cond_kwargs=added).sample
+
+
+@pytest.fixture(scope="module")
+def shallow_xl() -> UNet:
+    """SDXL's shape, but depths of 1 and 2: peft takes its time for each layer."""
+    depths = {"down": ((0, 0), (1, 1), (2, 2)), "middle": (2, 0), "up": ((2, 2, 2), (1, 1, 1), (0, 0, 0))}
+    return randomise(UNet(replace(NARROW_XL, **depths)), 13)
+
+
+LAYOUTS = {  # from diffusers' modules and ours to a file
+    "kohya": lambda theirs, _: kohya("lora_unet_", layers(theirs, TRANSFORMER + CONVOLUTIONS)),
+    "kohya, original names": lambda _, ours: kohya("lora_unet_", layers(ours, TRANSFORMER + ORIGINAL_CONVOLUTIONS)),
+    "peft": lambda theirs, _: dotted("unet.", layers(theirs, TRANSFORMER + CONVOLUTIONS), PEFT),
+    "diffusers": lambda theirs, _: dotted("unet.", layers(theirs, ATTENTION), ("lora.down", "lora.up")),
+}
+
+
+@pytest.mark.parametrize(
+    "base, layout",
+    [
+        ("unet", "kohya"),
+        ("unet", "peft"),
+        ("unet", "diffusers"),
+        ("shallow_xl", "kohya, original names"),
+        ("shallow_xl", "peft"),
+    ],
+)
+def test_unet_equals_diffusers(request, base, layout, draw, tmp_path):
+    unet = copy.deepcopy(request.getfixturevalue(base))
+    theirs = diffusers_unet(unet)
+    state = LAYOUTS[layout](theirs, unet)
+    path = write(tmp_path / "lora.safetensors", state)
+    load_theirs(StableDiffusionXLPipeline, theirs, None, [path])
+    lora = read_lora(path)
+    assert tuned(theirs) == len(lora.parts["unet"]) == sum(key.endswith(DOWN) for key in state)
+    plain = outputs(unet, theirs, draw)[0]
+    merge(unet, [(lora, 1.0)], "unet")
+    ours, wanted = outputs(unet, theirs, draw)
+    assert rel(ours, wanted) <= 1e-5
+    assert rel(ours, plain) > 0.1
+
+
+def test_two_loras_with_weights_and_the_text_tower_equal_diffusers(unet, text_tower, draw, tmp_path):
+    ours, text = copy.deepcopy(unet), copy.deepcopy(text_tower)
+    theirs, their_text = diffusers_unet(unet), transformers_text(text_tower)
+    paths = [
+        write(
+            tmp_path / f"{seed}.safetensors",
+            kohya("lora_unet_", layers(theirs, TRANSFORMER), seed) | kohya("lora_te_", layers(their_text, TEXT), seed),
+        )
+        for seed in (1, 2)
+    ]
+    load_theirs(StableDiffusionPipeline, theirs, their_text, paths)
+    names, weights = ["lora_0", "lora_1"], [0.7, 0.3]
+    theirs.set_adapters(names, weights)
+    set_weights_and_activate_adapters(their_text, names, weights)
+    loras = [(read_lora(path), weight) for path, weight in zip(paths, weights, strict=True)]
+    for lora, _ in loras:
+        check(lora, {"unet": unet, "text": text_tower})
+    merge(ours, loras, "unet")
+    merge(text, loras, "text")
+    found, wanted = outputs(ours, theirs, draw)
+    assert rel(found, wanted) <= 1e-5
+    tokens = torch.randint(0, 49406, (2, 77), generator=torch.Generator().manual_seed(0))
+    tokens[:, -1] = 49407
+    with torch.no_grad():
+        assert rel(text(tokens), their_text(tokens).last_hidden_state) <= 1e-5
+        assert rel(text(tokens), text_tower(tokens)) > 0.1
+
+
+TEXT_LAYOUTS = {
+    "kohya": lambda tower: kohya("lora_te_", layers(tower, TEXT)),
+    "kohya, SDXL": lambda tower: kohya("lora_te1_", layers(tower, TEXT)),
+    "diffusers": lambda tower: dotted(
+        "text_encoder.", layers(tower, ("_proj",)), ("lora_linear_layer.down", "lora_linear_layer.up")
+    ),
+    "peft": lambda tower: dotted("text_encoder.", layers(tower, TEXT), PEFT),
+    "the names of 2023": lambda tower: {
+        key.replace("q_proj.", "to_q_").replace("out_proj.", "to_out_"): w
+        for key, w in dotted("text_encoder.", layers(tower, ("q_proj", "out_proj")), ("lora.down", "lora.up")).items()
+    },
+}
+
+
+@pytest.mark.parametrize("layout", TEXT_LAYOUTS)
+def test_text_tower_equals_diffusers(text_tower, layout, tmp_path):
+    text, theirs = copy.deepcopy(text_tower), transformers_text(text_tower)
+    path = write(tmp_path / "lora.safetensors", TEXT_LAYOUTS[layout](theirs))
+    state, alphas = StableDiffusionPipeline.lora_state_dict(path)[:2]
+    StableDiffusionPipeline.load_lora_into_text_encoder(state, alphas, theirs, adapter_name="lora")
+    lora = read_lora(path)
+    assert lora.parts.keys() == {"text"} and len(lora.parts["text"]) == tuned(theirs) > 0
+    merge(text, [(lora, 1.0)], "text")
+    tokens = torch.arange(77)[None] + 300
+    with torch.no_grad():
+        assert rel(text(tokens), theirs(tokens).last_hidden_state) <= 1e-5
+        assert rel(text(tokens), text_tower(tokens)) > 0.1
+
+
+def test_the_second_text_tower_is_a_part_of_its_own(text_tower, tmp_path):
+    theirs = transformers_text(text_tower)
+    first, second = kohya("lora_te1_", layers(theirs, TEXT), 1), kohya("lora_te2_", layers(theirs, TEXT), 2)
+    both = read_lora(write(tmp_path / "both.safetensors", first | second))
+    alone = read_lora(write(tmp_path / "second.safetensors", second))
+    assert {part: len(named) for part, named in both.parts.items()} == {"text": 18, "text_2": 18}
+    towers = [copy.deepcopy(text_tower) for _ in range(2)]
+    merge(towers[0], [(both, 1.0)], "text_2")
+    merge(towers[1], [(alone, 1.0)], "text_2")
+    assert same(*towers) and not same(towers[0], text_tower)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(w, b.get_parameter(name)) for name, w in a.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def kohya_file(their_unet, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("lora") / "kohya.safetensors"
+    return write(path, kohya("lora_unet_", layers(their_unet, TRANSFORMER + CONVOLUTIONS)))
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_alpha_of_what_diffusers_saves(unet, draw, tmp_path, metadata):
+    """Trained with peft inside diffusers: alpha stands in the file's metadata; without it diffusers takes the rank."""
+    theirs = diffusers_unet(unet)
+    theirs.add_adapter(
+        LoraConfig(
+            r=4, lora_alpha=6, alpha_pattern={"to_k": 3}, rank_pattern={"to_v": 2}, target_modules=["to_k", "to_v"]
+        )
+    )
+    randomise_lora(theirs)
+    config = theirs.peft_config["default"].to_dict() if metadata else None
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs)),
+        unet_lora_adapter_metadata=config,
+    )
+    if not metadata:
+        for module in theirs.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.scaling["default"] = 1.0
+    lora, ours = read_lora(tmp_path / "pytorch_lora_weights.safetensors"), copy.deepcopy(unet)
+    assert len(lora.parts["unet"]) == tuned(theirs) == 64
+    merge(ours, [(lora, 1.0)], "unet")
+    found, wanted = outputs(ours, theirs, draw)
+    assert rel(found, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("rank_stabilised", [True, False])
+def test_a_folder_of_peft(text_tower, tmp_path, rank_stabilised):
+    """There alpha stands in adapter_config.json beside the file."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"], use_rslora=rank_stabilised)
+    theirs = get_peft_model(transformers_text(text_tower), config)
+    randomise_lora(theirs)
+    theirs.save_pretrained(tmp_path)
+    text = copy.deepcopy(text_tower)
+    merge(text, [(read_lora(tmp_path / "adapter_model.safetensors"), 1.0)], "text")
+    tokens = torch.arange(77)[None] + 300
+    with torch.no_grad():
+        assert rel(text(tokens), theirs(tokens).last_hidden_state) <= 1e-5
+
+
+def randomise_lora(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape, generator=generator) * 0.3 / p.shape[1] ** 0.5
+
+
+def test_the_oldest_names_of_diffusers(unet, their_unet, tmp_path):
+    """`unet.save_attn_procs` of early 2023: processors, no prefix, no number behind to_out."""
+    state = dotted("unet.", layers(their_unet, ATTENTION), PEFT)
+    wanted = copy.deepcopy(unet)
+    merge(wanted, [(read_lora(write(tmp_path / "new.safetensors", state)), 1.0)], "unet")
+    for new, old in {
+        "unet.": "",
+        "to_out.0": "to_out",
+        ".to_": ".processor.to_",
+        ".lora_A": "_lora.down",
+        ".lora_B": "_lora.up",
+    }.items():
+        state = {key.replace(new, old): w for key, w in state.items()}
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight" in state
+    old = copy.deepcopy(unet)
+    torch.save(state, tmp_path / "pytorch_lora_weights.bin")
+    merge(old, [(read_lora(tmp_path / "pytorch_lora_weights.bin"), 1.0)], "unet")
+    assert same(old, wanted) and not same(old, unet)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["diffusion_model.", "model.diffusion_model.", "base_model.model.", "unet.base_model.model."]
+)
+def test_other_prefixes(unet, prefix, tmp_path):
+    model, wanted = copy.deepcopy(unet), copy.deepcopy(unet)
+    state = dotted(prefix, layers(unet, ("to_k",)), PEFT)
+    merge(model, [(read_lora(write(tmp_path / "dotted.safetensors", state)), 1.0)], "unet")
+    flat = {"lora_unet_" + key.removeprefix(prefix): w for key, w in state.items()}
+    merge(wanted, [(read_lora(write(tmp_path / "flat.safetensors", flat)), 1.0)], "unet")
+    assert same(model, wanted) and not same(model, unet)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_taken_out_leaves_no_trace(unet, kohya_file, dtype):
+    model = copy.deepcopy(unet).to(dtype)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    lora = read_lora(kohya_file)
+    take_out = merge(model, [(lora, 0.7), (lora, -1.3)], "unet")
+    after = dict(model.named_parameters())
+    assert sum(not torch.equal(after[name], w) for name, w in before.items()) == len(lora.parts["unet"])
+    assert all(p.dtype == dtype for p in after.values())
+    take_out()
+    assert all(torch.equal(p, before[name]) and p.data_ptr() == places[name] for name, p in model.named_parameters())
+
+
+def test_half_precision_is_rounded_once(unet, kohya_file):
+    lora = read_lora(kohya_file)
+    half = copy.deepcopy(unet).half()
+    wide = copy.deepcopy(half).float()
+    merge(half, [(lora, 0.7), (lora, 0.01)], "unet")
+    merge(wide, [(lora, 0.7), (lora, 0.01)], "unet")
+    assert same(half, wide.half())
+
+
+def test_swaps_are_undone_in_turn(unet):
+    model, name = copy.deepcopy(unet), "out.2.weight"
+    before = model.get_parameter(name)
+    values = [torch.full_like(before, value) for value in (1, 2)]
+    first, second = swap(model, {name: values[0]}), swap(model, {name: values[1]})
+    assert torch.equal(model.get_parameter(name), values[1])
+    second()
+    assert torch.equal(model.get_parameter(name), values[0])
+    first()
+    assert same(model, unet) and model.get_parameter(name) is before
+
+
+def test_a_convolution_in_three_steps(draw):
+    """LoCon's `lora_mid`: 1x1, 3x3, 1x1, one behind the other."""
+    down, mid, up, x = draw(4, 6, 1, 1), draw(4, 4, 3, 3), draw(8, 4, 1, 1), draw(2, 6, 5, 7)
+    steps = conv2d(conv2d(conv2d(x, down), mid, padding=1), up)
+    assert rel(conv2d(x, LowRank(down, up, mid, 0.5).delta(), padding=1), 0.5 * steps) <= 1e-5
+
+
+def test_a_file_with_a_middle_convolution(unet, tmp_path, draw):
+    prefix, weight = "lora_unet_down_blocks_0_resnets_0_conv1.", unet.input_blocks[1][0].in_layers[2].weight
+    matrices = {"down": draw(3, 32, 1, 1), "mid": draw(3, 3, 3, 3), "up": draw(32, 3, 1, 1)}
+    state = {f"{prefix}lora_{kind}.weight": w for kind, w in matrices.items()} | {f"{prefix}alpha": torch.tensor(6.0)}
+    model = copy.deepcopy(unet)
+    merge(model, [(read_lora(write(tmp_path / "mid.safetensors", state)), 1.0)], "unet")
+    wanted = weight + LowRank(**matrices, scale=2.0).delta()
+    assert torch.equal(model.input_blocks[1][0].in_layers[2].weight, wanted)
+
+
+def test_each_layer_has_its_own_alpha(unet, tmp_path, draw):
+    state, names = {}, ("attn1_to_q", "attn2_to_k")
+    for name, alpha in zip(names, (1.0, 8.0), strict=True):
+        prefix = f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_{name}"
+        width = 64 if "attn2" in name else 32
+        state |= {f"{prefix}.lora_down.weight": draw(4, width), f"{prefix}.lora_up.weight": draw(32, 4)}
+        state[f"{prefix}.alpha"] = torch.tensor(alpha)
+    scales = [low_rank.scale for low_rank in read_lora(write(tmp_path / "a.safetensors", state)).parts["unet"].values()]
+    assert scales == [0.25, 2.0]
+
+
+@pytest.mark.parametrize(
+    "key, kind",
+    [
+        ("lora_unet_conv_in.dora_scale", "DoRA"),
+        ("unet.conv_in.lora_magnitude_vector", "DoRA"),
+        ("lora_unet_conv_in.hada_w1_a", "LoHa"),
+        ("lora_unet_conv_in.lokr_w1", "LoKr"),
+        ("lora_unet_conv_in.diff", "whole differences of weights"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tmp_path, kohya_file, key, kind):
+    path = write(tmp_path / "other.safetensors", {key: torch.ones(2)})
+    with pytest.raises(WeightsError, match=rf"other.safetensors: {kind} is not supported \(.*\); LoRA and LoCon are"):
+        read_lora(path)
+
+
+def test_what_is_no_lora_is_refused_by_name(tmp_path, unet):
+    path = write(tmp_path / "unet.safetensors", unet.state_dict())
+    with pytest.raises(WeightsError, match="unet.safetensors: a LoRA is wanted here; this is a UNet"):
+        read_lora(path)
+
+
+def test_a_face_adapter_is_refused_by_name(tmp_path):
+    state = {"ip_adapter.0.to_q_lora.down.weight": torch.ones(4, 8), "image_proj.norm.weight": torch.ones(8)}
+    with pytest.raises(WeightsError, match="face.safetensors: a LoRA is wanted here; this is .*IP-Adapter"):
+        read_lora(write(tmp_path / "face.safetensors", state))
+
+
+@pytest.mark.parametrize("extra", ["lora_unet_conv_in.lora_down.weight", "lora_unet_conv_in.strange"])
+def test_keys_left_over_are_listed(tmp_path, their_unet, extra):
+    state = kohya("lora_unet_", layers(their_unet, ("to_q",))) | {extra: torch.ones(2, 2)}
+    with pytest.raises(WeightsError, match="1 keys that belong to no pair of LoRA matrices: .*conv_in"):
+        read_lora(write(tmp_path / "extra.safetensors", state))
+
+
+def test_a_lora_for_another_base_says_for_which(unet, unet_xl, kohya_file, tmp_path):
+    """A real one for SDXL, in kohya's names, against an SD 1.x base; nothing is changed."""
+    state = {}
+    for i in range(2):
+        flat = f"lora_unet_input_blocks_4_1_transformer_blocks_{i}_attn2_to_k"
+        state |= {f"{flat}.lora_down.weight": torch.ones(4, 2048), f"{flat}.lora_up.weight": torch.ones(640, 4)}
+    flat = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"  # this one fits
+    state |= {f"{flat}.lora_down.weight": torch.ones(4, 32), f"{flat}.lora_up.weight": torch.ones(32, 4)}
+    lora, model = read_lora(write(tmp_path / "xl.safetensors", state)), copy.deepcopy(unet)
+    wanted = (
+        r"xl.safetensors: 2 of its 3 layers for the UNet fit none of this base: "
+        r"input_blocks_4_1_transformer_blocks_0_attn2_to_k \(640, 2048\) for \(64, 64\), "
+        r"input_blocks_4_1_transformer_blocks_1_attn2_to_k \(640, 2048\); "
+        r"the LoRA seems made for SDXL \(its UNet reads tokens of 2048\)"
+    )
+    with pytest.raises(WeightsError, match=wanted):
+        merge(model, [(lora, 1.0)], "unet")
+    assert same(model, unet)
+    with pytest.raises(WeightsError, match="made for another base .its UNet reads tokens of 64"):
+        merge(copy.deepcopy(unet_xl), [(read_lora(kohya_file), 1.0)], "unet")
+
+
+def test_a_part_that_the_base_has_not_is_an_error(unet, text_tower, tmp_path):
+    theirs = transformers_text(text_tower)
+    lora = read_lora(write(tmp_path / "two.safetensors", kohya("lora_te2_", layers(theirs, TEXT))))
+    with pytest.raises(WeightsError, match="two.safetensors: 18 of its layers are for a second text tower, .* SDXL"):
+        check(lora, {"unet": unet, "text": text_tower})
+
+
+def test_a_lora_for_a_transformer_is_told(unet, tmp_path):
+    name = "transformer.single_transformer_blocks.0.attn.to_q"
+    state = {f"{name}.lora_A.weight": torch.ones(4, 8), f"{name}.lora_B.weight": torch.ones(8, 4)}
+    with pytest.raises(WeightsError, match="made for a transformer"):
+        check(read_lora(write(tmp_path / "flux.safetensors", state)), {"unet": unet})
+
+
+def test_a_base_on_meta_can_be_checked(unet, kohya_file):
+    with torch.device("meta"):
+        check(read_lora(kohya_file), {"unet": UNet(unet.config), "text": CLIPText(NARROW_TEXT)})
+
+
+def test_as_many_numbers_in_another_shape_do_not_fit(unet, tmp_path):
+    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_ff_net_2"  # (32, 128) in this base
+    state = {f"{name}.lora_down.weight": torch.ones(4, 32), f"{name}.lora_up.weight": torch.ones(128, 4)}
+    with pytest.raises(WeightsError, match=r"ff_net_2 \(128, 32\) for \(32, 128\)"):
+        check(read_lora(write(tmp_path / "turned.safetensors", state)), {"unet": unet})

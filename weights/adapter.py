@@ -1,0 +1,115 @@
+"""Released adapters: which kind a file is, and whether it fits the base and the image encoder."""
+
+from pathlib import Path
+
+import torch
+
+from clip import CLIPImage
+from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
+from weights.base import Base
+from weights.configs import count
+from weights.files import State, WeightsError, read
+from weights.fill import fill
+from weights.kinds import ENCODERS, adapter_base, what_is
+
+ADAPTER_BASES = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # by the width of the tokens
+ENCODER_PRESETS = {"ViT-H/14": "vit-h", "ViT-bigG/14": "vit-bigg", "ViT-L/14": "vit-l"}
+
+
+def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> IPAdapter:
+    """A released IP-Adapter (.safetensors or .bin), or a trainer's checkpoint; the kind is read from its tensors.
+
+    Base, light, plus, plus-face, full-face, FaceID, FaceID-plus (version 1; version 2 is asked for by
+    `image_proj.structure_scale`) and FaceID-portrait, for any base.
+
+    Raises:
+        WeightsError: unreadable, another kind of file, or keys missing or left over.
+    """
+    state = {adapter_key(key): value for key, value in read(path).items()}
+    state = {key: value for key, value in state.items() if not key.startswith("unet.")}
+    if "ip_adapter.1.to_k_ip.weight" not in state or not any(key.startswith("image_proj.") for key in state):
+        raise WeightsError(f"{path}: an IP-Adapter is wanted here; this is {what_is(state)}")
+    if not PROJECTIONS & state.keys():
+        raise WeightsError(
+            f"{path}: an IP-Adapter whose image projection is none of: base, light, plus, full-face, FaceID, "
+            f"FaceID-plus, FaceID-portrait; it is {what_is(state)}"
+        )
+    return fill(build_adapter, state, path, dtype, device)
+
+
+PROJECTIONS = {"image_proj.latents", "image_proj.proj.weight", "image_proj.proj.3.weight", "image_proj.proj.2.weight"}
+
+
+def build_adapter(state: State) -> IPAdapter:
+    keys = [key for key in state if key.startswith("ip_adapter.") and key.endswith("to_k_ip.weight")]
+    shapes = [tuple(state[key].shape) for key in sorted(keys, key=lambda key: int(key.split(".")[1]))]
+    rank = state.get("ip_adapter.1.to_q_lora.down.weight")
+    return IPAdapter(build_projection(state, shapes[0][1]), shapes, 0 if rank is None else rank.shape[0])
+
+
+def build_projection(state: State, context_dim: int) -> torch.nn.Module:
+    def shape(key: str) -> tuple[int, ...]:
+        return tuple(state[f"image_proj.{key}"].shape)
+
+    if "image_proj.latents" in state:  # plus
+        _, num_tokens, dim = shape("latents")
+        depth, heads = count(state, r"image_proj\.layers\.(\d+)\."), shape("layers.0.0.to_q.weight")[0] // 64
+        return Resampler(shape("proj_in.weight")[1], dim, depth, heads, num_tokens, context_dim)
+    if "image_proj.proj.weight" in state:  # base, light
+        rows, embed_dim = shape("proj.weight")
+        return ImageProjection(embed_dim, context_dim, rows // context_dim)
+    if "image_proj.proj.3.weight" in state:  # full-face
+        return PatchProjection(shape("proj.0.weight")[1], context_dim)
+    face_dim, num_tokens = shape("proj.0.weight")[1], shape("proj.2.weight")[0] // context_dim
+    if "image_proj.perceiver_resampler.proj_in.weight" not in state:  # FaceID, portrait
+        return FaceProjection(face_dim, context_dim, num_tokens)
+    perceiver = "perceiver_resampler."
+    depth = count(state, r"image_proj\.perceiver_resampler\.layers\.(\d+)\.")
+    heads = shape(f"{perceiver}layers.0.0.to_q.weight")[0] // 64
+    feature_dim = shape(f"{perceiver}proj_in.weight")[1]
+    return FacePlusProjection(face_dim, feature_dim, depth, heads, num_tokens, context_dim)
+
+
+def adapter_key(key: str) -> str:
+    """The official trainers, and those who wrap models for several GPUs, save under other names."""
+    key = key.removeprefix("module.").replace("image_proj_model.", "image_proj.", 1)
+    return key.replace("adapter_modules.", "ip_adapter.", 1)
+
+
+def check_fit(
+    adapter: IPAdapter, adapter_path: str | Path, base: Base, encoder: CLIPImage | None, encoder_path: str | Path | None
+) -> None:
+    """Refuse adapter, base and image encoder that do not fit together, naming what would.
+
+    Args:
+        encoder: None where the adapter reads face embeddings alone.
+    """
+    projection = adapter.image_proj
+    base_dim = base.layers[0][1]
+    if projection.context_dim != base_dim:
+        wants = ADAPTER_BASES.get(projection.context_dim)
+        other = f" (--base {wants})" if wants else ""
+        raise WeightsError(
+            f"{adapter_path}: this adapter is {adapter_base(projection.context_dim)} (tokens of "
+            f"{projection.context_dim}); the base {base.path} is {base.family.name} and has tokens of {base_dim}: give "
+            f"a base that fits{other}, or an adapter for {base.family.name}"
+        )
+    layers = [tuple(ip.to_k_ip.weight.shape) for ip in adapter.key_values()]
+    if layers != base.layers:
+        raise WeightsError(
+            f"{adapter_path}: this adapter is for {len(layers)} cross-attention layers "
+            f"({layers[0][0]} to {max(layers)[0]} wide), the base {base.path} has {len(base.layers)} "
+            f"({base.layers[0][0]} to {max(base.layers)[0]} wide), in another order or number"
+        )
+    if encoder is None:
+        return
+    wants, what = projection.feature_dim, "patch features" if projection.patches else "image embeddings"
+    yields = encoder.config.width if projection.patches else encoder.config.projection
+    if wants != yields:
+        names = {1280: "ViT-H/14", 1664: "ViT-bigG/14", 1024: "ViT-L/14"} if projection.patches else ENCODERS
+        name = f"{names[wants]} " if wants in names else ""
+        hint = f"; --image-encoder {ENCODER_PRESETS[names[wants]]}" if wants in names else ""
+        raise WeightsError(
+            f"{adapter_path}: this adapter wants {name}{what} of {wants}, "
+            f"the image encoder given ({encoder_path}) yields {yields}{hint}"
+        )

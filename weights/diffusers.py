@@ -1,0 +1,94 @@
+"""Diffusers folders: one model in each sub-folder, read as one checkpoint."""
+
+import json
+import re
+from pathlib import Path
+
+from weights.diffusers_names import from_diffusers
+from weights.files import State, WeightsError, read
+
+PLACES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
+TWO_TOWERS = {
+    "text_encoder": "conditioner.embedders.0.transformer.",
+    "text_encoder_2": "conditioner.embedders.1.transformer.",
+}
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)\.(fp16\.)?(safetensors|bin)(\.(fp16\.)?index(\.fp16)?\.json)?"
+)
+
+
+def read_folder(path: str | Path) -> State:
+    """All models of a diffusers folder (SD 1.x, SD 2.x, SDXL and what is distilled from them), as one checkpoint.
+
+    Returns:
+        `model.diffusion_model.*` and `first_stage_model.*` in the original names, and the text towers in the
+        transformers names: `cond_stage_model.transformer.*`, or where there are two of them (SDXL)
+        `conditioner.embedders.0.transformer.*` and `conditioner.embedders.1.transformer.*`.
+
+    Raises:
+        WeightsError: a part or a shard is missing, or a file cannot be read.
+    """
+    path = Path(path)
+    places = PLACES | (TWO_TOWERS if (path / "text_encoder_2").is_dir() else {})
+    if missing := [f"{part}/" for part in places if not (path / part).is_dir()]:
+        wanted = ", ".join(f"{part}/" for part in places)
+        raise WeightsError(f"{path}: not a whole diffusers folder ({wanted}): no {', '.join(missing)}; {listing(path)}")
+    parts = {place: from_diffusers(read_part(path / part)) for part, place in places.items()}
+    return {place + key: w for place, part in parts.items() for key, w in part.items()}
+
+
+def read_part(folder: str | Path) -> State:
+    """The tensors of one sub-folder under the names that its file has, whole or in shards.
+
+    Of several variants the plain one is taken, then `.fp16`; of several formats safetensors.
+
+    Raises:
+        WeightsError: no weights here, a shard is missing, or a file cannot be read.
+    """
+    folder = Path(folder)
+    names = sorted(filter(WEIGHTS.fullmatch, listed(folder)), key=lambda n: ("fp16" in n, ".bin" in n, "index" in n))
+    if not names:
+        wanted = "diffusion_pytorch_model or model, .safetensors or .bin"
+        raise WeightsError(f"{folder}: no weights here ({wanted}); {listing(folder)}")
+    if not names[0].endswith(".json"):
+        return read(folder / names[0])
+    shards = sorted(set(read_json(folder / names[0]).get("weight_map", {}).values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing or not shards:
+        raise WeightsError(
+            f"{folder / names[0]}: of its {len(shards)} files {len(missing)} are missing: {', '.join(missing)}"
+        )
+    return {key: w for shard in shards for key, w in read(folder / shard).items()}
+
+
+def prediction_type(path: str | Path) -> str | None:
+    """What the folder's UNet predicts, "epsilon" or "v_prediction", which no tensor tells; None: the folder does not say.
+
+    Raises:
+        WeightsError: the scheduler's config cannot be read, or has another value.
+    """
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    found = read_json(file).get("prediction_type") if file.exists() else None
+    if found not in (None, "epsilon", "v_prediction"):
+        raise WeightsError(f"{file}: the prediction_type is {found!r}; epsilon and v_prediction are supported")
+    return found
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not readable as JSON ({error})") from None
+    return content if isinstance(content, dict) else {}
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def listing(folder: Path) -> str:
+    return f"found: {', '.join(listed(folder)[:12]) or 'nothing'}"

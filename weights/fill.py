@@ -1,0 +1,97 @@
+"""From tensors to models: each model is built without memory ("meta") and given the file's tensors.
+
+Every key of a file is used, or stands in a short list of what is left aside; anything else is an error.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from weights.files import State, WeightsError
+from weights.kinds import what_is
+
+# What checkpoints carry beside the weights: averaged copies, the noise schedule, position counters, the training loss,
+# temperatures and masks of text towers, what says that v is predicted.
+IGNORED = re.compile(
+    r"model_ema\.|(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|"
+    r"log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|"
+    r"posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|logvar|scale_factor|global_step|"
+    r"lvlb_weights|denoiser\.sigmas|v_pred)$|(.*\.)?position_ids$|(first_stage_model\.)?loss\.|optimizer_states\.|"
+    r"lr_schedulers\.|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?(logit_scale|attn_mask)$|"
+    r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_projection\.weight$"
+)
+
+
+def under(prefix: str, state: State) -> State:
+    """The part of a state whose keys start with the prefix, without it, and without what is left aside."""
+    return {key[len(prefix) :]: w for key, w in state.items() if key.startswith(prefix) and not IGNORED.match(key)}
+
+
+def fill(
+    make: Callable[[State], nn.Module], state: State, path: str | Path, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """Build a model on `meta` and assign it the tensors of a file, one by one brought to dtype and device."""
+    model = build(make, state, path)
+    for key, value in state.items():
+        state[key] = value.to(device, dtype, memory_format=layout(value, device))
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def build(
+    make: Callable[[State], nn.Module], state: State, path: str | Path, left: list[str] | None = None
+) -> nn.Module:
+    """The model that a file's tensors describe, on `meta`; the file is refused unless it fits."""
+    try:
+        model = on_meta(lambda: make(state))
+    except (KeyError, StopIteration, IndexError) as error:
+        raise WeightsError(f"{path}: the key {error} is missing; the file is {what_is(state)}") from None
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise WeightsError(f"{path}: tensors of a wrong shape, no model has them ({error})") from None
+    check(model, state, path, left)
+    return model
+
+
+def layout(value: Tensor, device: torch.device | str) -> torch.memory_format:
+    """On a CPU convolutions are faster with the channels last; done here it costs no second pass over the weights."""
+    last = value.ndim == 4 and torch.device(device).type == "cpu"
+    return torch.channels_last if last else torch.preserve_format
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model with the shapes of its tensors and no memory behind them."""
+    with torch.device("meta"), NoInit():
+        return make()
+
+
+class NoInit(TorchFunctionMode):
+    """Skips `torch.nn.init`: the values come from a file, and on `meta` drawing them imports seconds' worth of torch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def check(model: nn.Module, state: State, path: str | Path, left: list[str] | None = None) -> None:
+    """Refuse a state that is not exactly the model's, listing both sides."""
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state]
+    extra = [key for key in state if key not in wanted] + (left or [])
+    wrong = [
+        f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    sides = [("missing", missing), ("not known", extra), ("of a wrong shape", wrong)]
+    if missing or extra or wrong:
+        text = "; ".join(f"{len(keys)} {side}: {sample(keys)}" for side, keys in sides if keys)
+        raise WeightsError(f"{path}: its keys do not fit a {type(model).__name__}: {text}")
+
+
+def sample(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")

@@ -1,0 +1,252 @@
+"""LoRAs for the base model (arXiv 2106.09685): W + weight * scale * up @ down, added when the model is loaded.
+
+Read are the names of kohya-ss (`lora_unet_*`, `lora_te*_*`) and those of diffusers and peft (`unet.*`, `text_encoder*.*`),
+for linear layers and convolutions (LoCon).
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from weights.diffusers_names import unet_key, unet_shape
+from weights.files import State, WeightsError, read
+from weights.kinds import what_is
+
+PREFIX = re.compile(
+    r"(?:(lora_unet_|unet\.|(?:model\.)?diffusion_model\.)|(lora_te2_|text_encoder_2\.)|(lora_te1?_|text_encoder\.))?"
+    r"(?:base_model\.model\.)?"
+)
+PARTS = {1: "unet", 2: "text_2", 3: "text"}  # by the group of PREFIX that matched
+MATRIX = re.compile(
+    r"(?:\.lora_(down|up|mid|A|B)(?:\.\w+)?|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up))\.weight$"
+    r"|(?:[._]lora(?:_linear_layer)?)?(?:\.down\.weight)?\.(alpha)$"
+)
+WHAT = {"unet": "the UNet", "text": "the text tower", "text_2": "a second text tower"}
+SAME = {"A": "down", "B": "up"}
+OTHERS = {
+    r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_": "OFT",
+    r"\.(diff|diff_b)$": "whole differences of weights",
+}
+WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of the tokens that a UNet reads
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to one weight."""
+
+    down: Tensor  # (rank, in), or (rank, in, height, width) of a convolution
+    up: Tensor  # (out, rank), or (out, rank, 1, 1)
+    mid: Tensor | None  # (rank, rank, height, width): a convolution between two of 1x1
+    scale: float  # alpha / rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it fits."""
+        kernel = (self.down if self.mid is None else self.mid).shape[2:]
+        return self.up.shape[0], self.down.shape[1], *kernel
+
+    def delta(self, device: torch.device | str = "cpu") -> Tensor:
+        """(out, in) or (out, in, height, width), fp32."""
+        down, up = self.down.to(device, torch.float32), self.up.to(device, torch.float32).flatten(1)
+        if self.mid is not None:
+            mid = self.mid.to(device, torch.float32)
+            return self.scale * torch.einsum("or, rshw, si -> oihw", up, mid, down.flatten(1))
+        return self.scale * (up @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A file, read; the names of its layers are still the file's, with `_` for every `.`."""
+
+    path: Path
+    parts: dict[str, dict[str, LowRank]]  # "unet", "text" (the first text tower), "text_2" -> name -> what is added
+
+
+def read_lora(path: str | Path) -> LoRA:
+    """A LoRA or LoCon in kohya's names or in those of diffusers and peft (.safetensors or .bin).
+
+    Raises:
+        WeightsError: unreadable, no LoRA, one of another kind (DoRA, LoHa, LoKr, ...), or keys left over.
+    """
+    state = read(path)
+    for mark, kind in OTHERS.items():
+        if key := next((key for key in state if re.search(mark, key)), None):
+            raise WeightsError(f"{path}: {kind} is not supported ({key}); LoRA and LoCon are")
+    found: dict[tuple[str, str], State] = {}
+    left = []
+    for key, w in state.items():
+        if match := MATRIX.search(key):
+            kind = match[1] or match[2] or match[3]
+            found.setdefault(split(key[: match.start()]), {})[SAME.get(kind, kind)] = w
+        else:
+            left.append(key)
+    if not found or any(key.startswith(("image_proj.", "ip_adapter.")) for key in left):
+        raise WeightsError(f"{path}: a LoRA is wanted here; this is {what_is(state)}")
+    left += [name for (_, name), layer in found.items() if not whole(layer)]
+    if left:
+        raise WeightsError(f"{path}: {len(left)} keys that belong to no pair of LoRA matrices: {some(left)}")
+    config = peft_config(Path(path))
+    parts: dict[str, dict[str, LowRank]] = {}
+    for (part, name), layer in found.items():
+        rank = layer["down"].shape[0]
+        scale = layer["alpha"].item() / rank if "alpha" in layer else peft_scale(config, part, name, rank)
+        low_rank = LowRank(layer["down"], layer["up"], layer.get("mid"), scale)
+        parts.setdefault(part, {})[name.replace(".", "_")] = low_rank
+    return LoRA(Path(path), parts)
+
+
+def merge(model: nn.Module, loras: list[tuple[LoRA, float]], part: str) -> Callable[[], None]:
+    """Add LoRAs, each times its weight, to a model's tensors; computed in fp32 and rounded once.
+
+    Args:
+        model: a UNet or a text tower, filled.
+        part: what it is of the base: "unet", "text" (the first text tower) or "text_2".
+
+    Returns:
+        A function that takes the LoRAs out again, bit for bit; as long as it is kept, so are the tensors of before.
+
+    Raises:
+        WeightsError: a layer of a LoRA fits none of the model; then nothing was changed.
+    """
+    additions: dict[str, list[tuple[float, LowRank]]] = {}
+    for lora, weight in loras:
+        for name, low_rank in targets(lora, part, model).items():
+            additions.setdefault(name, []).append((weight, low_rank))
+    merged = {}
+    for name, pairs in additions.items():
+        w = model.get_parameter(name).detach()
+        total = sum((weight * low_rank.delta(w.device).reshape(w.shape) for weight, low_rank in pairs), start=w.float())
+        merged[name] = total.to(w.dtype)
+    return swap(model, merged)
+
+
+def swap(model: nn.Module, tensors: State) -> Callable[[], None]:
+    """Give parameters other values; the function returned puts back the very tensors that were there before.
+
+    Of several swaps the last is to be undone first.
+    """
+    before = {name: model.get_parameter(name).data for name in tensors}
+
+    def put(values: State) -> None:
+        for name, value in values.items():
+            model.get_parameter(name).data = value
+
+    put(tensors)
+    return lambda: put(before)
+
+
+def check(lora: LoRA, models: dict[str, nn.Module]) -> None:
+    """Refuse a LoRA that does not fit a base, before anything is loaded: the models may be on `meta`.
+
+    Args:
+        models: all that the base has of "unet", "text" and "text_2".
+    """
+    for part, layers in lora.parts.items():
+        if part not in models:
+            raise WeightsError(
+                f"{lora.path}: {len(layers)} of its layers are for {WHAT[part]}, which this base has not; "
+                f"the LoRA seems made for {made_for(lora)}"
+            )
+        targets(lora, part, models[part])
+
+
+def targets(lora: LoRA, part: str, model: nn.Module) -> dict[str, LowRank]:
+    """Of one part of a LoRA: the model's name of each parameter -> what is added to it.
+
+    Raises:
+        WeightsError: layers that the model does not have, or has in another shape.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters() if name.endswith(".weight") and p.ndim > 1}
+    flat = {flat_text(name.removesuffix(".weight").replace(".", "_")): name for name in shapes}
+    shape = unet_shape(shapes) if part == "unet" else None
+    found, strangers = {}, []
+    for name, low_rank in lora.parts.get(part, {}).items():
+        ours = flat.get(flat_unet(name, shape) if shape else flat_text(name))
+        wanted = tuple(shapes.get(ours, ()))
+        if low_rank.shape[:2] == wanted[:2] and math.prod(low_rank.shape) == math.prod(wanted):  # (1, 1) or no kernel
+            found[ours] = low_rank
+        else:
+            strangers.append(f"{name} {low_rank.shape}" + f" for {wanted}" * bool(wanted))
+    if strangers:
+        raise WeightsError(
+            f"{lora.path}: {len(strangers)} of its {len(lora.parts[part])} layers for {WHAT[part]} fit none of this base: "
+            f"{some(strangers)}; the LoRA seems made for {made_for(lora)}"
+        )
+    return found
+
+
+def made_for(lora: LoRA) -> str:
+    """Which base a LoRA seems to belong to, by its names and shapes."""
+    unet = lora.parts.get("unet", {})
+    if any(re.search("(double|single|joint)_blocks|^transformer|single_transformer", name) for name in unet):
+        return "a transformer (FLUX, SD 3 or another), not a UNet"
+    widths = {low_rank.down.shape[1] for name, low_rank in unet.items() if name.endswith("attn2_to_k")}
+    if len(widths) == 1:
+        width = widths.pop()
+        return f"{WIDTHS.get(width, 'another base')} (its UNet reads tokens of {width})"
+    return "SDXL (two text towers)" if "text_2" in lora.parts else "a base that its names do not tell"
+
+
+def split(name: str) -> tuple[str, str]:
+    """Part and layer, without what trainers put around the layer's name."""
+    match = PREFIX.match(name)
+    inner = name[match.end() :].replace(".processor", "")
+    part = PARTS.get(match.lastindex) or ("text" if inner.startswith(("text_model", "encoder.layers")) else "unet")
+    return part, inner
+
+
+def whole(layer: State) -> bool:
+    down, up = layer.get("down"), layer.get("up")
+    return down is not None and up is not None and down.ndim > 1 < up.ndim and down.shape[0] == up.shape[1]
+
+
+def flat_unet(name: str, shape: tuple[int, set[int]]) -> str:
+    name = unet_key(name, *shape).replace(".", "_")
+    return re.sub(r"_to_out$", "_to_out_0", name)  # files of early 2023 leave the number out
+
+
+def flat_text(name: str) -> str:
+    name = name.removeprefix("text_model_")  # transformers 5 has no such level
+    return re.sub(r"_to_(q|k|v|out)$", r"_\1_proj", name) if name.startswith("encoder_layers") else name
+
+
+def peft_config(path: Path) -> dict:
+    """What diffusers writes into the file, and peft beside it: there alpha is no tensor."""
+    text = None
+    with suppress(SafetensorError), safe_open(path, "pt") as file:  # a pickle has no metadata
+        text = (file.metadata() or {}).get("lora_adapter_metadata")
+    if text is None and (beside := path.with_name("adapter_config.json")).is_file():
+        text = beside.read_text(encoding="utf-8")
+    try:
+        config = json.loads(text or "{}")
+    except ValueError as error:
+        raise WeightsError(f"{path}: its LoRA settings are not readable as JSON ({error})") from None
+    return config if isinstance(config, dict) else {}
+
+
+def peft_scale(config: dict, part: str, name: str, rank: int) -> float:
+    """alpha / rank by peft's settings; 1 where nothing is said."""
+    prefix = {"unet": "unet.", "text": "text_encoder.", "text_2": "text_encoder_2."}[part]
+
+    def setting(key: str, default: object) -> object:
+        return config.get(prefix + key, config.get(key, default))
+
+    alphas = setting("alpha_pattern", {})
+    fitting = (alpha for key, alpha in alphas.items() if re.fullmatch(rf"(.*\.)?({key})", name))
+    alpha = next(fitting, setting("lora_alpha", rank))
+    return alpha / (rank**0.5 if setting("use_rslora", False) else rank)
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

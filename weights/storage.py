@@ -1,0 +1,68 @@
+"""Weights that lie in memory in fewer bits than are computed with: fp16, bf16 or fp8, brought up layer by layer.
+
+Of a UNet nearly all bytes are the matrices of its Linear and Conv2d layers. Only these are lowered; norms, biases,
+embeddings and the small layers that tell the timestep stay as they compute. A file of fp16 weights kept in fp16 and
+computed with in fp32 gives the picture of fp32, bit for bit, in half the memory.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from weights.fill import layout
+
+STORAGES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+EXEMPT = ("time_embed.", "label_emb.")  # 0.3 % of the bytes, read by every block of the UNet
+
+
+class Stored(nn.Module):
+    """A Linear or Conv2d whose `weight`, whoever reads it, comes in the dtype and on the device that it computes with."""
+
+    compute: torch.dtype
+    device: torch.device | None  # None: where it lies
+    row_scale: Tensor | None  # of an fp8 weight: what each row was divided by, (rows, 1) or (rows, 1, 1, 1)
+
+    @property
+    def weight(self) -> Tensor:
+        stored = self._parameters["weight"]
+        weight = stored.to(self.device or stored.device, self.compute)
+        return weight * self.row_scale if stored.dtype == torch.float8_e4m3fn else weight
+
+
+@torch.no_grad()
+def store(
+    model: nn.Module, storage: torch.dtype, compute: torch.dtype, device: torch.device | str | None = None
+) -> nn.Module:
+    """Keep a model's large weights in `storage`, compute in `compute`; the model is changed and returned.
+
+    Merge LoRAs first: a weight reads as a copy, and what is added to that is lost. fp8 (e4m3, 3 bits of mantissa) is
+    scaled row by row, or weights of 1 / 64 and less would lose those bits too.
+
+    Args:
+        device: where to compute, if not where the weights lie: each weight is brought there when it is used, and only
+            the small tensors stay there.
+    """
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(EXEMPT)
+    ]
+    for _, layer in layers:
+        weight, layer.row_scale = layer._parameters["weight"], None
+        if storage == torch.float8_e4m3fn:
+            rows = weight.float()
+            layer.row_scale = rows.abs().amax(dim=tuple(range(1, rows.ndim)), keepdim=True).clamp(min=1e-12) / LARGEST
+            weight = rows / layer.row_scale
+            layer.row_scale = layer.row_scale.to(device, compute)
+        weight = weight.to(storage, memory_format=layout(weight, device or weight.device))
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        layer.compute, layer.device = compute, device
+        layer.__class__ = type(type(layer).__name__, (Stored, type(layer)), {})
+    large = {layer._parameters["weight"] for _, layer in layers}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor not in large:
+                    moved = tensor.to(device, compute if tensor.is_floating_point() else None)
+                    tensors[name] = nn.Parameter(moved, False) if tensors is module._parameters else moved
+    return model
