@@ -36,7 +36,7 @@ def unipc(eps: Eps, x: Tensor, steps: int, generators: Sequence[torch.Generator]
     ends at sigma = 0. Args as for any `Sampler`; deterministic, 1 to 998 steps.
     """
     check_steps(steps, STEPS - 2)
-    visit = [round(i * (STEPS - 1) / steps) for i in range(steps, 0, -1)]
+    visit = [round(i * ((STEPS - 1) / steps)) for i in range(steps, 0, -1)]
     levels = [*(sigmas()[t] for t in visit), 0.0]
     x = x * (1 + levels[0] ** 2) ** 0.5
     x_0 = start = h = h_before = change = None

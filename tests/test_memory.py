@@ -73,8 +73,8 @@ def test_the_unet_gives_the_same_in_slices(unet, draw, monkeypatch):
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with the values that a file of this dtype has, in fp32."""
-    return copy.deepcopy(model).to(dtype).float()
+    """A copy with the values that a file of this dtype has, in fp32 and in the layout that loading gives on a CPU."""
+    return copy.deepcopy(model).to(dtype).float().to(memory_format=torch.channels_last)
 
 
 @pytest.fixture(scope="module")
