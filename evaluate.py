@@ -110,7 +110,7 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
     adapter.attach(unet)
 
     def with_text(text: Tensor, pooled: Tensor | None, tokens: Tensor) -> Prompt:
-        vector = None if pooled is None else size_vector(pooled, args.height, args.width)
+        vector = None if pooled is None else size_vector(pooled, args.height, args.width, base.sinusoids)
         return Prompt(text, (ImagePrompt(tokens, args.scale),), vector)
 
     size = encoder.config.image_size

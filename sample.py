@@ -115,11 +115,13 @@ def image_prompt(args: argparse.Namespace, base: Base, adapter: IPAdapter) -> tu
         faces, images = face_prompt(args, images)
     pixels = None
     if encoder:
+        if faces is not None and len(faces) != len(images):
+            raise flags.UserError(
+                f"--face-embedding: {len(faces)} faces, --image: {len(images)} pictures of them; this adapter reads both"
+            )
         stored(args, encoder)
         pixels = torch.cat([preprocess(image, encoder.config.image_size) for image in images])
         pixels = pixels.to(args.device, args.dtype)
-        if faces is not None and len(faces) != len(pixels):
-            raise flags.UserError(f"--face-embedding: {len(faces)} faces, --image: {len(pixels)} pictures of them")
     return adapter.tokens(encoder, pixels, faces), adapter.null_tokens(encoder, pixels, faces)
 
 
@@ -141,7 +143,7 @@ def text_prompt(args: argparse.Namespace, base: Base) -> tuple[Prompt, Prompt]:
     encode = stored(args, base.text_encoder())
     prompts = []
     for text, pooled in (encode(args.prompt), encode.null(args.negative_prompt)):
-        vector = None if pooled is None else size_vector(pooled, args.height, args.width)
+        vector = None if pooled is None else size_vector(pooled, args.height, args.width, base.sinusoids)
         prompts.append(Prompt(text, vector=vector))
     return tuple(prompts)
 

@@ -65,6 +65,9 @@ class Base:
     layers: list[tuple[int, int]]  # (dim, context_dim) of each cross-attention, in the order of an adapter's keys
     dtype: torch.dtype
     device: torch.device | str
+    sinusoids: int = (
+        0  # that stand for each size of a picture in `Prompt.vector`: 256 in SDXL; other families have none
+    )
     loras: Sequence[tuple[LoRA, float]] = ()  # merged into each part as it is built, each with its weight
 
     @property
@@ -144,7 +147,9 @@ def open_base(
     layers = [(layer.to_k.out_features, layer.to_k.in_features) for layer in unet.cross_attentions()]
     for lora, _ in loras:
         check(lora, dict(zip(LORA_PARTS.values(), (unet, *texts), strict=False)))
-    return Base(Path(path), kind, prediction or predicts(path, state, kind), layers, dtype, device, loras)
+    prediction = prediction or predicts(path, state, kind)
+    sinusoids = ((unet.config.vector_dim or 0) - (texts[-1].config.projection or 0)) // 6 if kind is SDXL else 0
+    return Base(Path(path), kind, prediction, layers, dtype, device, sinusoids, loras)
 
 
 def open_state(path: str | Path) -> State:
