@@ -37,7 +37,7 @@ from clip import CLIPImage, CLIPText, PictureError, open_picture, preprocess, to
 from ipadapter import ImagePrompt, Prompt, flags
 from ipadapter.pairs import PICTURES, BadSample, DataError, Pair, Pairs, open_pairs
 from ipadapter.pictures import save_png, sheet, to_pil
-from sample import TINY, TINY_FILES
+from sample import TINY, TINY_FILES, resolve_names
 from sampler import ddim, guided, noise
 from unet import size_vector
 from weights import WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base, read
@@ -370,6 +370,7 @@ def parse() -> argparse.Namespace:
             raise flags.UserError(f"{flag}: --results makes no pictures; they go without each other")
         if args.base and name in ("adapter", "image_encoder") and not getattr(args, name):
             raise flags.UserError(f"{flag} FILE is wanted beside --base")
+    resolve_names(args)
     if args.results:  # how the pictures were made is not for these flags to say
         vars(args).update(dict.fromkeys(MAKING))
     else:

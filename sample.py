@@ -49,6 +49,7 @@ TINY_FILES = {
     "adapter": TINY / "weights/ip-adapter-tiny.safetensors",
     "image_encoder": TINY / "weights/clip-tiny.safetensors",
 }
+MODELS = ("base", "adapter", "image_encoder", "vae")
 BATCH = 4  # pictures that go through the UNet together
 ROWS = 64  # of a picture that are decoded at once with --low-memory
 STEPS = {"dpm++": 20, "unipc": 20, "lcm": 4}  # where fewer than DDIM's 50 are enough
@@ -360,17 +361,23 @@ def parse() -> argparse.Namespace:
 
 def find_models(args: argparse.Namespace, image: bool, loras: Sequence[Path | Preset] = ()) -> None:
     """Put files in the place of names, and of what was not given but follows; what is not here is downloaded."""
-    kinds = ("base", "adapter", "image_encoder", "vae")
-    found = resolve({kind: getattr(args, kind) for kind in kinds}, image)
+    found = resolve({kind: getattr(args, kind) for kind in MODELS}, image)
     for lora in loras:
         check_together({"base": found["base"], "lora": lora})
     base, adapter = found["base"], found["adapter"]
     args.bundled &= base == PRESETS["base", "tiny"]
     args.side = base.side if isinstance(base, Preset) else None
     args.faceid_v2 = args.faceid_v2 or (isinstance(adapter, Preset) and adapter.faceid_v2)
-    for kind in kinds:
+    for kind in MODELS:
         value = found.get(kind)
         setattr(args, kind, str(file(value)) if value else None)
+
+
+def resolve_names(args: argparse.Namespace) -> None:
+    """Put files in the place of names, each flag by itself; for scripts where nothing follows from another flag."""
+    for kind in MODELS:
+        if value := getattr(args, kind):
+            setattr(args, kind, str(file(find(kind, value))))
 
 
 def file(found: Path | Preset) -> Path:

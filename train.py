@@ -33,7 +33,7 @@ from ipadapter.features import SHARD, Cache, Encoders, Features, Places, Prepare
 from ipadapter.pairs import DataError, Pairs, open_pairs
 from ipadapter.run import Run, stored_settings
 from ipadapter.trainer import Ranks, Trainer
-from sample import TINY, TINY_FILES, decode
+from sample import TINY, TINY_FILES, decode, resolve_names
 from sampler import ddim, guided, noise
 from unet import UNet
 from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base
@@ -285,9 +285,11 @@ def parse() -> argparse.Namespace:
         return f"(default: {PAPER[name]:,}; tiny {TINY_RUN[name]:,})"
 
     files = parser.add_argument_group("files")
-    files.add_argument("--base", metavar="FILE", help="Stable Diffusion 1.x, original layout (default: the tiny model)")
+    files.add_argument(
+        "--base", metavar="FILE", help="SD 1.x: a checkpoint, a diffusers folder or a name (default: the tiny model)"
+    )
     files.add_argument("--image-encoder", metavar="FILE", help="CLIP image encoder, transformers or OpenCLIP layout")
-    files.add_argument("--vae", metavar="FILE", help="another autoencoder, original layout")
+    files.add_argument("--vae", metavar="FILE", help="another autoencoder")
     files.add_argument("--adapter", metavar="FILE", help="go on from this adapter instead of beginning with a new one")
     files.add_argument(
         "--data",
@@ -388,6 +390,7 @@ def parse() -> argparse.Namespace:
         for name in ("image_encoder", "data"):
             if not getattr(args, name):
                 raise flags.UserError(f"--{name.replace('_', '-')} is wanted beside --base")
+    resolve_names(args)
     if args.adapter:
         found = KINDS.get(type(load_adapter(args.adapter).image_proj))
         if not found:

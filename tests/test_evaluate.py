@@ -378,7 +378,14 @@ MISTAKES = {
     "adapter as clip": (["--clip", WEIGHTS / "ip-adapter-tiny.safetensors"], "this is an IP-Adapter"),
     "gelu of a name": (["--clip", "ViT-L-14/openai", "--clip-gelu", "erf"], "--clip-gelu erf: goes with --clip FILE"),
     "clip as base": (
-        ["--base", WEIGHTS / "clip-tiny.safetensors", "--adapter", "x", "--image-encoder", "x"],
+        [
+            "--base",
+            WEIGHTS / "clip-tiny.safetensors",
+            "--adapter",
+            WEIGHTS / "ip-adapter-tiny.safetensors",
+            "--image-encoder",
+            WEIGHTS / "clip-tiny.safetensors",
+        ],
         "a base model is wanted here",
     ),
     "base alone": (["--base", WEIGHTS / "sd-tiny.safetensors"], "--adapter FILE is wanted beside --base"),
