@@ -104,8 +104,7 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
     check_fit(adapter, args.adapter, base, encoder, args.image_encoder)
     args.height, args.width = args.height or base.side, args.width or base.side
     unet, encode = base.unet(), base.text_encoder()
-    vae = load_vae(args.vae, base.dtype, args.device, base.family.latent_scale) if args.vae else base.vae()
-    vae_dtype = next(vae.parameters()).dtype
+    vae = load_vae(args.vae, base.vae_dtype, args.device, base.family.latent_scale) if args.vae else base.vae()
     settings = open_folder(args)
     adapter.attach(unet)
 
@@ -141,7 +140,7 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
             eps = guided(unet, Prompt.cat(prompts), nulls, args.guidance_scale, base.prediction)
             for x in ddim(eps, start, args.steps):
                 pass
-            for latent, seed, path in zip(x.to(vae_dtype).split(1), seeds, paths, strict=True):
+            for latent, seed, path in zip(x.to(base.vae_dtype).split(1), seeds, paths, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_png(to_pil(vae.decode(latent))[0], path, settings | {"seed": seed})
                 bar.update()

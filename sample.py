@@ -63,7 +63,8 @@ def main() -> None:
 
     base = open_base(args.base, args.loaded, args.device, args.prediction, args.loras)
     args.height, args.width = args.height or args.side or base.side, args.width or args.side or base.side
-    vae = load_vae(args.vae, args.dtype, args.device, base.family.latent_scale) if args.vae else None
+    decoding = replace(base, dtype=args.dtype)  # --storage is not for the autoencoder
+    vae = load_vae(args.vae, decoding.vae_dtype, args.device, base.family.latent_scale) if args.vae else None
     adapter = open_adapter(args) if args.prompted else None
     tokens, null_tokens = image_prompt(args, base, adapter) if adapter else (None, None)
     text, null_text = text_prompt(args, base)
@@ -82,7 +83,7 @@ def main() -> None:
             latents.append(denoise(args, unet, base.prediction, prompt, null, bar))
     del unet
 
-    vae = vae or replace(base, dtype=args.dtype).vae()
+    vae = vae or decoding.vae()
     pictures = [decode(vae, x, args.strips) for x in latents]
     names = save(args, base, pictures, output, {name: future.result() for name, future in hashes.items()})
     report(args, names, time.time() - began)

@@ -357,3 +357,11 @@ def test_a_text_tower_of_another_width_is_refused(sd2, tmp_path):
 
     message = refused(rewritten(sd2, tmp_path / "x.safetensors", change))
     assert message == "its UNet reads tokens of 64, its text towers give 32"
+
+
+def test_the_autoencoder_of_sdxl_is_never_in_fp16(sd1, sdxl):
+    for twin, dtype in ((sd1, torch.float16), (sdxl, torch.float32)):
+        half = replace(twin.base, dtype=torch.float16)
+        assert {p.dtype for p in half.vae().parameters()} == {dtype} == {half.vae_dtype}
+        assert {p.dtype for p in half.unet().parameters()} == {torch.float16}
+    assert replace(sdxl.base, dtype=torch.bfloat16).vae_dtype == torch.bfloat16

@@ -79,8 +79,12 @@ class Base:
         return self.part("UNet")
 
     def vae(self) -> VAE:
-        """SDXL's in fp32 at least: in fp16 it overflows."""
-        return self.part("autoencoder", torch.float32 if self.family is SDXL and self.dtype == torch.float16 else None)
+        return self.part("autoencoder", self.vae_dtype)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """What to decode in: SDXL's autoencoder overflows in fp16."""
+        return torch.float32 if self.family is SDXL and self.dtype == torch.float16 else self.dtype
 
     def text(self) -> CLIPText:
         """The text tower; of two, the first."""
