@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from threading import Thread
 
 import torch
 from PIL import Image
@@ -57,7 +58,6 @@ STEPS = {"dpm++": 20, "unipc": 20, "lcm": 4}  # where fewer than DDIM's 50 are e
 
 def main() -> None:
     args = parse()
-    output = first_name(args.output)
     hashes = start_hashing(args)
     began = time.time()
 
@@ -85,7 +85,7 @@ def main() -> None:
 
     vae = vae or decoding.vae()
     pictures = [decode(vae, x, args.strips) for x in latents]
-    names = save(args, base, pictures, output, {name: future.result() for name, future in hashes.items()})
+    names = save(args, base, pictures, {name: future.result() for name, future in hashes.items()})
     report(args, names, time.time() - began)
 
 
@@ -102,8 +102,12 @@ def open_adapter(args: argparse.Namespace) -> IPAdapter:
         raise flags.UserError(f"--faceid-v2: for FaceID-plus adapters; {args.adapter} is another kind")
     if args.face_embedding and not projection.faces:
         raise flags.UserError(f"--face-embedding: for FaceID adapters; {args.adapter} reads pictures (--image)")
+    if args.structure_scale is not None and not args.faceid_v2:
+        raise flags.UserError(f"--structure-scale: for FaceID-plus version 2; {args.adapter} is another kind")
     if args.faceid_v2:
-        projection.structure_scale = args.structure_scale
+        projection.structure_scale = args.structure_scale = (
+            1.0 if args.structure_scale is None else args.structure_scale
+        )
     return adapter
 
 
@@ -114,6 +118,8 @@ def image_prompt(args: argparse.Namespace, base: Base, adapter: IPAdapter) -> tu
     check_fit(adapter, args.adapter, base, encoder, args.image_encoder)
     images, faces = [open_picture(path) for path in args.image], None
     if adapter.image_proj.faces:
+        if args.face_embedding and args.image and not encoder:
+            raise flags.UserError(f"--image: {args.adapter} reads the face alone, which --face-embedding gives")
         faces, images = face_prompt(args, images)
     pixels = None
     if encoder:
@@ -177,9 +183,7 @@ def decode(vae: VAE, latents: Tensor, rows: int | None = None) -> list[Image.Ima
     return [to_pil(vae.decode(x, rows))[0] for x in latents.split(1)]
 
 
-def save(
-    args: argparse.Namespace, base: Base, pictures: list[list[Image.Image]], output: Path, hashes: dict[str, str]
-) -> list[Path]:
+def save(args: argparse.Namespace, base: Base, pictures: list[list[Image.Image]], hashes: dict[str, str]) -> list[Path]:
     """Write the pictures, and the sheet, each with all that is needed to make it again; pictures[scale][seed]."""
     shared = (
         "image",
@@ -194,8 +198,8 @@ def save(
     )
     settings = {name: getattr(args, name) for name in shared} | {
         "prediction": base.prediction,
-        "structure_scale": args.structure_scale if args.faceid_v2 else None,
-        "lora": {str(lora.path): weight for lora, weight in args.loras},
+        "structure_scale": args.structure_scale,
+        "lora": [[str(lora.path), weight] for lora, weight in args.loras],
         "dtype": args.dtype_name,
         "storage": args.storage,
         "device": str(args.device),
@@ -203,7 +207,7 @@ def save(
         "sha256": hashes,
     }
     one = len(args.scale) * args.num_images == 1
-    names = []
+    names, output = [], args.first
     for row, scale in zip(pictures, args.scale, strict=True):
         for j, picture in enumerate(row):
             names.append(output if one else output.with_stem(f"{output.stem}_{len(names)}"))
@@ -217,7 +221,7 @@ def save(
 def grid(args: argparse.Namespace, pictures: list[list[Image.Image]]) -> Image.Image:
     """Image prompts on the left, then a column for each scale; a row for each seed."""
     columns = [*pictures]
-    titles = [f"scale {scale:g}" for scale in args.scale] if args.image else [args.prompt[:32]]
+    titles = [f"scale {scale:g}" for scale in args.scale] if args.prompted else [args.prompt[:32]]
     if args.image:
         columns.insert(0, [open_picture(path) for path in args.image])
         titles.insert(0, "image prompt")
@@ -304,9 +308,8 @@ def parse() -> argparse.Namespace:
     add(
         "--structure-scale",
         type=flags.number(0),
-        default=1.0,
         metavar="S",
-        help="version 2: how far to follow the picture of the face, beside the embedding (default: %(default)s)",
+        help="version 2: how far to follow the picture of the face, beside the embedding (default: 1.0)",
     )
 
     add = parser.add_argument_group("where and how").add_argument
@@ -350,13 +353,19 @@ def parse() -> argparse.Namespace:
     # Stored in fewer bits, weights are never held in more.
     args.loaded = {None: args.dtype, "bfloat16": torch.bfloat16}.get(args.storage, torch.float16)
     args.batch, args.strips, args.apart = (1, ROWS, True) if args.low_memory else (BATCH, None, False)
+    if args.negative_prompt and args.guidance_scale == 1:
+        print("warning: --negative-prompt has no effect at --guidance-scale 1", file=sys.stderr)
+    if args.adapter and not args.prompted:
+        print("warning: --adapter has no effect without --image or --face-embedding", file=sys.stderr)
     for path in args.image:
         open_picture(path)  # before anything slow
     for path in args.face_embedding:
         read_embedding(path)
     loras = [lora_and_weight(value) for value in args.lora]
-    find_models(args, args.prompted, [found for found, _ in loras])
-    args.loras = [(read_lora(file(found)), weight) for found, weight in loras]
+    local = {found: read_lora(found) for found, _ in loras if isinstance(found, Path)}
+    args.first = first_name(args.output)
+    find_models(args, args.prompted, [found for found, _ in loras])  # the only thing here that takes long: it downloads
+    args.loras = [(local[found] if found in local else read_lora(file(found)), weight) for found, weight in loras]
     return args
 
 
@@ -393,14 +402,19 @@ def lora_and_weight(value: str) -> tuple[Path | Preset, float]:
     """`FILE` or `NAME`, or one of them with its weight behind a colon."""
     name, _, weight = value.rpartition(":")
     try:
-        return find("lora", name), float(weight)
+        found, number = find("lora", name), float(weight)
     except (ValueError, WeightsError):  # the colon, if there is one, is part of a path
         return find("lora", value), 1.0
+    if not math.isfinite(number):
+        raise flags.UserError(f"--lora {value}: the weight is {weight}, a finite number is wanted")
+    return found, number
 
 
 def first_name(output: Path) -> Path:
     """Where the first picture goes: a .png as given, in a folder the next free number. Refuses early what cannot be."""
     numbered = output.suffix.lower() != ".png"
+    if not numbered and output.is_dir():
+        raise flags.UserError(f"--output {output}: a folder; folders whose names end in .png are not taken")
     if numbered and output.suffix and not output.is_dir():
         raise flags.UserError(f"--output {output}: a name that ends in .png, or a folder, is wanted")
     folder = output if numbered else output.parent
@@ -420,8 +434,17 @@ def start_hashing(args: argparse.Namespace) -> dict[str, Future]:
     """SHA-256 of every file that the picture depends on, on a thread of its own while the models work."""
     files = [args.base, args.adapter, args.image_encoder, args.vae, *args.image, *args.face_embedding]
     files += [str(lora.path) for lora, _ in args.loras]
-    pool = ThreadPoolExecutor(max_workers=1)
-    return {path: pool.submit(sha256, path) for path in filter(None, files)}
+    hashes = {path: Future() for path in filter(None, files)}
+
+    def work() -> None:
+        for path, future in hashes.items():
+            try:
+                future.set_result(sha256(path))
+            except (WeightsError, OSError) as error:  # raised where the hash is asked for
+                future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()  # a daemon: nobody waits for it when the run ends early
+    return hashes
 
 
 if __name__ == "__main__":

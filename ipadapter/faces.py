@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 FACE_DIM = 512
+DETECT = (640, 448, 320, 192)  # pixels, one after the other: the detector misses a face that fills a large square
 
 
 class FaceError(ValueError):
@@ -59,24 +60,33 @@ def find_faces(images: list[Image.Image], names: list[str]) -> tuple[Tensor, lis
         embeddings (pictures, 512), each of length 1, and the faces, upright, 224x224: what FaceID-plus shows to CLIP.
 
     Raises:
-        FaceError: insightface is not installed, or a picture has no face that it finds.
+        FaceError: insightface is not installed or does not start, or a picture has no face that it finds.
     """
-    if find_spec("insightface") is None:
+    if not (find_spec("insightface") and find_spec("onnxruntime")):
         raise FaceError(
             "this adapter reads faces: give --face-embedding FILE (.npy or .safetensors, 512 numbers), or install "
             "insightface and onnxruntime, and the faces are read off the pictures"
         )
-    from insightface.app import FaceAnalysis
-    from insightface.utils.face_align import norm_crop
+    try:
+        from insightface.app import FaceAnalysis
+        from insightface.utils.face_align import norm_crop
 
-    app = FaceAnalysis(name="buffalo_l", allowed_modules=["detection", "recognition"])
-    app.prepare(ctx_id=0, det_size=(640, 640))
+        app = FaceAnalysis(name="buffalo_l", allowed_modules=["detection", "recognition"])
+    except Exception as error:  # noqa: BLE001, it fetches and unpacks its models here and wraps no error
+        raise FaceError(
+            f"insightface does not start ({type(error).__name__}: {error}); or give --face-embedding"
+        ) from None
     embeddings, crops = [], []
     for image, name in zip(images, names, strict=True):
         pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])  # it works on BGR
-        found = app.get(pixels)
-        if not found:
-            raise FaceError(f"{name}: no face found; give a picture with a larger or clearer one")
+        for side in DETECT:
+            app.prepare(ctx_id=0, det_size=(side, side))
+            if found := app.get(pixels):
+                break
+        else:
+            raise FaceError(
+                f"{name}: no face found; give a picture with a clearer one, or one that shows the whole head"
+            )
         face = max(found, key=lambda face: (face.bbox[2] - face.bbox[0]) * (face.bbox[3] - face.bbox[1]))
         embeddings.append(torch.from_numpy(np.asarray(face.normed_embedding, dtype=np.float32)))
         crop = norm_crop(pixels, landmark=face.kps, image_size=224)

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import math
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import NoReturn
 import torch
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_SIDE = 16384  # pixels
 
 
 class UserError(ValueError):
@@ -27,6 +29,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None], mistakes: tuple[type[Exception], ...]) -> NoReturn:
     """Call a script's main; a mistake of the user's, a full disk or Ctrl-C ends it with one line and no traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes, and need not be UTF-8
     try:
         main()
     except (UserError, *mistakes) as error:
@@ -36,10 +40,16 @@ def run(main: Callable[[], None], mistakes: tuple[type[Exception], ...]) -> NoRe
         fail(message)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
-            raise
+            if error.filename is None or not error.strerror:
+                raise
+            fail(f"{error.filename}: {error.strerror}")
         fail(f"{error.filename or 'output'}: cannot write ({error.strerror})")
     except torch.OutOfMemoryError:
         fail("out of GPU memory: try smaller pictures, fewer at a time, or another --dtype")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        fail("out of memory: try smaller pictures, or fewer at a time")
     except KeyboardInterrupt:
         print("\nstopped; no half-written file is left", file=sys.stderr)
         sys.exit(130)
@@ -92,7 +102,7 @@ def share(text: str) -> float:
 
 def side(text: str) -> int:
     """A height or width: a multiple of 8."""
-    value = whole(8)(text)
+    value = whole(8, MAX_SIDE)(text)
     if value % 8:
         near = max(8, round(value / 8) * 8)
         raise argparse.ArgumentTypeError(f"{value} given, a multiple of 8 is wanted (the nearest is {near})")

@@ -26,7 +26,7 @@ def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> No
     """
     info = PngInfo()
     if settings is not None:
-        info.add_itxt("ipadapter", json.dumps(settings, ensure_ascii=False))
+        info.add_itxt("ipadapter", json.dumps(settings))
     with whole(path) as part:
         image.save(part, format="PNG", pnginfo=info)
 

@@ -215,6 +215,7 @@ MISTAKES = {
     ),
     "nothing to draw": (["--base", WEIGHTS / "sd-tiny.safetensors"], "--image or --prompt is wanted"),
     "size": (["--height", "130"], "--height: 130 given, a multiple of 8 is wanted (the nearest is 128)"),
+    "huge": (["--height", "80000000000000000000"], "a whole number, 8 to 16384, is wanted"),
     "no steps": (["--steps", "0"], "--steps: '0' given, a whole number, 1 to 1000, is wanted"),
     "too many steps": (["--steps", "1001"], "--steps: '1001' given"),
     "negative scale": (["--scale=-1"], "--scale: '-1' given, a number, 0 or more, is wanted"),

@@ -1,7 +1,9 @@
 """sample.py with what people bring along: faces, LoRAs, other bases, other samplers, little memory."""
 
+import hashlib
 import importlib.machinery
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -18,8 +20,10 @@ from torch import Tensor
 
 from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter
 from weights import open_base, read
+from weights.diffusers import PLACES
 
-EXAMPLE = ROOT / "tiny/example.png"
+EXAMPLE, TINY = ROOT / "tiny/example.png", WEIGHTS / "sd-tiny.safetensors"
+SMALL = ["--height", "128", "--width", "128"]  # what the tiny base, given as a file, is not known to be made for
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,9 @@ def test_faces_are_read_off_pictures_where_insightface_is_installed(make, monkey
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, f"insightface.{name}", module)
     monkeypatch.setitem(sys.modules, "insightface", package)
+    runtime = types.ModuleType("onnxruntime")
+    runtime.__spec__ = importlib.machinery.ModuleSpec("onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
     monkeypatch.setitem(sys.modules, "insightface.utils", types.ModuleType("insightface.utils"))
     found = make(*PLUS[:4])[0]
     assert np.array_equal(found, make(*PLUS)[0])
@@ -119,8 +126,9 @@ def test_a_lora_changes_the_picture_by_its_weight(make):
     plain = make("--prompt", "cat")[0]
     assert np.array_equal(make("--prompt", "cat", "--lora", "folder/lora.safetensors:0")[0], plain)
     whole, settings = make("--prompt", "cat", "--lora", "folder/lora.safetensors")
-    assert list(settings["lora"].values()) == [1.0] and not np.array_equal(whole, plain)
-    twice = make("--prompt", "cat", "--lora", "folder/lora.safetensors:0.4", "folder/lora.safetensors:0.6")[0]
+    assert [weight for _, weight in settings["lora"]] == [1.0] and not np.array_equal(whole, plain)
+    twice, settings = make("--prompt", "cat", "--lora", "folder/lora.safetensors:0.4", "folder/lora.safetensors:0.6")
+    assert [weight for _, weight in settings["lora"]] == [0.4, 0.6]
     assert np.abs(twice - whole).max() <= 1
 
 
@@ -164,6 +172,41 @@ def test_other_families_make_pictures(request, tmp_path, make, image_tower, fami
     assert np.abs(half - found).mean() < 8
 
 
+def test_a_diffusers_folder_makes_the_pictures_of_the_file(make, tmp_path):
+    state, lines = read(WEIGHTS / "sd-tiny.safetensors"), []
+    for part, prefix in PLACES.items():
+        file = tmp_path / "tiny" / part / "model.safetensors"
+        file.parent.mkdir(parents=True)
+        save_file({k.removeprefix(prefix): w for k, w in state.items() if k.startswith(prefix)}, file)
+        lines.append(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {part}/model.safetensors\n")
+    found, settings = make("--prompt", "cat", "--base", tmp_path / "tiny", *SMALL)
+    assert np.array_equal(found, make("--prompt", "cat")[0])
+    whole = "".join(sorted(lines, key=lambda line: line.split()[1]))
+    assert settings["sha256"] == {str(tmp_path / "tiny"): hashlib.sha256(whole.encode()).hexdigest()}
+
+
+def test_an_old_text_tower_without_its_inner_name(make, tmp_path):
+    state = {k.replace(".transformer.text_model.", ".transformer."): w for k, w in read(TINY).items()}
+    assert state.keys() != read(TINY).keys()
+    save_file(state, tmp_path / "old.safetensors")
+    old = make("--prompt", "cat", "--base", tmp_path / "old.safetensors", *SMALL)[0]
+    assert np.array_equal(old, make("--prompt", "cat")[0])
+
+
+def test_a_name_that_is_not_utf8(make, tmp_path):
+    picture = tmp_path / os.fsdecode(b"caf\xe9.png")
+    picture.write_bytes(EXAMPLE.read_bytes())
+    found, settings = make("--image", picture)
+    assert settings["image"] == [str(picture)] and np.array_equal(found, make("--image", EXAMPLE)[0])
+
+
+def test_what_has_no_effect_is_said(tmp_path):
+    flags = ["--prompt", "cat", "--adapter", WEIGHTS / "ip-adapter-tiny.safetensors", "--output", tmp_path / "x.png"]
+    result = sample(*flags, "--guidance-scale", "1", "--negative-prompt", "dog", *FAST)
+    assert result.returncode == 0 and "--negative-prompt has no effect" in result.stderr
+    assert "--adapter has no effect without --image or --face-embedding" in result.stderr
+
+
 def test_the_list_names_what_can_be_had(capsys):
     result = sample("--list")
     assert result.returncode == 0
@@ -195,6 +238,15 @@ MISTAKES = {
         "--adapter sdxl-plus is for SDXL",
     ),
     "LoRA of another base": (["--prompt", "x", "--base", "sdxl", "--lora", "lcm"], "--lora lcm is for SD 1.x"),
+    "weight of a LoRA": (["--prompt", "x", "--lora", "folder/lora.safetensors:nan"], "the weight is nan"),
+    "a face and a picture": ([*FACE, "folder/face.npy", "--image", EXAMPLE], "--image: ", "reads the face alone"),
+    "structure of plain FaceID": (
+        [*FACE, "folder/face.npy", "--structure-scale", "0.5"],
+        "--structure-scale: for FaceID-plus version 2",
+    ),
+    "raw faces": (["--adapter", "folder/raw.safetensors", "--image", EXAMPLE], "a Resampler of raw face embeddings"),
+    "another schedule": (["--prompt", "x", "--base", "folder/ztsnr.safetensors"], "its key ztsnr); not supported"),
+    "a folder as picture": (["--prompt", "x", "--output", "folder/taken.png"], "taken.png: a folder"),
     "sampler": (["--prompt", "x", "--sampler", "plms"], "argument --sampler: invalid choice: 'plms'"),
     "too many steps": (
         ["--prompt", "x", "--sampler", "lcm", "--steps", "51"],
@@ -209,13 +261,26 @@ def test_a_mistake_gets_one_line_and_exit_code_2(name, tmp_path, folder):
     np.save(folder / "nan.npy", array([np.nan] * 512))
     np.save(folder / "zeros.npy", array([0] * 512))
     np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    raw = {"image_proj.latents": torch.zeros(1, 16, 64), "image_proj.proj_in.weight": torch.zeros(64, 512)}
+    save_file(raw | {"ip_adapter.1.to_k_ip.weight": torch.zeros(64, 64)}, folder / "raw.safetensors")
+    save_file(read(TINY) | {"ztsnr": torch.zeros(0)}, folder / "ztsnr.safetensors")
+    (folder / "taken.png").mkdir(exist_ok=True)
     flags, *messages = MISTAKES[name]
     flags = [str(flag).replace("folder/", f"{folder}/") for flag in flags]
-    result = sample(*flags, "--output", tmp_path / "out.png")
+    result = sample("--output", tmp_path / "out.png", *flags)
     assert result.returncode == 2, result.stderr
     assert all(message in result.stderr for message in messages), result.stderr
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "out.png").exists()
+
+
+def test_an_insightface_that_does_not_start_is_one_line(tmp_path, folder, monkeypatch):
+    for name in ("insightface", "onnxruntime"):  # installed, and empty
+        package = types.ModuleType(name)
+        package.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, package)
+    result = sample("--image", EXAMPLE, "--adapter", folder / "faceid.safetensors", "--output", tmp_path / "x.png")
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("insightface does not start (")
 
 
 def test_a_faceid_adapter_without_faces_says_what_to_do(tmp_path, folder, monkeypatch):

@@ -22,6 +22,8 @@ def scaled_vae(args: argparse.Namespace, data: drawings.Drawings) -> VAE:
     Both are folded into `quant_conv` and `post_quant_conv`, which are linear.
     """
     vae = load_ema(VAE(presets.TINY_VAE), "vae", args)
+    if not (args.runs / "vae.pt").exists():  # from the files in the tree: done
+        return vae
     means = torch.cat([vae.posterior(drawings.to_unit(p.to(args.device)))[0] for p in data.pixels[:1024].split(64)])
     center, spread = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
     gain = 1 / (spread * vae.config.latent_scale)

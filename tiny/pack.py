@@ -1,4 +1,4 @@
-"""Stage 5: the averaged weights of all stages as three fp16 files in the layouts of the released ones.
+"""Stage 5: the averaged weights of all stages as fp16 files in the layouts of the released ones.
 
 python -m tiny.pack --output tiny/weights
 """
@@ -37,7 +37,8 @@ def main() -> None:
         "text_projection.weight": clip.text.text_projection.weight,
         "logit_scale": clip.logit_scale,
     }
-    files = {"sd": base, "clip": encoder}
+    files = {"sd": base} if any((args.runs / f"{n}.pt").exists() for n in ("clip", "vae", "unet")) else {}
+    files["clip"] = encoder
     for kind, name in (("base", "ip-adapter"), ("plus", "ip-adapter-plus"), ("full-face", "ip-adapter-full-face")):
         if (args.runs / f"adapter-{kind}.pt").exists():
             files[name] = load_ema(new_adapter(unet, kind), f"adapter-{kind}", args).state_dict()

@@ -6,7 +6,10 @@ python -m tiny.train_adapter --kind full-face --loss v --drop-text 0.5
 `train.py` does the same for any base; here one step is a CUDA graph, and the drawings are moved and mirrored a little.
 """
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
@@ -34,6 +37,7 @@ def main() -> None:
     flags = {
         "kind": {"choices": ("base", "plus", "full-face"), "default": "base"},
         "loss": {"choices": ("eps", "v"), "default": "eps", "help": "as in train.py (default: %(default)s)"},
+        "start": {"type": Path, "help": "an adapter's file to go on from (default: start as in the paper)"},
         "drop-text": {"type": float, "default": 0.05, "help": "as in train.py (default: %(default)s)"},
     }
     count = {"type": int, "default": VIEWS, "help": "moved and mirrored views of each drawing (default: %(default)s)"}
@@ -51,6 +55,8 @@ def main() -> None:
         nothing = nothing if patches else torch.zeros_like(nothing)
     unet = load_ema(new_unet(), "unet", args).to(memory_format=torch.channels_last)
     adapter = new_adapter(unet, args.kind).to(args.device)
+    if args.start:
+        adapter.load_state_dict(load_file(args.start))
     adapter.attach(unet)
     batch = args.batch_size
 

@@ -12,10 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 RUNS = Path("runs/tiny")
+WEIGHTS = Path(__file__).parent / "weights"
+PACKED = {  # of each stage: file, prefix of its keys there, prefix in the stage's own model
+    "clip": [
+        ("sd", "cond_stage_model.transformer.", "text."),
+        ("clip", "vision_model.", "image.vision_model."),
+        ("clip", "visual_projection.", "image.visual_projection."),
+        ("clip", "text_projection.", "text.text_projection."),
+        ("clip", "logit_scale", "logit_scale"),
+    ],
+    "vae": [("sd", "first_stage_model.", "")],
+    "unet": [("sd", "model.diffusion_model.", "")],
+}
 
 
 def arguments(doc: str, steps: int, batch_size: int, learning_rate: float, **more: dict) -> argparse.Namespace:
@@ -27,6 +40,7 @@ def arguments(doc: str, steps: int, batch_size: int, learning_rate: float, **mor
     parser.add_argument("--minutes", type=float, help="length of the run by the clock, instead of --steps")
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of checkpoints (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -69,7 +83,7 @@ def train(name: str, model: nn.Module, loss_of_batch: Callable[[], Tensor], args
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(ema, [p.detach() for p in params], 0.001)
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - args.ema)
         total.add_(loss.detach())
 
     def save() -> None:
@@ -126,9 +140,26 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def load_ema(model: nn.Module, name: str, args: argparse.Namespace) -> nn.Module:
-    """Fill a model with the averaged weights of a finished stage, frozen, for use by the next one."""
-    state = torch.load(args.runs / f"{name}.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    for p, average in zip((p for p in model.parameters() if p.requires_grad), state["ema"], strict=True):
-        p.data.copy_(average)
+    """Fill a model with the averaged weights of a finished stage, frozen, for use by the next one.
+
+    A stage without a checkpoint in `args.runs` is taken from the files in the tree.
+    """
+    path = args.runs / f"{name}.pt"
+    if path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        for p, average in zip((p for p in model.parameters() if p.requires_grad), state["ema"], strict=True):
+            p.data.copy_(average)
+    else:
+        model.load_state_dict(packed(name))
     return model.to(args.device).requires_grad_(False).eval()
+
+
+def packed(name: str) -> dict[str, Tensor]:
+    """The weights of a stage as `tiny/pack.py` has written them, in fp32 (the autoencoder's are scaled already)."""
+    return {
+        to + key.removeprefix(prefix): value.float()
+        for file, prefix, to in PACKED[name]
+        for key, value in load_file(WEIGHTS / f"{file}-tiny.safetensors").items()
+        if key.startswith(prefix)
+    }

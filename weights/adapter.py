@@ -6,6 +6,7 @@ import torch
 
 from clip import CLIPImage
 from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
+from ipadapter.faces import FACE_DIM
 from weights.base import Base
 from weights.configs import count
 from weights.files import State, WeightsError, read
@@ -33,6 +34,11 @@ def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: t
         raise WeightsError(
             f"{path}: an IP-Adapter whose image projection is none of: base, light, plus, full-face, FaceID, "
             f"FaceID-plus, FaceID-portrait; it is {what_is(state)}"
+        )
+    if "image_proj.latents" in state and state["image_proj.proj_in.weight"].shape[1] == FACE_DIM:
+        raise WeightsError(
+            f"{path}: a Resampler of raw face embeddings (InstantID, the 'unnorm' portrait) is not supported; the other "
+            "FaceID adapters are"
         )
     return fill(build_adapter, state, path, dtype, device)
 

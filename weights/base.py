@@ -14,6 +14,7 @@ from unet import UNet
 from vae import VAE
 from weights.configs import count, text_config, unet_config, vae_config
 from weights.diffusers import prediction_type, read_folder
+from weights.diffusers_names import from_diffusers
 from weights.files import State, WeightsError, read
 from weights.fill import IGNORED, build, fill, under
 from weights.kinds import UNET, family, what_is
@@ -29,20 +30,19 @@ class Family:
     """What the tensors of a base model do not tell."""
 
     name: str
-    preset: str  # a name for --base
     text: tuple[tuple[str, ...], ...]  # for each text tower the prefixes that it has: original file, or folder
     quick_gelu: tuple[bool, ...]  # for each text tower: OpenAI's have it, OpenCLIP's have not
     latent_scale: float
     side: int  # of the pictures it was trained on, in pixels
 
 
-SD1 = Family("SD 1.x", "sd15", (("cond_stage_model.transformer.",),), (True,), 0.18215, 512)
-SD2 = Family("SD 2.x", "sd21", (("cond_stage_model.model.", "cond_stage_model.transformer."),), (False,), 0.18215, 768)
+SD1 = Family("SD 1.x", (("cond_stage_model.transformer.",),), (True,), 0.18215, 512)
+SD2 = Family("SD 2.x", (("cond_stage_model.model.", "cond_stage_model.transformer."),), (False,), 0.18215, 768)
 SDXL_TEXT = (
     ("conditioner.embedders.0.transformer.",),
     ("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."),
 )
-SDXL = Family("SDXL", "sdxl", SDXL_TEXT, (True, False), 0.13025, 1024)
+SDXL = Family("SDXL", SDXL_TEXT, (True, False), 0.13025, 1024)
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
 
@@ -129,6 +129,8 @@ def open_base(
         )
     if family(state) not in FAMILIES:
         raise WeightsError(f"{path}: an SD 1.x, SD 2.x or SDXL checkpoint is wanted here; this is {what_is(state)}")
+    if "ztsnr" in state:
+        raise WeightsError(f"{path}: made for a noise schedule that ends in pure noise (its key ztsnr); not supported")
     kind = FAMILIES[family(state)]
     found = parts(state, kind)
     for name, part in found.items():
@@ -178,7 +180,7 @@ def parts(state: State, kind: Family) -> dict[str, Part]:
 def text_state(state: State, kind: Family) -> State:
     """A text tower's tensors in transformers' names."""
     if "positional_embedding" not in state:
-        return state
+        return from_diffusers(state)  # files from before transformers 4.0 have no `text_model.`
     state = text_from_openclip(state)
     if kind is not SD2:
         return state

@@ -16,6 +16,7 @@ TWO_TOWERS = {
     "text_encoder": "conditioner.embedders.0.transformer.",
     "text_encoder_2": "conditioner.embedders.1.transformer.",
 }
+SCHEDULER = Path("scheduler/scheduler_config.json")
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)\.(fp16\.)?(safetensors|bin)(\.(fp16\.)?index(\.fp16)?\.json)?"
 )
@@ -44,10 +45,17 @@ def read_folder(path: str | Path) -> State:
 def read_part(folder: str | Path) -> State:
     """The tensors of one sub-folder under the names that its file has, whole or in shards.
 
-    Of several variants the plain one is taken, then `.fp16`; of several formats safetensors.
-
     Raises:
         WeightsError: no weights here, a shard is missing, or a file cannot be read.
+    """
+    return {key: w for file in part_files(folder) for key, w in read(file).items()}
+
+
+def part_files(folder: str | Path) -> list[Path]:
+    """The weight files of one sub-folder: of several variants the plain one, then `.fp16`; of formats safetensors.
+
+    Raises:
+        WeightsError: no weights here, or a shard is missing.
     """
     folder = Path(folder)
     names = sorted(filter(WEIGHTS.fullmatch, listed(folder)), key=lambda n: ("fp16" in n, ".bin" in n, "index" in n))
@@ -55,14 +63,21 @@ def read_part(folder: str | Path) -> State:
         wanted = "diffusion_pytorch_model or model, .safetensors or .bin"
         raise WeightsError(f"{folder}: no weights here ({wanted}); {listing(folder)}")
     if not names[0].endswith(".json"):
-        return read(folder / names[0])
+        return [folder / names[0]]
     shards = sorted(set(read_json(folder / names[0]).get("weight_map", {}).values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing or not shards:
         raise WeightsError(
             f"{folder / names[0]}: of its {len(shards)} files {len(missing)} are missing: {', '.join(missing)}"
         )
-    return {key: w for shard in shards for key, w in read(folder / shard).items()}
+    return [folder / shard for shard in shards]
+
+
+def folder_files(path: str | Path) -> list[Path]:
+    """All files that are read of a diffusers folder."""
+    path = Path(path)
+    found = [file for part in PLACES | TWO_TOWERS if (path / part).is_dir() for file in part_files(path / part)]
+    return found + [file for file in (path / SCHEDULER,) if file.exists()]
 
 
 def prediction_type(path: str | Path) -> str | None:
@@ -71,7 +86,7 @@ def prediction_type(path: str | Path) -> str | None:
     Raises:
         WeightsError: the scheduler's config cannot be read, or has another value.
     """
-    file = Path(path) / "scheduler" / "scheduler_config.json"
+    file = Path(path) / SCHEDULER
     found = read_json(file).get("prediction_type") if file.exists() else None
     if found not in (None, "epsilon", "v_prediction"):
         raise WeightsError(f"{file}: the prediction_type is {found!r}; epsilon and v_prediction are supported")

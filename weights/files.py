@@ -33,8 +33,11 @@ def read(path: str | Path) -> State:
         raise WeightsError(f"{path}: no such file")
     if path.is_dir():
         raise WeightsError(f"{path}: a folder; give the .safetensors, .ckpt or .bin file itself")
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     if not head:
         raise WeightsError(f"{path}: the file is empty")
     if head.lstrip()[:1] == b"<":

@@ -2,7 +2,8 @@
 
 Of a UNet nearly all bytes are the matrices of its Linear and Conv2d layers. Only these are lowered; norms, biases,
 embeddings and the small layers that tell the timestep stay as they compute. A file of fp16 weights kept in fp16 and
-computed with in fp32 gives the picture of fp32, bit for bit, in half the memory.
+computed with in fp32 gives the picture of fp32, bit for bit, in half the memory. (sample.py never holds a weight in
+more bits than the storage's, so out of an fp32 file the small ones are rounded to them, too.)
 """
 
 import torch
