@@ -35,7 +35,7 @@ def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: t
             f"{path}: an IP-Adapter whose image projection is none of: base, light, plus, full-face, FaceID, "
             f"FaceID-plus, FaceID-portrait; it is {what_is(state)}"
         )
-    if "image_proj.latents" in state and state["image_proj.proj_in.weight"].shape[1] == FACE_DIM:
+    if state.get("image_proj.proj_in.weight", torch.empty(0)).shape[1:] == (FACE_DIM,):
         raise WeightsError(
             f"{path}: a Resampler of raw face embeddings (InstantID, the 'unnorm' portrait) is not supported; the other "
             "FaceID adapters are"
