@@ -105,9 +105,7 @@ def open_adapter(args: argparse.Namespace) -> IPAdapter:
     if args.structure_scale is not None and not args.faceid_v2:
         raise flags.UserError(f"--structure-scale: for FaceID-plus version 2; {args.adapter} is another kind")
     if args.faceid_v2:
-        projection.structure_scale = args.structure_scale = (
-            1.0 if args.structure_scale is None else args.structure_scale
-        )
+        projection.structure_scale = args.structure_scale
     return adapter
 
 
@@ -378,6 +376,8 @@ def find_models(args: argparse.Namespace, image: bool, loras: Sequence[Path | Pr
     args.bundled &= base == PRESETS["base", "tiny"]
     args.side = base.side if isinstance(base, Preset) else None
     args.faceid_v2 = args.faceid_v2 or (isinstance(adapter, Preset) and adapter.faceid_v2)
+    if args.faceid_v2 and args.structure_scale is None:
+        args.structure_scale = 1.0
     for kind in MODELS:
         value = found.get(kind)
         setattr(args, kind, str(file(value)) if value else None)
@@ -440,7 +440,7 @@ def start_hashing(args: argparse.Namespace) -> dict[str, Future]:
         for path, future in hashes.items():
             try:
                 future.set_result(sha256(path))
-            except (WeightsError, OSError) as error:  # raised where the hash is asked for
+            except Exception as error:  # noqa: BLE001, raised where the hash is asked for; else that would wait for ever
                 future.set_exception(error)
 
     Thread(target=work, daemon=True).start()  # a daemon: nobody waits for it when the run ends early

@@ -72,6 +72,7 @@ def find_faces(images: list[Image.Image], names: list[str]) -> tuple[Tensor, lis
         from insightface.utils.face_align import norm_crop
 
         app = FaceAnalysis(name="buffalo_l", allowed_modules=["detection", "recognition"])
+        app.prepare(ctx_id=0, det_size=(DETECT[0], DETECT[0]))
     except Exception as error:  # noqa: BLE001, it fetches and unpacks its models here and wraps no error
         raise FaceError(
             f"insightface does not start ({type(error).__name__}: {error}); or give --face-embedding"
@@ -80,7 +81,7 @@ def find_faces(images: list[Image.Image], names: list[str]) -> tuple[Tensor, lis
     for image, name in zip(images, names, strict=True):
         pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])  # it works on BGR
         for side in DETECT:
-            app.prepare(ctx_id=0, det_size=(side, side))
+            app.det_model.input_size = (side, side)  # a second `prepare` would not change it
             if found := app.get(pixels):
                 break
         else:

@@ -180,7 +180,7 @@ def parts(state: State, kind: Family) -> dict[str, Part]:
 def text_state(state: State, kind: Family) -> State:
     """A text tower's tensors in transformers' names."""
     if "positional_embedding" not in state:
-        return from_diffusers(state)  # files from before transformers 4.0 have no `text_model.`
+        return from_diffusers(state)  # many early fine-tuned models have no `text_model.`
     state = text_from_openclip(state)
     if kind is not SD2:
         return state
