@@ -37,7 +37,7 @@ from clip import CLIPImage, CLIPText, PictureError, open_picture, preprocess, to
 from ipadapter import ImagePrompt, Prompt, flags
 from ipadapter.pairs import PICTURES, BadSample, DataError, Pair, Pairs, open_pairs
 from ipadapter.pictures import save_png, sheet, to_pil
-from sample import TINY, TINY_FILES, resolve_names
+from sample import MODELS, TINY, TINY_FILES, resolve_names
 from sampler import ddim, guided, noise
 from unet import size_vector
 from weights import WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base, read
@@ -46,7 +46,6 @@ from weights.hashes import sha256
 from weights.save import write_text
 
 SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_x2.5": "CLIP-T x2.5"}
-FILES = ("base", "adapter", "image_encoder", "vae")
 MAKING = ("steps", "guidance_scale", "scale", "seed", "height", "width", "text", "dtype_name")
 SHOWN = 4  # on the sheet: pairs of the best and of the worst, and samples of each
 
@@ -149,7 +148,7 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
 def open_folder(args: argparse.Namespace) -> dict:
     """What the pictures in --pictures depend on, kept there as settings.json; pictures made otherwise are refused."""
     settings = {name: getattr(args, name) for name in ("data", *MAKING)} | {"sampler": "ddim"}
-    settings |= {name: path and sha256(path) for name in FILES for path in [getattr(args, name)]}
+    settings |= {name: path and sha256(path) for name in MODELS for path in [getattr(args, name)]}
     before = made_with(args)
     if before is None:
         if args.pictures.is_dir() and any(args.pictures.iterdir()):
@@ -363,7 +362,7 @@ def parse() -> argparse.Namespace:
         raise flags.UserError(f"--results {args.results}: no such folder")
     if args.clip_gelu and not os.path.isfile(args.clip or ""):
         raise flags.UserError(f"--clip-gelu {args.clip_gelu}: goes with --clip FILE")
-    for name in (*FILES, "pictures"):
+    for name in (*MODELS, "pictures"):
         flag = f"--{name.replace('_', '-')}"
         if args.results and getattr(args, name):
             raise flags.UserError(f"{flag}: --results makes no pictures; they go without each other")

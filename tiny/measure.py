@@ -22,11 +22,11 @@ from ipadapter import ImagePrompt, IPAdapter, Prompt
 from ipadapter.pictures import save_png, sheet, to_pil
 from sampler import ddim, guided, noise
 from tiny import drawings, presets
+from tiny.trainer import WEIGHTS
 from unet import UNet
 from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base, read
 
-WEIGHTS = Path(__file__).parent / "weights"
 RUNS = {  # scale of the image prompt (None: there is none), and the text beside it
     "image": (1.0, "no text"),
     "image-half": (0.5, "no text"),

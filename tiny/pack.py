@@ -13,14 +13,14 @@ from tiny import drawings
 from tiny.latents import scaled_vae, towers
 from tiny.train_adapter import new_adapter
 from tiny.train_unet import new_unet
-from tiny.trainer import RUNS, load_ema
+from tiny.trainer import RUNS, WEIGHTS, load_ema
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights")
+    parser.add_argument("--output", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     args.device = "cpu"
 
@@ -37,8 +37,7 @@ def main() -> None:
         "text_projection.weight": clip.text.text_projection.weight,
         "logit_scale": clip.logit_scale,
     }
-    files = {"sd": base} if any((args.runs / f"{n}.pt").exists() for n in ("clip", "vae", "unet")) else {}
-    files["clip"] = encoder
+    files = {"sd": base, "clip": encoder}
     for kind, name in (("base", "ip-adapter"), ("plus", "ip-adapter-plus"), ("full-face", "ip-adapter-full-face")):
         if (args.runs / f"adapter-{kind}.pt").exists():
             files[name] = load_ema(new_adapter(unet, kind), f"adapter-{kind}", args).state_dict()

@@ -12,23 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from weights import load_image_encoder, open_base, read
+
 RUNS = Path("runs/tiny")
 WEIGHTS = Path(__file__).parent / "weights"
-PACKED = {  # of each stage: file, prefix of its keys there, prefix in the stage's own model
-    "clip": [
-        ("sd", "cond_stage_model.transformer.", "text."),
-        ("clip", "vision_model.", "image.vision_model."),
-        ("clip", "visual_projection.", "image.visual_projection."),
-        ("clip", "text_projection.", "text.text_projection."),
-        ("clip", "logit_scale", "logit_scale"),
-    ],
-    "vae": [("sd", "first_stage_model.", "")],
-    "unet": [("sd", "model.diffusion_model.", "")],
-}
 
 
 def arguments(doc: str, steps: int, batch_size: int, learning_rate: float, **more: dict) -> argparse.Namespace:
@@ -157,9 +147,10 @@ def load_ema(model: nn.Module, name: str, args: argparse.Namespace) -> nn.Module
 
 def packed(name: str) -> dict[str, Tensor]:
     """The weights of a stage as `tiny/pack.py` has written them, in fp32 (the autoencoder's are scaled already)."""
-    return {
-        to + key.removeprefix(prefix): value.float()
-        for file, prefix, to in PACKED[name]
-        for key, value in load_file(WEIGHTS / f"{file}-tiny.safetensors").items()
-        if key.startswith(prefix)
-    }
+    base, file = open_base(WEIGHTS / "sd-tiny.safetensors"), WEIGHTS / "clip-tiny.safetensors"
+    if name != "clip":
+        return getattr(base, name)().state_dict()
+    towers = {"text": base.text(), "image": load_image_encoder(file)}
+    state = {f"{tower}.{key}": w for tower, model in towers.items() for key, w in model.state_dict().items()}
+    rest = {"text_projection.weight": "text.text_projection.weight", "logit_scale": "logit_scale"}
+    return state | {rest[key]: w.float() for key, w in read(file).items() if key in rest}
