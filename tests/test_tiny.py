@@ -1,12 +1,16 @@
-"""The stages of the tiny model go on from the files in the tree."""
+"""The stages of the tiny model go on from the files in the tree, and a full-face adapter from where its patches are."""
 
 from argparse import Namespace
 
 import pytest
 import torch
 
+from clip import tokenize
+from ipadapter import ImagePrompt, Prompt
 from tiny import drawings
 from tiny.latents import scaled_vae, towers
+from tiny.places import GRID, cells, collect_queries, place
+from tiny.train_adapter import new_adapter
 from tiny.train_unet import new_unet
 from tiny.trainer import WEIGHTS, load_ema
 from weights import load_image_encoder, open_base
@@ -33,3 +37,32 @@ def test_without_a_checkpoint_a_stage_is_what_the_tree_holds(stage: str, args: N
         assert same(scaled_vae(args, drawings.load("train", limit=8)), base.vae())
     else:
         assert same(load_ema(new_unet(), "unet", args), base.unet())
+
+
+def test_patches_are_looked_at_from_where_they_are(args: Namespace) -> None:
+    torch.manual_seed(0)
+    base, data = open_base(WEIGHTS / "sd-tiny.safetensors"), drawings.load("train", limit=64)
+    unet, empty = base.unet(), base.text()(tokenize("")).detach()
+    x = drawings.to_unit(data.pixels)
+    with torch.no_grad():
+        latents = torch.cat([base.vae().encode(part) for part in x.split(8)])
+        features = towers(args).image.penultimate(drawings.clip_pixels(x))
+    adapter = new_adapter(unet, "full-face")
+    place(adapter, unet, empty, latents[:48], features[:48], steps=400)
+    adapter.attach(unet)
+    with torch.no_grad():  # on drawings that the keys were not made of
+        tokens = adapter.image_proj(features[48:])
+        for layer, q in zip(unet.cross_attentions(), collect_queries(unet, empty, latents[48:]), strict=True):
+            positions = q.shape[1]
+            if positions != 16:
+                continue
+            k = adapter.key_values()[layer.layer].to_k_ip(tokens)
+            looks = torch.einsum("nqhd,nkhd->nhqk", *(y.unflatten(-1, (layer.heads, -1)) for y in (q, k)))
+            looks = (looks / (q.shape[2] // layer.heads) ** 0.5).softmax(-1)[..., 1:]
+            there = torch.arange(positions)[:, None] == cells(GRID, 4)[None]
+            assert (looks * there).sum(-1).mean() > 2 / positions  # chance is 1 / positions
+        t = torch.full((16,), 900)
+        assert torch.equal(
+            unet(latents[48:], t, Prompt(empty.expand(16, -1, -1), (ImagePrompt(tokens),))),
+            unet(latents[48:], t, Prompt(empty.expand(16, -1, -1))),
+        )

@@ -1,7 +1,7 @@
 """Stage 4: the adapter, by the paper's recipe on the frozen rest.
 
 python -m tiny.train_adapter --kind base
-python -m tiny.train_adapter --kind full-face --loss v --drop-text 0.5
+python -m tiny.train_adapter --kind full-face --loss v --drop-text 0.85 --least-t 400
 
 `train.py` does the same for any base; here one step is a CUDA graph, and the drawings are moved and mirrored a little.
 """
@@ -17,6 +17,7 @@ from ipadapter.training import adapter_loss, drops
 from sampler import add_noise, v_weight
 from tiny import drawings, presets
 from tiny.latents import VIEWS, Captions, scaled_vae, towers, views
+from tiny.places import place
 from tiny.train_unet import new_unet
 from tiny.trainer import arguments, load_ema, train
 
@@ -37,8 +38,12 @@ def main() -> None:
     flags = {
         "kind": {"choices": ("base", "plus", "full-face"), "default": "base"},
         "loss": {"choices": ("eps", "v"), "default": "eps", "help": "as in train.py (default: %(default)s)"},
-        "start": {"type": Path, "help": "an adapter's file to go on from (default: start as in the paper)"},
+        "start": {
+            "type": Path,
+            "help": "an adapter's file to go on from (default: as in the paper; full-face: tiny/places.py)",
+        },
         "drop-text": {"type": float, "default": 0.05, "help": "as in train.py (default: %(default)s)"},
+        "least-t": {"type": int, "default": 0, "help": "timesteps are drawn from here to 999 (default: %(default)s)"},
     }
     count = {"type": int, "default": VIEWS, "help": "moved and mirrored views of each drawing (default: %(default)s)"}
     args = arguments(__doc__, steps=15000, batch_size=256, learning_rate=1e-3, views=count, **flags)
@@ -57,13 +62,16 @@ def main() -> None:
     adapter = new_adapter(unet, args.kind).to(args.device)
     if args.start:
         adapter.load_state_dict(load_file(args.start))
+    elif args.kind == "full-face" and not (args.runs / f"adapter-{args.kind}.pt").exists():
+        torch.manual_seed(args.seed)
+        place(adapter, unet, captions.features[:1], latents[0], images[0])
     adapter.attach(unet)
     batch = args.batch_size
 
     def loss() -> Tensor:
         i = torch.randint(len(data), (batch,), device=args.device)
         view = torch.randint(len(latents), (batch,), device=args.device)
-        t = torch.randint(1000, (batch,), device=args.device)
+        t = torch.randint(args.least_t, 1000, (batch,), device=args.device)
         drop_text, drop_image = drops(torch.rand(batch, device=args.device), args.drop_text)
         image = images[view, i].float()
         image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), nothing, image)
