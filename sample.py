@@ -47,7 +47,7 @@ TINY = Path(__file__).parent / "tiny"
 EXAMPLE = TINY / "example.png"  # one of the unseen drawings
 TINY_FILES = {
     "base": TINY / "weights/sd-tiny.safetensors",
-    "adapter": TINY / "weights/ip-adapter-tiny.safetensors",
+    "adapter": TINY / "weights/ip-adapter-full-face-tiny.safetensors",
     "image_encoder": TINY / "weights/clip-tiny.safetensors",
 }
 MODELS = ("base", "adapter", "image_encoder", "vae")

@@ -14,7 +14,7 @@ from experiments.lab import Lab, Variant, arguments, decoupled
 from ipadapter import Prompt
 from ipadapter.trainer import noised
 from ipadapter.training import noise_loss, pair_at
-from sample import TINY_FILES
+from sample import TINY
 from unet import UNet
 from weights import load_adapter
 
@@ -23,7 +23,7 @@ def main() -> None:
     style = {"default": "openmoji", "help": "the drawings to fine-tune on (default: %(default)s)"}
     lab = Lab(arguments(__doc__, style=style))
     custom = fine_tuned(lab)
-    adapter = load_adapter(TINY_FILES["adapter"])
+    adapter = load_adapter(TINY / "weights/ip-adapter-tiny.safetensors")
     rows, columns = {}, {}
     for name, unet in (("original base", lab.base.unet()), ("custom base", custom)):
         adapter.attach(unet)

@@ -2,7 +2,7 @@
 
 python -m experiments.scale
 
-The bundled adapter; each unseen drawing as image prompt beside the caption of the next one. At scale 0 the pictures must
+The bundled base adapter; each unseen drawing as image prompt beside the caption of the next one. At scale 0 the pictures must
 equal the base model's, bit for bit; the experiment stops if they do not.
 """
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from experiments.lab import Lab, Variant, arguments
 from ipadapter import ImagePrompt, Prompt
-from sample import TINY_FILES
+from sample import TINY
 from weights import load_adapter
 
 
 def main() -> None:
     lab = Lab(arguments(__doc__))
     texts = [lab.captions[(i + 1) % len(lab.captions)] for i in range(len(lab.captions))]
-    unet, adapter = lab.base.unet(), load_adapter(TINY_FILES["adapter"])
+    unet, adapter = lab.base.unet(), load_adapter(TINY / "weights/ip-adapter-tiny.safetensors")
     adapter.attach(unet)
     rows, columns = {}, {}
     for scale in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):

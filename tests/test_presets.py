@@ -178,9 +178,9 @@ def run(image: bool = True, **given: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("given", "brought"),
     [
-        ({}, "tiny tiny tiny -"),
+        ({}, "tiny tiny-full-face tiny -"),
+        ({"adapter": "tiny"}, "tiny tiny tiny -"),
         ({"image": False}, "tiny - - -"),
-        ({"adapter": "tiny-full-face"}, "tiny tiny-full-face tiny -"),
         ({"adapter": "plus-face"}, "sd15 plus-face vit-h -"),
         ({"adapter": "vit-g"}, "sd15 vit-g vit-bigg -"),
         ({"adapter": "sdxl"}, "sdxl sdxl vit-bigg -"),

@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=drawings.SPLITS[1:], default="unseen-drawings")
     kinds = ", ".join(ADAPTERS)
-    parser.add_argument("--adapters", nargs="+", default=["base"], help=f"{kinds}, or files (default: base)")
+    parser.add_argument("--adapters", nargs="+", default=["full-face"], help=f"{kinds}, or files (default: full-face)")
     parser.add_argument(
         "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="what to prompt with (default: all)"
     )

@@ -49,7 +49,9 @@ vae = partial(Preset, "vae")
 lora = partial(Preset, "lora")
 
 ROWS = [
-    Preset("base", "tiny", "tiny/weights/sd-tiny.safetensors", 27, families=(TINY,), side=128, adapter="tiny"),
+    Preset(
+        "base", "tiny", "tiny/weights/sd-tiny.safetensors", 27, families=(TINY,), side=128, adapter="tiny-full-face"
+    ),
     base_1("sd15", "v1-5-pruned-emaonly.safetensors", 4265, repo="stable-diffusion-v1-5/stable-diffusion-v1-5"),
     base_1(
         *("sd15-fp16", "v1-5-pruned-emaonly-fp16.safetensors", 2133, "half the download"),
