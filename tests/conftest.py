@@ -1,7 +1,10 @@
 """Narrow models, made once; no test may change their weights."""
 
 import os
+import signal
 
+# A job in the background (nohup, &) has Ctrl-C ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test may download
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other cost more than models this small; scripts too
 
