@@ -10,11 +10,10 @@ adapter, trained on the original base, is attached to both. What is kept of its 
 import torch
 from tqdm import tqdm
 
-from experiments.lab import Lab, Variant, arguments, decoupled
+from experiments.lab import BASE_ADAPTER, Lab, Variant, arguments, decoupled
 from ipadapter import Prompt
 from ipadapter.trainer import noised
 from ipadapter.training import noise_loss, pair_at
-from sample import TINY
 from unet import UNet
 from weights import load_adapter
 
@@ -23,7 +22,7 @@ def main() -> None:
     style = {"default": "openmoji", "help": "the drawings to fine-tune on (default: %(default)s)"}
     lab = Lab(arguments(__doc__, style=style))
     custom = fine_tuned(lab)
-    adapter = load_adapter(TINY / "weights/ip-adapter-tiny.safetensors")
+    adapter = load_adapter(BASE_ADAPTER)
     rows, columns = {}, {}
     for name, unet in (("original base", lab.base.unet()), ("custom base", custom)):
         adapter.attach(unet)

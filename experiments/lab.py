@@ -32,6 +32,7 @@ from weights import load_image_encoder, open_base, read
 from weights.hashes import sha256
 from weights.save import write_text
 
+BASE_ADAPTER = TINY / "weights/ip-adapter-tiny.safetensors"  # the paper's kind; the default is full-face
 SIDE = 128
 SHOWN = 8  # drawings on a sheet
 

@@ -9,16 +9,15 @@ equal the base model's, bit for bit; the experiment stops if they do not.
 import torch
 from torch import Tensor
 
-from experiments.lab import Lab, Variant, arguments
+from experiments.lab import BASE_ADAPTER, Lab, Variant, arguments
 from ipadapter import ImagePrompt, Prompt
-from sample import TINY
 from weights import load_adapter
 
 
 def main() -> None:
     lab = Lab(arguments(__doc__))
     texts = [lab.captions[(i + 1) % len(lab.captions)] for i in range(len(lab.captions))]
-    unet, adapter = lab.base.unet(), load_adapter(TINY / "weights/ip-adapter-tiny.safetensors")
+    unet, adapter = lab.base.unet(), load_adapter(BASE_ADAPTER)
     adapter.attach(unet)
     rows, columns = {}, {}
     for scale in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):

@@ -44,8 +44,7 @@ def place(adapter: IPAdapter, unet: UNet, empty: Tensor, latents: Tensor, featur
 def describe(projection: PatchProjection, features: Tensor, steps: int) -> None:
     """Teach the projection to say of each patch where it is and, in the remaining numbers, what is there."""
     where = waves(features.device)
-    what = features[:, 1:] - features[:, 1:].mean(dim=(0, 1))
-    what = what - what.mean(0)
+    what = features[:, 1:] - features[:, 1:].mean(0)
     directions = torch.linalg.svd(what[:2000].flatten(0, 1), full_matrices=False).Vh
     what = what @ directions[: projection.context_dim - where.shape[1]].T
     spread = what.std(dim=(0, 1))
