@@ -33,17 +33,20 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from clip import CLIPImage, CLIPText, PictureError, open_picture, preprocess, tokenize
-from ipadapter import ImagePrompt, Prompt, flags
-from ipadapter.pairs import PICTURES, BadSample, DataError, Pair, Pairs, open_pairs
-from ipadapter.pictures import save_png, sheet, to_pil
+import cli
+from clip import CLIPImage, CLIPText, preprocess, tokenize
+from files.errors import UserError
+from files.pictures import PictureError, open_picture, save_png, to_pil
+from files.sheets import sheet
+from files.whole import write_text
+from ipadapter import ImagePrompt, Prompt
 from sample import MODELS, TINY, TINY_FILES, resolve_names
 from sampler import ddim, guided, noise
+from training.pairs import PICTURES, BadSample, Pair, Pairs, open_pairs
 from unet import size_vector
 from weights import WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base, read
 from weights.clip import load_clip
-from weights.hashes import sha256
-from weights.save import write_text
+from weights.diffusers import model_sha256
 
 SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_x2.5": "CLIP-T x2.5"}
 MAKING = ("steps", "guidance_scale", "scale", "seed", "height", "width", "text", "dtype_name")
@@ -69,7 +72,7 @@ def main() -> None:
         make(args, pairs, names, skipped)
     scored = score(args, judge, pairs, names, skipped)
     if not scored:
-        raise flags.UserError(f"--data {' '.join(args.data)}: no pair can be scored: {next(iter(skipped))}")
+        raise UserError(f"--data {' '.join(args.data)}: no pair can be scored: {next(iter(skipped))}")
     settings = {name: str(v) if isinstance(v, Path | torch.device) else v for name, v in vars(args).items()}
     settings |= {"clip_gelu": judge.gelu, "torch": torch.__version__, "made_with": made_with(args)}
     skips = len(skipped) + pairs.skipped_count - len(pairs.skipped)  # of very many, not all are told
@@ -87,7 +90,7 @@ def result_names(args: argparse.Namespace, pairs: Pairs) -> list[str]:
         path = Path(*(part for part in Path(pairs.names[i]).parts if part not in ("/", "..")))
         name = str(path.with_suffix("") if path.suffix[1:].lower() in PICTURES else path)
         if name in names:
-            raise flags.UserError(f"--data: two pairs are called {name!r}; results go by name, each pair needs its own")
+            raise UserError(f"--data: two pairs are called {name!r}; results go by name, each pair needs its own")
         names[name] = None
     return list(names)
 
@@ -95,7 +98,7 @@ def result_names(args: argparse.Namespace, pairs: Pairs) -> list[str]:
 @torch.no_grad()
 def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict[str, None]) -> None:
     """Save the pictures that are not there yet, each as soon as it is made."""
-    base = open_base(args.base, flags.DTYPES[args.dtype_name], args.device)
+    base = open_base(args.base, cli.DTYPES[args.dtype_name], args.device)
     encoder = load_image_encoder(args.image_encoder, base.dtype, args.device)
     adapter = load_adapter(args.adapter, base.dtype, args.device)
     if adapter.image_proj.faces:
@@ -148,17 +151,17 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
 def open_folder(args: argparse.Namespace) -> dict:
     """What the pictures in --pictures depend on, kept there as settings.json; pictures made otherwise are refused."""
     settings = {name: getattr(args, name) for name in ("data", *MAKING)} | {"sampler": "ddim"}
-    settings |= {name: path and sha256(path) for name in MODELS for path in [getattr(args, name)]}
+    settings |= {name: path and model_sha256(path) for name in MODELS for path in [getattr(args, name)]}
     before = made_with(args)
     if before is None:
         if args.pictures.is_dir() and any(args.pictures.iterdir()):
-            raise flags.UserError(f"--pictures {args.pictures}: holds other files; a new or empty folder is wanted")
+            raise UserError(f"--pictures {args.pictures}: holds other files; a new or empty folder is wanted")
         args.pictures.mkdir(parents=True, exist_ok=True)
         write_text(args.pictures / "settings.json", json.dumps(settings, indent=1))
     for name, value in settings.items():
         if before and before.get(name) != value:
             flag = "--dtype" if name == "dtype_name" else f"--{name.replace('_', '-')}"
-            raise flags.UserError(
+            raise UserError(
                 f"--pictures {args.pictures}: made with {flag} {before.get(name)}, now it is {value}; "
                 "go on with the same settings, or name a new folder"
             )
@@ -171,7 +174,7 @@ def made_with(args: argparse.Namespace) -> dict | None:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     except (ValueError, TypeError):
-        raise flags.UserError(f"{path}: damaged; name a new folder, or remove this one") from None
+        raise UserError(f"{path}: damaged; name a new folder, or remove this one") from None
 
 
 def open_judge(args: argparse.Namespace) -> Judge:
@@ -216,14 +219,14 @@ def named_judge(name: str, device: torch.device) -> Judge:
     model, _, tag = name.partition("/")
     known = open_clip.get_pretrained_cfg(model, tag)
     if not known:
-        raise flags.UserError(f"--clip {name}: no such file, nor a name that open_clip knows, as ViT-L-14/openai")
+        raise UserError(f"--clip {name}: no such file, nor a name that open_clip knows, as ViT-L-14/openai")
     logging.disable(logging.ERROR)  # a failed download is told in twenty lines; one is enough
     try:
         quick = known.get("quick_gelu", False)  # open_clip only warns where the model's name says otherwise
         net, transform = open_clip.create_model_from_pretrained(model, tag, device=device, force_quick_gelu=quick)
         tokenizer = open_clip.get_tokenizer(model)
     except (RuntimeError, OSError, ValueError, ImportError) as error:
-        raise flags.UserError(f"--clip {name}: open_clip cannot load it ({error})"[:400]) from None
+        raise UserError(f"--clip {name}: open_clip cannot load it ({error})"[:400]) from None
     finally:
         logging.disable(logging.NOTSET)
     net.eval()
@@ -269,7 +272,7 @@ def results(args: argparse.Namespace, name: str) -> list[Path]:
     single = folder / f"{name}.png"
     if args.results and os.path.isfile(single):
         if found:
-            raise flags.UserError(f"--results {folder}: both {single.name} and {found[0].name} are there; which is it?")
+            raise UserError(f"--results {folder}: both {single.name} and {found[0].name} are there; which is it?")
         return [single]
     if not found:
         raise PictureError(f"{single}: no such picture, nor {name}_0.png")
@@ -328,46 +331,46 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
 
 
 def parse() -> argparse.Namespace:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     bundled = str(TINY / "data/unseen-drawings-*.tar.gz")
     add("--data", nargs="+", default=[bundled], help="pairs: folder, shards or list (default: bundled unseen drawings)")
-    add("--limit", type=flags.whole(1), metavar="N", help="the first N pairs (default: all)")
+    add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     add("--results", type=Path, metavar="R", help="score the pictures in this folder; make none")
     add("--pictures", type=Path, metavar="P", help="where the made pictures go (default: --output without .json)")
     add("--output", type=Path, default=Path("outputs/evaluate.json"), help="a .json (default: %(default)s)")
     add("--clip", metavar="C", help="the judge: a CLIP file, or MODEL/PRETRAINED of open_clip (default: the tiny CLIP)")
     add("--clip-gelu", choices=("quick", "erf"), help="of a CLIP file (default: quick for ViT-B and ViT-L, else erf)")
     add("--caption-prefix", default="", help='before captions when scoring, as "A photo depicts " (default: nothing)')
-    add("--num-samples", type=flags.whole(1), metavar="N", help="for each pair (default: 4; of --results: all)")
+    add("--num-samples", type=cli.whole(1), metavar="N", help="for each pair (default: 4; of --results: all)")
     add("--text", action="store_true", help="each pair's caption as text prompt (default: empty text)")
-    add("--scale", type=flags.number(0), default=1.0, metavar="S", help="of the image prompt (default: %(default)s)")
-    add("--steps", type=flags.whole(1, 1000), default=50, help="DDIM steps (default: %(default)s)")
-    add("--guidance-scale", type=flags.number(0), default=7.5, metavar="G", help="1 is off (default: %(default)s)")
-    add("--seed", type=flags.whole(0, 2**62), default=0, help="sample j: noise of seed + j (default: %(default)s)")
-    add("--height", type=flags.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
-    add("--width", type=flags.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
-    add("--batch-size", type=flags.whole(1), default=8, metavar="B", help="pictures at a time (default: %(default)s)")
+    add("--scale", type=cli.number(0), default=1.0, metavar="S", help="of the image prompt (default: %(default)s)")
+    add("--steps", type=cli.whole(1, 1000), default=50, help="DDIM steps (default: %(default)s)")
+    add("--guidance-scale", type=cli.number(0), default=7.5, metavar="G", help="1 is off (default: %(default)s)")
+    add("--seed", type=cli.whole(0, 2**62), default=0, help="sample j: noise of seed + j (default: %(default)s)")
+    add("--height", type=cli.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
+    add("--width", type=cli.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
+    add("--batch-size", type=cli.whole(1), default=8, metavar="B", help="pictures at a time (default: %(default)s)")
     add("--base", metavar="FILE", help="SD 1.x, SD 2.x or SDXL: a checkpoint or a folder (default: the tiny model)")
     add("--adapter", metavar="FILE", help="IP-Adapter, .safetensors or .bin")
     add("--image-encoder", metavar="FILE", help="CLIP image encoder, transformers or OpenCLIP layout")
     add("--vae", metavar="FILE", help="another autoencoder")
-    add("--device", type=flags.device, default=flags.default_device(), help="default: the fastest here")
-    add("--dtype", choices=flags.DTYPES, dest="dtype_name", help="when making (default: float16 on cuda, else float32)")
+    add("--device", type=cli.device, default=cli.default_device(), help="default: the fastest here")
+    add("--dtype", choices=cli.DTYPES, dest="dtype_name", help="when making (default: float16 on cuda, else float32)")
     args = parser.parse_args()
 
     if args.output.suffix != ".json" or args.output.is_dir():
-        raise flags.UserError(f"--output {args.output}: a name that ends in .json is wanted")
+        raise UserError(f"--output {args.output}: a name that ends in .json is wanted")
     if args.results and not args.results.is_dir():
-        raise flags.UserError(f"--results {args.results}: no such folder")
+        raise UserError(f"--results {args.results}: no such folder")
     if args.clip_gelu and not os.path.isfile(args.clip or ""):
-        raise flags.UserError(f"--clip-gelu {args.clip_gelu}: goes with --clip FILE")
+        raise UserError(f"--clip-gelu {args.clip_gelu}: goes with --clip FILE")
     for name in (*MODELS, "pictures"):
         flag = f"--{name.replace('_', '-')}"
         if args.results and getattr(args, name):
-            raise flags.UserError(f"{flag}: --results makes no pictures; they go without each other")
+            raise UserError(f"{flag}: --results makes no pictures; they go without each other")
         if args.base and name in ("adapter", "image_encoder") and not getattr(args, name):
-            raise flags.UserError(f"{flag} FILE is wanted beside --base")
+            raise UserError(f"{flag} FILE is wanted beside --base")
     resolve_names(args)
     if args.results:  # how the pictures were made is not for these flags to say
         vars(args).update(dict.fromkeys(MAKING))
@@ -379,9 +382,9 @@ def parse() -> argparse.Namespace:
         args.dtype_name = args.dtype_name or ("float16" if args.device.type == "cuda" else "float32")
         vars(args).update({name: getattr(args, name) or str(path) for name, path in TINY_FILES.items()})
     for flag, path in (("--output", args.output), ("--pictures", args.pictures or args.output)):
-        flags.check_writable(flag, path, path.absolute().parent)
+        cli.check_writable(flag, path, path.absolute().parent)
     return args
 
 
 if __name__ == "__main__":
-    flags.run(main, (WeightsError, PictureError, DataError))
+    cli.run(main)

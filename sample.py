@@ -28,16 +28,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from clip import PictureError, open_picture, preprocess
+import cli
+from clip import preprocess
 from clip.tokenizer import cut
-from ipadapter import ImagePrompt, IPAdapter, Prompt, flags
-from ipadapter.faces import FaceError, find_faces, read_embedding
-from ipadapter.pictures import save_png, sheet, to_pil
+from files.errors import UserError
+from files.faces import find_faces, read_embedding
+from files.pictures import open_picture, save_png, to_pil
+from files.sheets import sheet
+from ipadapter import ImagePrompt, IPAdapter, Prompt
 from sampler import MAX_STEPS, SAMPLERS, guided, noise_and_generators
 from unet import UNet, size_vector
 from vae import VAE
 from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base
-from weights.hashes import sha256
+from weights.diffusers import model_sha256
 from weights.hub import cached, fetch, table
 from weights.lora import read_lora
 from weights.presets import PRESETS, Preset, check_together, find, resolve
@@ -99,11 +102,11 @@ def open_adapter(args: argparse.Namespace) -> IPAdapter:
     projection = adapter.image_proj.to(args.dtype)
     stored(args, adapter.ip_adapter)
     if args.faceid_v2 and not (projection.faces and projection.patches):
-        raise flags.UserError(f"--faceid-v2: for FaceID-plus adapters; {args.adapter} is another kind")
+        raise UserError(f"--faceid-v2: for FaceID-plus adapters; {args.adapter} is another kind")
     if args.face_embedding and not projection.faces:
-        raise flags.UserError(f"--face-embedding: for FaceID adapters; {args.adapter} reads pictures (--image)")
+        raise UserError(f"--face-embedding: for FaceID adapters; {args.adapter} reads pictures (--image)")
     if args.structure_scale is not None and not args.faceid_v2:
-        raise flags.UserError(f"--structure-scale: for FaceID-plus version 2; {args.adapter} is another kind")
+        raise UserError(f"--structure-scale: for FaceID-plus version 2; {args.adapter} is another kind")
     if args.faceid_v2:
         projection.structure_scale = args.structure_scale
     return adapter
@@ -117,12 +120,12 @@ def image_prompt(args: argparse.Namespace, base: Base, adapter: IPAdapter) -> tu
     images, faces = [open_picture(path) for path in args.image], None
     if adapter.image_proj.faces:
         if args.face_embedding and args.image and not encoder:
-            raise flags.UserError(f"--image: {args.adapter} reads the face alone, which --face-embedding gives")
+            raise UserError(f"--image: {args.adapter} reads the face alone, which --face-embedding gives")
         faces, images = face_prompt(args, images)
     pixels = None
     if encoder:
         if faces is not None and len(faces) != len(images):
-            raise flags.UserError(
+            raise UserError(
                 f"--face-embedding: {len(faces)} faces, --image: {len(images)} pictures of them; this adapter reads both"
             )
         stored(args, encoder)
@@ -244,7 +247,7 @@ def report(args: argparse.Namespace, names: list[Path], seconds: float) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--image", nargs="+", default=[], metavar="FILE", help="image prompt; several pictures prompt together")
     add("--prompt", default="", help="text prompt")
@@ -252,7 +255,7 @@ def parse() -> argparse.Namespace:
     add(
         "--scale",
         nargs="+",
-        type=flags.number(0),
+        type=cli.number(0),
         metavar="S",
         help="weight of the image prompt; several: one picture for each (default: 1.0, with text 0.6)",
     )
@@ -262,22 +265,22 @@ def parse() -> argparse.Namespace:
         default="ddim",
         help="(default: %(default)s; dpm++ is the 2M one with Karras steps)",
     )
-    add("--steps", type=flags.whole(1, 1000), help="(default: 50; dpm++ and unipc 20, lcm 4)")
+    add("--steps", type=cli.whole(1, 1000), help="(default: 50; dpm++ and unipc 20, lcm 4)")
     add(
         "--guidance-scale",
-        type=flags.number(0),
+        type=cli.number(0),
         metavar="G",
         help="how far to follow the prompts; 1 is off (default: 7.5, lcm 1)",
     )
     add(
         "--seed",
-        type=flags.whole(0, 2**63 - 1),
+        type=cli.whole(0, 2**63 - 1),
         default=0,
         help="picture j is made from the noise of seed + j (default: %(default)s)",
     )
-    add("--num-images", type=flags.whole(1), default=1, metavar="N", help="pictures to make (default: %(default)s)")
-    add("--height", type=flags.side, help="pixels, a multiple of 8 (default: what the base was made for)")
-    add("--width", type=flags.side, help="pixels, a multiple of 8 (default: what the base was made for)")
+    add("--num-images", type=cli.whole(1), default=1, metavar="N", help="pictures to make (default: %(default)s)")
+    add("--height", type=cli.side, help="pixels, a multiple of 8 (default: what the base was made for)")
+    add("--width", type=cli.side, help="pixels, a multiple of 8 (default: what the base was made for)")
 
     files = parser.add_argument_group("models, each a file or a published name")
     add = files.add_argument
@@ -305,7 +308,7 @@ def parse() -> argparse.Namespace:
     add("--faceid-v2", action="store_true", help="the file is FaceID-plus version 2; no tensor tells")
     add(
         "--structure-scale",
-        type=flags.number(0),
+        type=cli.number(0),
         metavar="S",
         help="version 2: how far to follow the picture of the face, beside the embedding (default: 1.0)",
     )
@@ -315,11 +318,11 @@ def parse() -> argparse.Namespace:
     add("--grid", action="store_true", help="also write a sheet: prompts beside results, a column per scale")
     add(
         "--device",
-        type=flags.device,
-        default=flags.default_device(),
+        type=cli.device,
+        default=cli.default_device(),
         help="cpu, cuda, cuda:1, mps (default: the fastest here)",
     )
-    add("--dtype", choices=flags.DTYPES, dest="dtype_name", help="default: float16 on cuda, float32 elsewhere")
+    add("--dtype", choices=cli.DTYPES, dest="dtype_name", help="default: float16 on cuda, float32 elsewhere")
     add("--storage", choices=STORAGES, help="keep large weights in it, and bring each up to --dtype when it is used")
     add(
         "--low-memory",
@@ -336,17 +339,17 @@ def parse() -> argparse.Namespace:
         args.image = [str(EXAMPLE)]
     args.prompted = bool(args.image or args.face_embedding)
     if not args.prompted and not args.prompt:
-        raise flags.UserError("--image or --prompt is wanted: what should the picture show?")
+        raise UserError("--image or --prompt is wanted: what should the picture show?")
     if args.scale and not args.prompted:
-        raise flags.UserError("--scale is the weight of an image prompt: it goes with --image")
+        raise UserError("--scale is the weight of an image prompt: it goes with --image")
     args.scale = args.scale or [0.6 if args.prompt else 1.0]
     args.steps = args.steps or STEPS.get(args.sampler, 50)
     if args.steps > MAX_STEPS[args.sampler]:
-        raise flags.UserError(f"--steps {args.steps}: 1 to {MAX_STEPS[args.sampler]} with --sampler {args.sampler}")
+        raise UserError(f"--steps {args.steps}: 1 to {MAX_STEPS[args.sampler]} with --sampler {args.sampler}")
     if args.guidance_scale is None:
         args.guidance_scale = 1.0 if args.sampler == "lcm" else 7.5
     args.dtype_name = args.dtype_name or ("float16" if args.device.type == "cuda" else "float32")
-    args.dtype = flags.DTYPES[args.dtype_name]
+    args.dtype = cli.DTYPES[args.dtype_name]
     args.storage = args.storage or ("float16" if args.low_memory else None)
     # Stored in fewer bits, weights are never held in more.
     args.loaded = {None: args.dtype, "bfloat16": torch.bfloat16}.get(args.storage, torch.float16)
@@ -406,7 +409,7 @@ def lora_and_weight(value: str) -> tuple[Path | Preset, float]:
     except (ValueError, WeightsError):  # the colon, if there is one, is part of a path
         return find("lora", value), 1.0
     if not math.isfinite(number):
-        raise flags.UserError(f"--lora {value}: the weight is {weight}, a finite number is wanted")
+        raise UserError(f"--lora {value}: the weight is {weight}, a finite number is wanted")
     return found, number
 
 
@@ -414,16 +417,16 @@ def first_name(output: Path) -> Path:
     """Where the first picture goes: a .png as given, in a folder the next free number. Refuses early what cannot be."""
     numbered = output.suffix.lower() != ".png"
     if not numbered and output.is_dir():
-        raise flags.UserError(f"--output {output}: a folder; folders whose names end in .png are not taken")
+        raise UserError(f"--output {output}: a folder; folders whose names end in .png are not taken")
     if numbered and output.suffix and not output.is_dir():
-        raise flags.UserError(f"--output {output}: a name that ends in .png, or a folder, is wanted")
+        raise UserError(f"--output {output}: a name that ends in .png, or a folder, is wanted")
     folder = output if numbered else output.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise flags.UserError(f"--output {output}: cannot write there ({error.strerror})") from None
+        raise UserError(f"--output {output}: cannot write there ({error.strerror})") from None
     if not numbered:
         return output
     taken = [int(number) for path in folder.glob("*.png") if (number := path.stem.split("_")[0]).isdigit()]
@@ -439,7 +442,7 @@ def start_hashing(args: argparse.Namespace) -> dict[str, Future]:
     def work() -> None:
         for path, future in hashes.items():
             try:
-                future.set_result(sha256(path))
+                future.set_result(model_sha256(path))
             except Exception as error:  # noqa: BLE001, raised where the hash is asked for; else that would wait for ever
                 future.set_exception(error)
 
@@ -448,4 +451,4 @@ def start_hashing(args: argparse.Namespace) -> dict[str, Future]:
 
 
 if __name__ == "__main__":
-    flags.run(main, (WeightsError, PictureError, FaceError))
+    cli.run(main)

@@ -27,17 +27,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clip import CLIPImageConfig, PictureError, preprocess
-from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler, flags
-from ipadapter.features import SHARD, Cache, Encoders, Features, Places, Prepared, Readable, deaf, places, stack
-from ipadapter.pairs import DataError, Pairs, open_pairs
-from ipadapter.run import Run, stored_settings
-from ipadapter.trainer import Ranks, Trainer
+import cli
+from clip import CLIPImageConfig, preprocess
+from files.errors import UserError
+from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler
 from sample import TINY, TINY_FILES, decode, resolve_names
 from sampler import ddim, guided, noise
+from training.cache import SHARD, Cache, Readable, deaf
+from training.features import Encoders, Features, Prepared
+from training.order import Places, places, stack
+from training.pairs import DataError, Pairs, open_pairs
+from training.ranks import Ranks
+from training.run import Run, stored_settings
+from training.trainer import Trainer
 from unet import UNet
-from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base
-from weights.hashes import sha256
+from weights import Base, check_fit, load_adapter, load_image_encoder, load_vae, open_base
+from weights.diffusers import model_sha256
 
 KINDS = {PatchProjection: "full-face", Resampler: "plus", ImageProjection: "base"}
 # What stands for a flag that is not given: the paper's recipe; and what suits the tiny model and a laptop.
@@ -84,10 +89,10 @@ def main() -> None:
     ranks = Ranks(args.device)
     base = open_base(args.base, args.dtype, ranks.device)
     if base.family.name != "SD 1.x" or base.prediction != "eps":
-        raise flags.UserError(
+        raise UserError(
             f"--base {args.base}: {base.family.name}, predicting {base.prediction}; training is for SD 1.x, predicting eps"
         )
-    hashes = {f"{name} (sha256)": sha256(path) for name in MODELS if (path := getattr(args, name))}
+    hashes = {f"{name} (sha256)": model_sha256(path) for name in MODELS if (path := getattr(args, name))}
     run = Run(args.output, ranks, settings(args, ranks) | hashes, IDENTITY, args.resume)
     pairs = open_pairs(args.data)
     seen = look(args, ranks, base, pairs, hashes)
@@ -278,7 +283,7 @@ class Stop:
 
 
 def parse() -> argparse.Namespace:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
 
     def preset(name: str) -> str:
@@ -304,7 +309,7 @@ def parse() -> argparse.Namespace:
         metavar="D",
         help="pairs whose pictures are drawn now and then (default: from --data)",
     )
-    files.add_argument("--limit", type=flags.whole(1), metavar="N", help="the first N pairs (default: all)")
+    files.add_argument("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     files.add_argument(
         "--cache",
         type=Path,
@@ -319,37 +324,37 @@ def parse() -> argparse.Namespace:
     recipe = parser.add_argument_group("recipe")
     add = recipe.add_argument
     add("--kind", choices=KINDS.values(), help=f"(default: {PAPER['kind']}; tiny {TINY_RUN['kind']})")
-    add("--steps", type=flags.whole(1), help=preset("steps"))
+    add("--steps", type=cli.whole(1), help=preset("steps"))
     add(
         "--batch-size",
-        type=flags.whole(1),
+        type=cli.whole(1),
         metavar="N",
         help="pairs to a step, of each process " + preset("batch_size"),
     )
-    add("--grad-accumulation", type=flags.whole(1), default=1, metavar="N", help="batches to a step (default: 1)")
-    add("--learning-rate", type=flags.number(0), metavar="R", help=preset("learning_rate"))
-    add("--warmup", type=flags.whole(0), metavar="N", help="steps in which it grows " + preset("warmup"))
-    add("--weight-decay", type=flags.number(0), default=0.01, metavar="D", help="(default: %(default)s)")
-    add("--clip-grad", type=flags.number(0), default=0.0, metavar="N", help="largest norm (default: 0, none)")
+    add("--grad-accumulation", type=cli.whole(1), default=1, metavar="N", help="batches to a step (default: 1)")
+    add("--learning-rate", type=cli.number(0), metavar="R", help=preset("learning_rate"))
+    add("--warmup", type=cli.whole(0), metavar="N", help="steps in which it grows " + preset("warmup"))
+    add("--weight-decay", type=cli.number(0), default=0.01, metavar="D", help="(default: %(default)s)")
+    add("--clip-grad", type=cli.number(0), default=0.0, metavar="N", help="largest norm (default: 0, none)")
     add("--loss", choices=("eps", "v"), help="error of the noise, or weighted as that of v (default: eps; tiny v)")
-    add("--ema", type=flags.share, metavar="D", help="decay of averaged weights, 0: none " + preset("ema"))
-    add("--drop-text", type=flags.share, metavar="P", help="share of pairs without their text " + preset("drop_text"))
-    add("--drop-image", type=flags.share, default=0.05, metavar="P", help="without their image (default: %(default)s)")
-    add("--drop-both", type=flags.share, default=0.05, metavar="P", help="without either (default: %(default)s)")
-    add("--resolution", type=flags.side, metavar="R", help="of the pictures, a square " + preset("resolution"))
-    add("--seed", type=flags.whole(0, 2**40), default=0, help="(default: %(default)s)")
+    add("--ema", type=cli.share, metavar="D", help="decay of averaged weights, 0: none " + preset("ema"))
+    add("--drop-text", type=cli.share, metavar="P", help="share of pairs without their text " + preset("drop_text"))
+    add("--drop-image", type=cli.share, default=0.05, metavar="P", help="without their image (default: %(default)s)")
+    add("--drop-both", type=cli.share, default=0.05, metavar="P", help="without either (default: %(default)s)")
+    add("--resolution", type=cli.side, metavar="R", help="of the pictures, a square " + preset("resolution"))
+    add("--seed", type=cli.whole(0, 2**40), default=0, help="(default: %(default)s)")
 
     machine = parser.add_argument_group("machine")
     add = machine.add_argument
     add(
         "--device",
-        type=flags.device,
-        default=flags.default_device(),
+        type=cli.device,
+        default=cli.default_device(),
         help="cpu, cuda, cuda:1 (default: the fastest here)",
     )
     add(
         "--dtype",
-        choices=flags.DTYPES,
+        choices=cli.DTYPES,
         default="float32",
         dest="dtype_name",
         help="of the frozen parts (default: %(default)s)",
@@ -362,41 +367,41 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--workers",
-        type=flags.whole(0),
+        type=cli.whole(0),
         metavar="N",
         help="processes that read pairs (default: 4 beside a GPU, else 0)",
     )
     add(
         "--save-every",
-        type=flags.whole(1),
+        type=cli.whole(1),
         metavar="N",
         help="steps from checkpoint to checkpoint " + preset("save_every"),
     )
     add(
         "--validate-every",
-        type=flags.whole(0),
+        type=cli.whole(0),
         metavar="N",
         help="the same for pictures, 0: none " + preset("validate_every"),
     )
     known = parser.parse_args()
     if known.resume:  # what is not said anew is as it was
-        flags_of = {action.dest for action in parser._actions} - {"output", "resume", "device", "help"}
+        known_flags = {action.dest for action in parser._actions} - {"output", "resume", "device", "help"}
         before = stored_settings(known.output)
-        parser.set_defaults(**{name: value for name, value in before.items() if name in flags_of})
+        parser.set_defaults(**{name: value for name, value in before.items() if name in known_flags})
     args = parser.parse_args()
-    flags.check_writable("--output", args.output, args.output)
+    cli.check_writable("--output", args.output, args.output)
 
     if args.base:
         for name in ("image_encoder", "data"):
             if not getattr(args, name):
-                raise flags.UserError(f"--{name.replace('_', '-')} is wanted beside --base")
+                raise UserError(f"--{name.replace('_', '-')} is wanted beside --base")
     resolve_names(args)
     if args.adapter:
         found = KINDS.get(type(load_adapter(args.adapter).image_proj))
         if not found:
-            raise flags.UserError(f"--adapter {args.adapter}: FaceID; {', '.join(KINDS.values())} can be trained")
+            raise UserError(f"--adapter {args.adapter}: FaceID; {', '.join(KINDS.values())} can be trained")
         if args.kind and args.kind != found:
-            raise flags.UserError(f"--kind {args.kind}: the adapter given ({args.adapter}) is of the kind {found}")
+            raise UserError(f"--kind {args.kind}: the adapter given ({args.adapter}) is of the kind {found}")
         args.kind = found
     if not args.base and not args.data:
         args.cache = args.cache or args.output / "cache"
@@ -404,12 +409,12 @@ def parse() -> argparse.Namespace:
         if getattr(args, name) is None and not (args.data and name in ("validation", "limit")):
             setattr(args, name, value)
     if args.drop_text + args.drop_image + args.drop_both > 1:
-        raise flags.UserError("--drop-text, --drop-image and --drop-both: more than 1 in all")
-    args.dtype = flags.DTYPES[args.dtype_name]
+        raise UserError("--drop-text, --drop-image and --drop-both: more than 1 in all")
+    args.dtype = cli.DTYPES[args.dtype_name]
     if args.workers is None:
         args.workers = 4 if args.device.type == "cuda" else 0
     return args
 
 
 if __name__ == "__main__":
-    flags.run(main, (WeightsError, PictureError, DataError))
+    cli.run(main)

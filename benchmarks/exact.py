@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from benchmarks import reference
 from benchmarks.reference import FULL, NARROW, Files, Sizes
-from clip import CLIPImage, CLIPText, open_picture, preprocess, tokenize
+from clip import CLIPImage, CLIPText, preprocess, tokenize
+from files.pictures import open_picture, to_pil
 from ipadapter import ImagePrompt, IPAdapter, Prompt
-from ipadapter.pictures import to_pil
 from sampler import ddim, guided, noise
 from unet import UNet
 from vae import VAE

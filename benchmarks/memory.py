@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from benchmarks.command import ROOT, Cost, cost
 from benchmarks.reference import FULL, NARROW, randomize
-from clip import CLIPImage, CLIPText, CLIPTextConfig, open_picture, preprocess
+from clip import CLIPImage, CLIPText, CLIPTextConfig, preprocess
+from files.pictures import open_picture
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt
 from sampler import ddim, guided, noise
 from unet import SDXL, UNet, UNetConfig, size_vector

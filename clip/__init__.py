@@ -2,7 +2,7 @@
 
 from clip.encode import TextEncoder, TwoTowerEncoder
 from clip.model import SD15_TEXT, VIT_H, CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
-from clip.preprocess import PictureError, open_picture, preprocess
+from clip.preprocess import preprocess
 from clip.tokenizer import tokenize
 
 __all__ = [
@@ -12,10 +12,8 @@ __all__ = [
     "CLIPImageConfig",
     "CLIPText",
     "CLIPTextConfig",
-    "PictureError",
     "TextEncoder",
     "TwoTowerEncoder",
-    "open_picture",
     "preprocess",
     "tokenize",
 ]

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from experiments.lab import BASE_ADAPTER, Lab, Variant, arguments, decoupled
 from ipadapter import Prompt
-from ipadapter.trainer import noised
-from ipadapter.training import noise_loss, pair_at
+from ipadapter.objective import noise_loss
+from training.order import pair_at
+from training.trainer import noised
 from unet import UNet
 from weights import load_adapter
 

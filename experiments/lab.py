@@ -17,20 +17,23 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from clip import tokenize
+from files.pictures import save_png, to_pil
+from files.sheets import sheet
+from files.whole import write_text
 from ipadapter import ImagePrompt, IPAdapter, Prompt
 from ipadapter.adapter import image_features, null_features
-from ipadapter.features import SHARD, Cache, Encoders, Prepared
-from ipadapter.pairs import open_pairs
-from ipadapter.pictures import save_png, sheet, to_pil
-from ipadapter.trainer import noised
-from ipadapter.training import noise_loss, pair_at
+from ipadapter.objective import noise_loss
 from sample import TINY, TINY_FILES
 from sampler import ddim, guided, noise, v_weight
 from tiny import drawings
 from tiny.measure import image_embeds, retrieval, text_embeds, thumbnail
+from training.cache import SHARD, Cache
+from training.features import Encoders, Prepared
+from training.order import pair_at
+from training.pairs import open_pairs
+from training.trainer import noised
 from weights import load_image_encoder, open_base, read
-from weights.hashes import sha256
-from weights.save import write_text
+from weights.diffusers import model_sha256
 
 BASE_ADAPTER = TINY / "weights/ip-adapter-tiny.safetensors"  # the paper's kind; the default is full-face
 SIDE = 128
@@ -84,7 +87,7 @@ class Lab:
         pairs = open_pairs(str(TINY / "data/train-*.tar.gz"))
         encoders = Encoders(self.vae, self.text, self.image, patches=True)
         prepared = Prepared(pairs, args.pairs, SIDE, SIDE)
-        models = {name: sha256(TINY_FILES[name]) for name in ("base", "image_encoder")}
+        models = {name: model_sha256(TINY_FILES[name]) for name in ("base", "image_encoder")}
         self.data = Cache(args.output / f"cache-{args.pairs}", models, len(prepared))
         self.styles = drawings.load("train", limit=args.pairs).styles  # in the order of the pairs
         self.null = encoders.null()

@@ -39,8 +39,8 @@ from transformers import (
 )
 
 from clip import CLIPImage, CLIPText, preprocess
+from files.pictures import to_pil
 from ipadapter import FacePlusProjection, ImagePrompt, IPAdapter, Prompt
-from ipadapter.pictures import to_pil
 from sampler import ddim, guided, noise
 from unet import UNet, size_vector
 from vae import VAE

@@ -17,8 +17,9 @@ from PIL import Image
 from transformers import CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from clip import SD15_TEXT, VIT_H, CLIPImage, CLIPText, PictureError, open_picture, preprocess, tokenize
+from clip import SD15_TEXT, VIT_H, CLIPImage, CLIPText, preprocess, tokenize
 from clip.tokenizer import CONTEXT, END, START, cut, decode, encode
+from files.pictures import PictureError, open_picture
 from weights.configs import image_config, text_config
 from weights.openclip import from_openclip
 

@@ -11,13 +11,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
 
+from files.tensors import WeightsError
 from ipadapter import Prompt
 from unet import UNet
 from vae import SD_VAE, VAE
 from weights.configs import unet_config, vae_config
 from weights.diffusers import prediction_type, read_folder, read_part
 from weights.diffusers_names import from_diffusers, unet_key, unet_shape
-from weights.files import WeightsError
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SD15 = {"cross_attention_dim": 768}

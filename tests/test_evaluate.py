@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from clip import preprocess
 from evaluate import centre, result_names
-from ipadapter.pairs import open_pairs
+from training.pairs import open_pairs
 from weights import WeightsError
 from weights.clip import load_clip
 

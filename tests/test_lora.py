@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from clip import CLIPText
+from files.tensors import WeightsError
 from ipadapter import Prompt
 from unet import UNet
-from weights.files import WeightsError
 from weights.lora import LowRank, check, merge, read_lora, swap
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ipadapter.pairs import BadSample, DataError, Pairs, open_pairs
 from tiny import drawings
+from training.pairs import BadSample, DataError, Pairs, open_pairs
 
 
 def png(shade: int) -> bytes:

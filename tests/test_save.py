@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from files.hashes import SMALL, sha256
+from files.whole import checksum, read_checked, write, write_text
 from weights import WeightsError
-from weights.hashes import SMALL, sha256
-from weights.save import checksum, read_checked, write, write_text
 
 STATE = {
     "a": torch.arange(6.0).view(2, 3),
@@ -104,7 +104,7 @@ def test_a_large_file_is_read_once_and_again_when_it_has_changed(tmp_path, home)
     path = tmp_path / "x"
     path.write_bytes(b"x" * (SMALL + 1))
     first = sha256(path)
-    with patch("weights.hashes.digest", side_effect=AssertionError("read again")):
+    with patch("files.hashes.digest", side_effect=AssertionError("read again")):
         assert sha256(path) == first
     path.write_bytes(b"y" * (SMALL + 1))
     assert sha256(path) == hashlib.sha256(b"y" * (SMALL + 1)).hexdigest() != first

@@ -21,8 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ipadapter import ImagePrompt, Prompt
-from ipadapter.features import KEYS, Cache
-from ipadapter.pairs import open_pairs
+from training.cache import Cache
+from training.features import KEYS
+from training.pairs import open_pairs
 from weights import load_adapter, load_image_encoder, open_base
 
 ROOT = Path(__file__).parent.parent

@@ -10,10 +10,11 @@ from counterparts import diffusers_unet_with, rel
 from torch.nn.functional import mse_loss
 
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler
-from ipadapter.features import places
-from ipadapter.trainer import Ranks, Trainer
-from ipadapter.training import Objective, adapter_loss, draws, drops, pair_at
+from ipadapter.objective import Objective, adapter_loss, drops
 from sampler import add_noise, alphas_cumprod
+from training.order import draws, pair_at, places
+from training.ranks import Ranks
+from training.trainer import Trainer
 from unet import SD15, UNet
 
 RECIPE = {

@@ -10,7 +10,8 @@ from counterparts import diffusers_vae, randomise, rel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae.vae as vae_file
-from clip import open_picture, preprocess
+from clip import preprocess
+from files.pictures import open_picture
 from vae import SD_VAE, VAE, strips
 from weights import open_base
 from weights.configs import vae_config

@@ -18,8 +18,9 @@ from torch.nn.functional import interpolate, linear, normalize
 from tqdm import tqdm
 
 from clip import CLIPImage, CLIPText, tokenize
+from files.pictures import save_png, to_pil
+from files.sheets import sheet
 from ipadapter import ImagePrompt, IPAdapter, Prompt
-from ipadapter.pictures import save_png, sheet, to_pil
 from sampler import ddim, guided, noise
 from tiny import drawings, presets
 from tiny.trainer import WEIGHTS

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
-from ipadapter.training import adapter_loss, drops
+from ipadapter.objective import adapter_loss, drops
 from sampler import add_noise, v_weight
 from tiny import drawings, presets
 from tiny.latents import VIEWS, Captions, scaled_vae, towers, views

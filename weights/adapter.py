@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 
 from clip import CLIPImage
+from files.faces import FACE_DIM
+from files.tensors import State, WeightsError, read
 from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
-from ipadapter.faces import FACE_DIM
 from weights.base import Base
 from weights.configs import count
-from weights.files import State, WeightsError, read
 from weights.fill import fill
 from weights.kinds import ENCODERS, adapter_base, what_is
 

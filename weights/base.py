@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from clip import CLIPText, TextEncoder, TwoTowerEncoder
+from files.tensors import State, WeightsError, read
 from unet import UNet
 from vae import VAE
 from weights.configs import count, text_config, unet_config, vae_config
 from weights.diffusers import prediction_type, read_folder
 from weights.diffusers_names import from_diffusers
-from weights.files import State, WeightsError, read
 from weights.fill import IGNORED, build, fill, under
 from weights.kinds import UNET, family, what_is
 from weights.lora import LoRA, check, merge

@@ -7,8 +7,8 @@ import torch
 
 from clip import CLIPImage, CLIPText
 from clip.tokenizer import CONTEXT, END
+from files.tensors import State, WeightsError, read
 from weights import configs
-from weights.files import State, WeightsError, read
 from weights.fill import IGNORED, fill
 from weights.kinds import what_is
 from weights.openclip import from_openclip, text_from_openclip

@@ -3,9 +3,9 @@
 import re
 
 from clip import CLIPImageConfig, CLIPTextConfig
+from files.tensors import State
 from unet import UNetConfig
 from vae import VAEConfig
-from weights.files import State
 
 
 def count(state: State, pattern: str) -> int:

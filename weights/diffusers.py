@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
+from files.hashes import sha256, sha256_of_several
+from files.tensors import State, WeightsError, read
 from weights.diffusers_names import from_diffusers
-from weights.files import State, WeightsError, read
 
 PLACES = {
     "unet": "model.diffusion_model.",
@@ -78,6 +79,12 @@ def folder_files(path: str | Path) -> list[Path]:
     path = Path(path)
     found = [file for part in PLACES | TWO_TOWERS if (path / part).is_dir() for file in part_files(path / part)]
     return found + [file for file in (path / SCHEDULER,) if file.exists()]
+
+
+def model_sha256(path: str | Path) -> str:
+    """The hash of a model's file, or of a diffusers folder: of the files that are read there."""
+    path = Path(path)
+    return sha256_of_several(path, folder_files(path)) if path.is_dir() else sha256(path)
 
 
 def prediction_type(path: str | Path) -> str | None:

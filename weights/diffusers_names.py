@@ -7,7 +7,7 @@ The names follow from rules, for any number of levels, ResBlocks and depths; the
 import re
 from collections.abc import Collection, Iterable
 
-from weights.files import State
+from files.tensors import State
 
 BLOCK = re.compile(r"(down_blocks|mid_block|up_blocks)(?:[._](\d+))?[._]([a-z]+)[._](\d+)[._]")
 RESBLOCK = {

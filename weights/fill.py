@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from weights.files import State, WeightsError
+from files.tensors import State, WeightsError
 from weights.kinds import what_is
 
 # What checkpoints carry beside the weights: averaged copies, the noise schedule, position counters, the training loss,

@@ -9,8 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
-from weights.files import WeightsError
-from weights.hashes import sha256
+from files.tensors import WeightsError
+from weights.diffusers import model_sha256
 from weights.presets import PRESETS, Preset, flag
 
 TREE = Path(__file__).parent.parent
@@ -36,13 +36,13 @@ def cached(preset: Preset) -> Path | None:
 def fetch(preset: Preset) -> Path:
     """A preset's file, downloaded where it is not in the cache yet, with the hub's own progress bar on stderr.
 
-    Where its SHA-256 is known, that is compared (`weights.hashes` remembers it), whoever put the file there.
+    Where its SHA-256 is known, that is compared (`files.hashes` remembers it), whoever put the file there.
 
     Raises:
         WeightsError: not in the cache and not to be had, and why; another content than the published one.
     """
     path = cached(preset) or download(preset)
-    if preset.sha256 and (found := sha256(path)) != preset.sha256:
+    if preset.sha256 and (found := model_sha256(path)) != preset.sha256:
         raise WeightsError(
             f"{os.path.realpath(path)}: not the published {preset.name}, its SHA-256 is {found[:10]}..., not "
             f"{preset.sha256[:10]}...: delete it and fetch it anew, or trust it: {flag(preset.kind)} {path}"

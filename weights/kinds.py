@@ -2,7 +2,7 @@
 
 import re
 
-from weights.files import State
+from files.tensors import State
 
 UNET = "model.diffusion_model."  # where a whole checkpoint has its UNet
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from clip import CLIPImage
+from files.tensors import WeightsError, read
 from vae import VAE
 from weights import configs
 from weights.diffusers_names import from_diffusers
-from weights.files import WeightsError, read
 from weights.fill import IGNORED, fill, under
 from weights.kinds import what_is
 from weights.openclip import from_openclip

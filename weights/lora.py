@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from files.tensors import State, WeightsError, read
 from weights.diffusers_names import unet_key, unet_shape
-from weights.files import State, WeightsError, read
 from weights.kinds import what_is
 
 PREFIX = re.compile(

@@ -2,7 +2,7 @@
 
 import re
 
-from weights.files import State
+from files.tensors import State
 
 TEXT_SIDE = re.compile(
     r"(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$|token_embedding\.|transformer\.|ln_final\."

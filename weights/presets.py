@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from weights.files import WeightsError
+from files.tensors import WeightsError
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 SD1, SD2, SDXL, SSD, VEGA, TINY = "SD 1.x", "SD 2.x", "SDXL", "SSD-1B", "Vega", "tiny"  # families of base models

@@ -17,12 +17,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from ipadapter.flags import UserError
-from ipadapter.pairs import Pairs
-from ipadapter.pictures import curve, save_png, sheet
-from ipadapter.trainer import Ranks, Trainer
-from weights import WeightsError
-from weights.save import read_checked, write, write_text
+from files.errors import UserError
+from files.pictures import save_png
+from files.sheets import curve, sheet
+from files.tensors import WeightsError
+from files.whole import read_checked, write, write_text
+from training.pairs import Pairs
+from training.ranks import Ranks
+from training.trainer import Trainer
 
 KEPT = 2  # checkpoints
 PATIENCE = 5  # steps in a row without a finite loss

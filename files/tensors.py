@@ -12,10 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from files.errors import UserError
+
 State = dict[str, Tensor]
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A weight file that cannot be used; the message names the file, what was found and what is wanted."""
 
 

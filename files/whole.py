@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from weights.files import State, WeightsError
+from files.tensors import State, WeightsError
 
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)

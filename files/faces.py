@@ -11,11 +11,13 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from files.errors import UserError
+
 FACE_DIM = 512
 DETECT = (640, 448, 320, 192)  # pixels, one after the other: the detector misses a face that fills a large square
 
 
-class FaceError(ValueError):
+class FaceError(UserError):
     """A face that cannot be used; the message is one line that names the file."""
 
 

@@ -1,12 +1,4 @@
-"""Training (arXiv 2308.06721, section 3.2.3): the noise prediction of Stable Diffusion, with drops.
-
-Which pair stands at a place of the run, and the randomness it meets there, follow from the seed and the place alone.
-The place of a sample counts all samples of the run, over all processes: so neither the number of data-loading workers,
-nor a resumed run, nor, at the same global batch, the number of processes changes what is learned.
-"""
-
-import hashlib
-from functools import lru_cache
+"""The training objective (arXiv 2308.06721, section 3.2.3): the noise prediction of Stable Diffusion, with drops."""
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +6,6 @@ from torch.nn.functional import mse_loss
 
 from ipadapter.adapter import IPAdapter
 from ipadapter.attention import ImagePrompt, Prompt
-
-Features = dict[str, Tensor]  # of a batch: what they are stands in ipadapter/features.py
 
 
 def drops(u: Tensor, text: float = 0.05, image: float = 0.05, both: float = 0.05) -> tuple[Tensor, Tensor]:
@@ -68,37 +58,3 @@ class Objective(nn.Module):
         tokens = self.adapter.image_proj(image.float())
         with torch.autocast(noisy.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return adapter_loss(self.frozen[0], noisy, noise, t, text, tokens, weight)
-
-
-def pair_at(seed: int, place: int, pairs: int, retry: int = 0) -> int:
-    """The number of the pair at a place of the run: each pair once an epoch, shuffled anew in each.
-
-    With `retry`, the pair to take instead when so many before it could not be read.
-    """
-    epoch, i = divmod(place, pairs)
-    return int(_shuffled(seed, epoch, pairs)[(i + retry) % pairs])
-
-
-@lru_cache(maxsize=2)  # two: a batch may lie across the border of two epochs
-def _shuffled(seed: int, epoch: int, pairs: int) -> Tensor:
-    return torch.randperm(pairs, generator=generator_at(seed, -1 - epoch))
-
-
-def generator_at(seed: int, place: int) -> torch.Generator:
-    """The randomness of one place of the run (negative places: of an epoch's shuffle)."""
-    mixed = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed, "big"))
-
-
-def draws(seed: int, places: list[int], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All that is random in a step, from the places of its samples.
-
-    Returns u (batch,) in [0, 1) for `drops`, t (batch,) in 0..999, and two noises (batch, *shape): for the
-    autoencoder's posterior, and to be added.
-    """
-    rows = []
-    for place in places:
-        generator = generator_at(seed, place)
-        u, t = torch.rand((), generator=generator), torch.randint(1000, (), generator=generator)
-        rows.append((u, t, *(torch.randn(shape, generator=generator) for _ in range(2))))
-    return tuple(torch.stack(column) for column in zip(*rows, strict=True))

@@ -1,72 +1,21 @@
-"""The training loop's moving parts: processes that share a batch, and the step of the optimiser with all its state."""
+"""The step of the optimiser, with all its state."""
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ipadapter.adapter import IPAdapter
-from ipadapter.training import Features, Objective, draws, drops
+from ipadapter.objective import Objective, drops
 from sampler import add_noise, v_weight
+from training.features import Features
+from training.order import draws
+from training.ranks import Ranks
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 COUNTS = ("step", "place", "skipped", "in_a_row")  # what the trainer counts
-
-
-class Ranks:
-    """The processes of one run, as `torchrun` starts them; alone, all of this does nothing.
-
-    Args:
-        device: of this process.
-    """
-
-    def __init__(self, device: torch.device):
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.device = device
-        if self.size > 1:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            # The default of minutes would end a run while one process makes its part of a cache.
-            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes."""
-        return self.rank == 0
-
-    def say(self, line: str) -> None:
-        """To the screen, once."""
-        if self.first:
-            sys.stderr.write(line + "\n")
-
-    def mean(self, value: float) -> float:
-        """The mean of a number over the processes."""
-        if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
-        distributed.all_reduce(total)
-        return total.item() / self.size
-
-    def gather(self, lines: list[str]) -> list[str]:
-        """The lines of all processes, on each of them."""
-        if self.size == 1:
-            return lines
-        parts: list[list[str]] = [[] for _ in range(self.size)]
-        distributed.all_gather_object(parts, lines)
-        return [line for part in parts for line in part]
-
-    def wait(self) -> None:
-        if self.size > 1:
-            distributed.barrier()
-
-    def close(self) -> None:
-        if self.size > 1:
-            distributed.destroy_process_group()
 
 
 class Trainer:

@@ -12,12 +12,10 @@ from typing import NoReturn
 
 import torch
 
+from files.errors import UserError
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SIDE = 16384  # pixels
-
-
-class UserError(ValueError):
-    """A mistake in what the user asked for; the message is one line that names the flag."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,13 +25,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def run(main: Callable[[], None], mistakes: tuple[type[Exception], ...]) -> NoReturn:
+def run(main: Callable[[], None]) -> NoReturn:
     """Call a script's main; a mistake of the user's, a full disk or Ctrl-C ends it with one line and no traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes, and need not be UTF-8
     try:
         main()
-    except (UserError, *mistakes) as error:
+    except UserError as error:
         message = str(error)
         if message.startswith("Caught "):  # out of a DataLoader worker, its traceback before it
             message = message.strip().splitlines()[-1].partition(": ")[2]

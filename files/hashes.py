@@ -6,8 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from weights.diffusers import folder_files
-from weights.files import WeightsError
+from files.tensors import WeightsError
 
 SMALL = 1 << 24  # bytes; up to here a file is hashed in no time
 
@@ -15,15 +14,9 @@ SMALL = 1 << 24  # bytes; up to here a file is hashed in no time
 def sha256(path: str | Path) -> str:
     """The hash of a file's content; for a large file that was hashed before, recognised by its place, size and time.
 
-    That of a diffusers folder is made of what `sha256sum` prints of the files that are read there, in order of name.
-
     Raises:
         WeightsError: missing or not readable.
     """
-    if os.path.isdir(path):
-        names = sorted(file.relative_to(path).as_posix() for file in folder_files(path))
-        lines = "".join(f"{sha256(Path(path) / name)}  {name}\n" for name in names)
-        return hashlib.sha256(lines.encode()).hexdigest()
     try:
         status = os.stat(path)
         os.close(os.open(path, os.O_RDONLY))
@@ -38,6 +31,13 @@ def sha256(path: str | Path) -> str:
     found = digest(path)
     remember(recall() | {name: [*seen, found]})
     return found
+
+
+def sha256_of_several(folder: Path, files: list[Path]) -> str:
+    """Made of what `sha256sum` prints of these files of a folder, in order of name."""
+    names = sorted(file.relative_to(folder).as_posix() for file in files)
+    lines = "".join(f"{sha256(folder / name)}  {name}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def digest(path: str | Path) -> str:

@@ -22,7 +22,8 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from clip.preprocess import PictureError, read_picture
+from files.errors import UserError
+from files.pictures import PictureError, read_picture
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 KINDS = ("txt", "json", "listed")  # where a caption stands; a .txt is taken before a .json
@@ -30,7 +31,7 @@ FORMS = "a folder of pictures with .txt or .json beside them, .tar or .tar.gz sh
 WHOLE = -1  # as a size: the whole file, not a part of a shard
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used at all; the message is one line that names what was given."""
 
 

@@ -1,34 +1,10 @@
-"""Pictures out: tensors to PIL, sheets with captions, PNG files that are whole or absent."""
+"""Sheets of pictures with captions, and curves."""
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
-
-from weights.save import whole
-
-
-def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """pixels (batch, 3, H, W), nominally in [-1, 1], clamped -> RGB pictures."""
-    pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-    return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in pixels]
-
-
-def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write a PNG, whole or not at all.
-
-    The settings go into the PNG's text as JSON, under the key `ipadapter`.
-    """
-    info = PngInfo()
-    if settings is not None:
-        info.add_itxt("ipadapter", json.dumps(settings))
-    with whole(path) as part:
-        image.save(part, format="PNG", pnginfo=info)
 
 
 def sheet(

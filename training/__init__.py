@@ -1,0 +1,1 @@
+"""Training an IP-Adapter: pairs, features, their order, the step, the folder of the run."""

@@ -1,0 +1,83 @@
+"""The order of a run, and what is random in it, from the seed and the place alone.
+
+Which pair stands at a place of the run, and the randomness it meets there, follow from the seed and the place alone.
+The place of a sample counts all samples of the run, over all processes: so neither the number of data-loading workers,
+nor a resumed run, nor, at the same global batch, the number of processes changes what is learned.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from training.features import Features
+from training.pairs import BadSample, DataError
+
+
+def pair_at(seed: int, place: int, pairs: int, retry: int = 0) -> int:
+    """The number of the pair at a place of the run: each pair once an epoch, shuffled anew in each.
+
+    With `retry`, the pair to take instead when so many before it could not be read.
+    """
+    epoch, i = divmod(place, pairs)
+    return int(_shuffled(seed, epoch, pairs)[(i + retry) % pairs])
+
+
+@lru_cache(maxsize=2)  # two: a batch may lie across the border of two epochs
+def _shuffled(seed: int, epoch: int, pairs: int) -> Tensor:
+    return torch.randperm(pairs, generator=generator_at(seed, -1 - epoch))
+
+
+def generator_at(seed: int, place: int) -> torch.Generator:
+    """The randomness of one place of the run (negative places: of an epoch's shuffle)."""
+    mixed = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "big"))
+
+
+def draws(seed: int, places: list[int], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All that is random in a step, from the places of its samples.
+
+    Returns u (batch,) in [0, 1) for `drops`, t (batch,) in 0..999, and two noises (batch, *shape): for the
+    autoencoder's posterior, and to be added.
+    """
+    rows = []
+    for place in places:
+        generator = generator_at(seed, place)
+        u, t = torch.rand((), generator=generator), torch.randint(1000, (), generator=generator)
+        rows.append((u, t, *(torch.randn(shape, generator=generator) for _ in range(2))))
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+class Places(Dataset):
+    """What stands at each place of a run: (place, features or prepared pair, why others could not be used).
+
+    In the stead of a pair that cannot be read stands the next one in the order of its epoch.
+    """
+
+    def __init__(self, source: Dataset, seed: int):
+        self.source, self.seed = source, seed
+
+    def __getitem__(self, place: int) -> tuple[int, Features, list[str]]:
+        reasons = []
+        for retry in range(len(self.source)):
+            try:
+                return place, self.source[pair_at(self.seed, place, len(self.source), retry)], reasons
+            except BadSample as error:
+                reasons.append(str(error))
+        raise DataError(f"none of the {len(self.source)} pairs can be used; the first: {reasons[0]}")
+
+
+def places(begin: int, batches: int, size: int, rank: int, ranks: int) -> Iterator[list[int]]:
+    """This process's places in each batch of `size * ranks`, from place `begin` on."""
+    for i in range(batches):
+        start = begin + (i * ranks + rank) * size
+        yield list(range(start, start + size))
+
+
+def stack(batch: list[tuple[int, Features, list[str]]]) -> tuple[list[int], Features, list[str]]:
+    """A batch of what `Places` gives, the features stacked."""
+    numbers, features, reasons = zip(*batch, strict=True)
+    return list(numbers), default_collate(features), [reason for some in reasons for reason in some]
