@@ -48,11 +48,7 @@ from weights.storage import STORAGES, store
 
 TINY = Path(__file__).parent / "tiny"
 EXAMPLE = TINY / "example.png"  # one of the unseen drawings
-TINY_FILES = {
-    "base": TINY / "weights/sd-tiny.safetensors",
-    "adapter": TINY / "weights/ip-adapter-full-face-tiny.safetensors",
-    "image_encoder": TINY / "weights/clip-tiny.safetensors",
-}
+TINY_FILES = {kind: cached(found) for kind, found in resolve({}, image=True).items()}
 MODELS = ("base", "adapter", "image_encoder", "vae")
 BATCH = 4  # pictures that go through the UNet together
 ROWS = 64  # of a picture that are decoded at once with --low-memory
