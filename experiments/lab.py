@@ -34,8 +34,10 @@ from training.pairs import open_pairs
 from training.trainer import noised
 from weights import load_image_encoder, open_base, read
 from weights.diffusers import model_sha256
+from weights.hub import cached
+from weights.presets import PRESETS
 
-BASE_ADAPTER = TINY / "weights/ip-adapter-tiny.safetensors"  # the paper's kind; the default is full-face
+BASE_ADAPTER = cached(PRESETS["adapter", "tiny"])  # the paper's kind; the default is full-face
 SIDE = 128
 SHOWN = 8  # drawings on a sheet
 

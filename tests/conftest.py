@@ -53,7 +53,7 @@ NARROW_XL_TEXT = CLIPTextConfig(width=32, layers=3, heads=1, mlp=128, quick_gelu
 NARROW_IMAGE = CLIPImageConfig(
     width=128, layers=4, heads=2, mlp=512, quick_gelu=False, projection=96, image_size=64, patch_size=16
 )
-NARROW_VAE = VAEConfig(channels=(32, 64, 96, 96), res_blocks=2, latent_channels=4, latent_scale=0.18215)
+NARROW_VAE = VAEConfig(channels=(32, 64, 96, 96), res_blocks=2, latent_channels=4)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ from ipadapter import (
 from unet import SD15, SDXL, UNet, UNetConfig
 from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder
 from weights.adapter import build_adapter
-from weights.base import FAMILIES
+from weights.families import FAMILIES
 from weights.fill import on_meta
 
 # At full size, without memory
@@ -409,9 +409,9 @@ SD1, XL = FAMILIES["SD 1.x"], FAMILIES["SDXL"]
 VIT_H, VIT_G, VIT_L = (1280, 1024), (1664, 1280), (1024, 768)
 SSD = replace(SDXL, down=((0, 0), (2, 2), (4, 4)), middle=(0,), up=((4, 4, 10), (2, 1, 1), (0, 0, 0)))
 FITS_NOT = (
-    "this adapter is for {} (tokens of {}); the base b is {} and has tokens of {}: give a base that fits (--base {})"
+    "this adapter is for {} (tokens of {}); the base b is {} and has tokens of {}: give a base that fits (`base` {})"
 )
-YIELDS = "this adapter wants {} of {}, the image encoder given (e) yields {}; --image-encoder {}"
+YIELDS = "this adapter wants {} of {}, the image encoder given (e) yields {}; `image_encoder` {}"
 UNFIT = {  # adapter, base, encoder, message
     "SDXL adapter, SD 1.x base": (
         *(SDXL, lambda: ImageProjection(1024, 2048, 4), SD1, SD15, VIT_H),

@@ -29,8 +29,9 @@ from clip import CLIPText, tokenize
 from unet import SD15, SD21, SDXL, UNet, UNetConfig, size_vector
 from vae import SD_VAE, VAE
 from weights import WeightsError, open_base
-from weights.base import FAMILIES, predicts
+from weights.base import predicts, sd2_predicts_noise
 from weights.configs import unet_config
+from weights.families import FAMILIES, SD2, SD2_BASE
 from weights.fill import on_meta
 
 State = dict[str, Tensor]
@@ -230,13 +231,12 @@ def sd2_state(spread: float, blocks: int = 12) -> State:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_versions_of_sd2_are_told_by_a_bias(spread, said, dtype):
     state = {key: w.to(dtype) for key, w in sd2_state(spread).items()}
-    assert predicts("x", state, FAMILIES["SD 2.x"]) == said
-    assert predicts("x", state, FAMILIES["SD 1.x"]) == predicts("x", state, FAMILIES["SDXL"]) == "eps"
+    assert sd2_predicts_noise(state) == (said == "eps")
 
 
 def test_the_versions_of_a_distilled_sd2_are_told_by_the_last_block():
-    assert predicts("x", sd2_state(0.3, blocks=8), FAMILIES["SD 2.x"]) == "v"
-    assert predicts("x", sd2_state(0.02, blocks=8), FAMILIES["SD 2.x"]) == "eps"
+    assert not sd2_predicts_noise(sd2_state(0.3, blocks=8))
+    assert sd2_predicts_noise(sd2_state(0.02, blocks=8))
 
 
 @pytest.mark.parametrize("family", [FAMILIES["SD 1.x"], FAMILIES["SDXL"]])
@@ -272,8 +272,8 @@ def test_the_scheduler_of_a_folder_says_it(tmp_path, config, said):
     (tmp_path / "scheduler").mkdir()
     content = {"prediction_type": config} if config else {}
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(content))
-    other = {"eps": 0.3, "v": 0.02}[said] if config else 0.02
-    assert predicts(tmp_path, sd2_state(other), FAMILIES["SD 2.x"]) == said
+    by_tensors = {"eps": SD2, "v": SD2_BASE}[said] if config else SD2_BASE
+    assert predicts(tmp_path, {}, by_tensors) == said
 
 
 # Files that are refused

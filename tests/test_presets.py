@@ -20,7 +20,7 @@ import pytest
 
 from weights import WeightsError, hub, load_adapter, load_image_encoder, open_base, presets
 from weights.hub import cache, cached, fetch, table
-from weights.presets import PRESETS, ROWS, Preset, check_together, find, flag, names, resolve
+from weights.presets import PRESETS, ROWS, Preset, check_together, find, names, resolve
 
 ROOT = Path(__file__).parent.parent
 CONTENT = b"weights" * 1000
@@ -80,7 +80,7 @@ def test_all_that_a_row_brings_goes_with_it():
                 | {"adapter": row}
             )
         if row.adapter:
-            assert row.families[0] in PRESETS["adapter", row.adapter].families
+            assert PRESETS["adapter", row.adapter].goes_with(row.families[0].name)
 
 
 # Parameters of the released files, as their papers' code builds them; all are stored with two bytes each.
@@ -147,19 +147,19 @@ def test_spelling(value):
 
 @pytest.mark.parametrize("value", ["x/sd15", "./sd15", "sd15.safetensors", "sd15.ckpt", "A.BIN", "a.pt", "a.pth"])
 def test_what_looks_like_a_path_is_one(value):
-    assert refused(find, "base", value) == f"--base {value}: no such file"
+    assert refused(find, "base", value) == f"`base` {value}: no such file"
 
 
 def test_a_missing_file_with_a_published_name_is_told_the_short_one():
     message = refused(find, "adapter", "models/ip-adapter-plus_sd15.safetensors")
-    assert message.endswith("no such file (--adapter plus is the published one)")
+    assert message.endswith("no such file (`adapter` plus is the published one)")
     assert refused(find, "image_encoder", "model.safetensors").endswith("no such file")  # three have that name
 
 
 def test_an_unknown_name_is_told_those_near_it():
     message = refused(find, "adapter", "plusface")
     assert (
-        message.startswith("--adapter plusface: ") and "plus-face" in message and "python sample.py --list" in message
+        message.startswith("`adapter` plusface: ") and "plus-face" in message and "python sample.py --list" in message
     )
     assert "near" not in refused(find, "image_encoder", "qqqqqqq")
 
@@ -213,18 +213,18 @@ def test_defaults_follow(given, brought, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        ({"base": "b.ckpt"}, ["--adapter is wanted beside b.ckpt", "--list"]),
-        ({"base": "b.ckpt", "adapter": "a.bin"}, ["--image-encoder is wanted beside a.bin"]),
-        ({"base": "sd15", "adapter": "a.bin"}, ["--image-encoder is wanted beside a.bin"]),
-        ({"base": "sd21"}, ["--base sd21: no adapter is published for SD 2.x"]),
-        ({"base": "sdxl", "adapter": "plus"}, ["--adapter plus is for SD 1.x", "--base sdxl is SDXL", "sdxl-plus"]),
+        ({"base": "b.ckpt"}, ["`adapter` is wanted beside b.ckpt", "--list"]),
+        ({"base": "b.ckpt", "adapter": "a.bin"}, ["`image_encoder` is wanted beside a.bin"]),
+        ({"base": "sd15", "adapter": "a.bin"}, ["`image_encoder` is wanted beside a.bin"]),
+        ({"base": "sd21"}, ["`base` sd21: no adapter is published for SD 2.x"]),
+        ({"base": "sdxl", "adapter": "plus"}, ["`adapter` plus is for SD 1.x", "`base` sdxl is SDXL", "sdxl-plus"]),
         ({"base": "ssd-1b", "adapter": "sdxl"}, ["is SSD-1B; for that: none is published"]),
         (
             {"base": "sdxl", "vae": "sd-vae-ft-mse"},
-            ["--vae sd-vae-ft-mse is for SD 1.x and SD 2.x", "sdxl-vae-fp16-fix"],
+            ["`vae` sd-vae-ft-mse is for SD 1.x and SD 2.x", "sdxl-vae-fp16-fix"],
         ),
-        ({"adapter": "plus", "image_encoder": "vit-bigg"}, ["--adapter plus reads --image-encoder vit-h; vit-bigg"]),
-        ({"adapter": "plux", "image": False}, ["--adapter plux", "plus"]),
+        ({"adapter": "plus", "image_encoder": "vit-bigg"}, ["`adapter` plus reads `image_encoder` vit-h; vit-bigg"]),
+        ({"adapter": "plux", "image": False}, ["`adapter` plux", "plus"]),
     ],
     ids=str,
 )
@@ -239,7 +239,37 @@ def test_what_does_not_go_together_is_refused(given, parts, tmp_path, monkeypatc
 def test_a_lora_is_held_against_the_base():
     check_together({"base": PRESETS["base", "sd15"], "lora": PRESETS["lora", "lcm"]})
     message = refused(check_together, {"base": PRESETS["base", "sdxl"], "lora": PRESETS["lora", "lcm"]})
-    assert message == "--lora lcm is for SD 1.x, --base sdxl is SDXL; for that: sdxl-lcm"
+    assert message == "`lora` lcm is for SD 1.x, `base` sdxl is SDXL; for that: sdxl-lcm"
+
+
+def test_a_new_adapter_takes_the_encoder_that_the_usual_one_reads(tmp_path, monkeypatch):
+    """What train.py asks for: `--base sd15` means the same as in sample.py, less the adapter that is to be made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.ckpt").write_bytes(b"x")
+    for given, brought in {
+        (): ("tiny", None, "tiny"),
+        ("base", "sd15"): ("sd15", None, "vit-h"),
+        ("base", "sdxl"): ("sdxl", None, "vit-h"),
+        ("base", "sd15", "image_encoder", "vit-bigg"): ("sd15", None, "vit-bigg"),
+        ("base", "sd21", "image_encoder", "vit-h"): ("sd21", None, "vit-h"),
+        ("base", "sd15", "adapter", "plus"): ("sd15", "plus", "vit-h"),
+        ("adapter", "vit-g"): ("sd15", "vit-g", "vit-bigg"),
+    }.items():
+        found = resolve(dict(zip(given[::2], given[1::2], strict=True)), image=True, new_adapter=True)
+        assert tuple(found[kind] and found[kind].name for kind in ("base", "adapter", "image_encoder")) == brought
+    for base, said in {"b.ckpt": "is wanted beside b.ckpt", "sd21": "FILE"}.items():
+        message = refused(lambda base=base: resolve({"base": base}, image=True, new_adapter=True))
+        assert "`image_encoder`" in message and said in message and "`adapter`" not in message
+
+
+def test_the_bundled_files_are_what_nothing_given_means():
+    found = {kind: cached(one) for kind, one in resolve({}, image=True).items()}
+    assert {kind: path.name for kind, path in found.items()} == {
+        "base": "sd-tiny.safetensors",
+        "adapter": "ip-adapter-full-face-tiny.safetensors",
+        "image_encoder": "clip-tiny.safetensors",
+    }
+    assert all(path.is_file() for path in found.values())
 
 
 # The cache
@@ -293,7 +323,7 @@ def test_another_content_is_refused_every_time_and_taken_if_given_as_a_file():
     for _ in range(2):
         message = refused(fetch, PLUS)
         assert message.startswith(os.path.realpath(link)) and SHA256[:10] in message
-        assert message.endswith(f"--adapter {link}")
+        assert message.endswith(f"`adapter` {link}")
     assert find("adapter", str(link)) == link
     assert fetch(replace(PLUS, sha256=None)) == link
 
@@ -306,7 +336,7 @@ def test_the_list_says_what_is_here():
         listed |= {(head.split()[0], line.split()[0]): line.split()[3] for line in lines}
         assert max(map(len, lines)) <= 100
     here = {row.name for row in ROWS if row.repo is None} | {"plus-face"}
-    assert listed == {(flag(row.kind), row.name): "yes" if row.name in here else "no" for row in ROWS}
+    assert listed == {(f"`{row.kind}`", row.name): "yes" if row.name in here else "no" for row in ROWS}
     assert str(cache()) in last
 
 
@@ -435,8 +465,8 @@ def test_an_interrupted_download_leaves_nothing_and_the_next_one_is_whole(downlo
 def test_a_download_that_fails_says_why_in_one_line(downloads, name, part):
     said, err, folder = downloads
     (message,) = said[name]
-    assert message.startswith(f"--adapter {name}: not in {folder}, and ") and part in message and "\n" not in message
-    assert message.endswith("or give a file: --adapter FILE") and "Retrying" not in err
+    assert message.startswith(f"`adapter` {name}: not in {folder}, and ") and part in message and "\n" not in message
+    assert message.endswith("or give a file: `adapter` FILE") and "Retrying" not in err
 
 
 def test_a_download_of_another_content_is_refused(downloads):
@@ -454,8 +484,8 @@ def test_what_is_in_the_cache_needs_neither_the_network_nor_the_hubs_library(dow
 def test_offline_says_so(own_cache):
     assert huggingface_hub.constants.HF_HUB_OFFLINE  # as all tests are, by conftest.py
     assert refused(fetch, PLUS) == (
-        f"--adapter plus: not in {own_cache}, and HF_HUB_OFFLINE is set: fetch it once without that; "
-        "or give a file: --adapter FILE"
+        f"`adapter` plus: not in {own_cache}, and HF_HUB_OFFLINE is set: fetch it once without that; "
+        "or give a file: `adapter` FILE"
     )
 
 

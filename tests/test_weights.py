@@ -24,7 +24,7 @@ from weights.kinds import what_is
 
 State = dict[str, Tensor]
 UNET_CONFIG = SD15.__class__(**{**vars(SD15), "channels": (32, 32, 64, 64), "context_dim": 64})
-VAE_CONFIG = VAEConfig(channels=(32, 32, 32, 32), res_blocks=2, latent_channels=4, latent_scale=0.18215)
+VAE_CONFIG = VAEConfig(channels=(32, 32, 32, 32), res_blocks=2, latent_channels=4)
 TEXT_CONFIG = CLIPTextConfig(64, 2, 4, 128, quick_gelu=True, projection=None, vocabulary=100, context=77)
 IMAGE_CONFIG = CLIPImageConfig(128, 3, 2, 256, quick_gelu=False, projection=96, image_size=32, patch_size=16)
 
@@ -603,8 +603,8 @@ def test_adapter_for_another_base_is_refused(models, opened, context_dim, said):
             assert f"the base {opened.path} is SD 1.x and has tokens of 64" in message
 
 
-HINTS = {"ViT-H/14 ": "; --image-encoder vit-h", "ViT-bigG/14 ": "; --image-encoder vit-bigg"}
-HINTS |= {"ViT-L/14 ": "; --image-encoder vit-l", "": ""}
+HINTS = {"ViT-H/14 ": "; `image_encoder` vit-h", "ViT-bigG/14 ": "; `image_encoder` vit-bigg"}
+HINTS |= {"ViT-L/14 ": "; `image_encoder` vit-l", "": ""}
 
 
 @pytest.mark.parametrize("embed_dim, name", [(1024, "ViT-H/14 "), (1280, "ViT-bigG/14 "), (768, "ViT-L/14 "), (80, "")])

@@ -17,16 +17,16 @@ Features = Callable[[Tensor], Tensor]
 
 
 def scaled_vae(args: argparse.Namespace, data: drawings.Drawings) -> VAE:
-    """The autoencoder with its latents shifted and scaled so that Stable Diffusion's 0.18215 brings them to N(0, 1).
+    """The autoencoder with its latents shifted and scaled so that Stable Diffusion's scale brings them to N(0, 1).
 
     Both are folded into `quant_conv` and `post_quant_conv`, which are linear.
     """
     vae = load_ema(VAE(presets.TINY_VAE), "vae", args)
     if not (args.runs / "vae.pt").exists():  # from the files in the tree: done
         return vae
-    means = torch.cat([vae.posterior(drawings.to_unit(p.to(args.device)))[0] for p in data.pixels[:1024].split(64)])
-    center, spread = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
-    gain = 1 / (spread * vae.config.latent_scale)
+    x = [drawings.to_unit(p.to(args.device)) for p in data.pixels[:1024].split(64)]
+    center = torch.cat([vae.moments(part)[0] for part in x]).mean(dim=(0, 2, 3))
+    gain = 1 / torch.cat([vae.encode(part) for part in x]).std(dim=(0, 2, 3))
     quant, post = vae.quant_conv, vae.post_quant_conv
     n = len(gain)
     post.bias.add_(post.weight[:, :, 0, 0] @ center)

@@ -23,7 +23,7 @@ from files.sheets import sheet
 from ipadapter import ImagePrompt, IPAdapter, Prompt
 from sampler import ddim, guided, noise
 from tiny import drawings, presets
-from tiny.trainer import WEIGHTS
+from tiny.trainer import BASE, ENCODER, WEIGHTS
 from unet import UNet
 from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base, read
@@ -59,10 +59,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/measure"))
     args = parser.parse_args()
 
-    base = open_base(args.weights / "sd-tiny.safetensors")
+    base = open_base(args.weights / BASE.name)
     unet, vae, text = base.unet(), base.vae(), base.text()
-    encoder = load_image_encoder(args.weights / "clip-tiny.safetensors")
-    projection = read(args.weights / "clip-tiny.safetensors")["text_projection.weight"].float()
+    encoder = load_image_encoder(args.weights / ENCODER.name)
+    projection = read(args.weights / ENCODER.name)["text_projection.weight"].float()
     data = drawings.load(args.split)
     x = drawings.to_unit(data.pixels[: args.count])
     n = len(x)

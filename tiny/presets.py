@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from clip import CLIPImageConfig, CLIPTextConfig
 from unet import SD15
-from vae import VAEConfig
+from vae import SD_VAE
 
 SIZE = 128  # pixels; latents are 16x16
 
@@ -12,7 +12,7 @@ TEXT = CLIPTextConfig(width=64, layers=3, heads=4, mlp=256, quick_gelu=True, pro
 IMAGE = CLIPImageConfig(
     width=128, layers=5, heads=2, mlp=512, quick_gelu=False, projection=128, image_size=SIZE, patch_size=16
 )
-TINY_VAE = VAEConfig(channels=(64, 64, 64, 64), res_blocks=2, latent_channels=4, latent_scale=0.18215)
+TINY_VAE = replace(SD_VAE, channels=(64, 64, 64, 64))
 TINY_UNET = replace(SD15, channels=(64, 96, 96, 96), context_dim=TEXT.width)
 NUM_TOKENS = 4  # of the base adapter
 PLUS = {"dim": 64, "depth": 2, "heads": 1, "num_tokens": 16}  # Resampler of the plus adapter

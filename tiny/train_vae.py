@@ -27,7 +27,7 @@ def main() -> None:
         x = x.gather(1, color_orders[order][:, :, None, None].expand_as(x)).contiguous(
             memory_format=torch.channels_last
         )
-        mean, logvar = model.posterior(x)
+        mean, logvar = model.moments(x)
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from weights import load_image_encoder, open_base, read
+from weights.hub import cached
+from weights.presets import PRESETS
 
 RUNS = Path("runs/tiny")
-WEIGHTS = Path(__file__).parent / "weights"
+BASE, ENCODER = (cached(PRESETS[kind, "tiny"]) for kind in ("base", "image_encoder"))
+WEIGHTS = BASE.parent
 
 
 def arguments(doc: str, steps: int, batch_size: int, learning_rate: float, **more: dict) -> argparse.Namespace:
@@ -147,10 +150,10 @@ def load_ema(model: nn.Module, name: str, args: argparse.Namespace) -> nn.Module
 
 def packed(name: str) -> dict[str, Tensor]:
     """The weights of a stage as `tiny/pack.py` has written them, in fp32 (the autoencoder's are scaled already)."""
-    base, file = open_base(WEIGHTS / "sd-tiny.safetensors"), WEIGHTS / "clip-tiny.safetensors"
+    base = open_base(BASE)
     if name != "clip":
         return getattr(base, name)().state_dict()
-    towers = {"text": base.text(), "image": load_image_encoder(file)}
+    towers = {"text": base.text(), "image": load_image_encoder(ENCODER)}
     state = {f"{tower}.{key}": w for tower, model in towers.items() for key, w in model.state_dict().items()}
     rest = {"text_projection.weight": "text.text_projection.weight", "logit_scale": "logit_scale"}
-    return state | {rest[key]: w.float() for key, w in read(file).items() if key in rest}
+    return state | {rest[key]: w.float() for key, w in read(ENCODER).items() if key in rest}

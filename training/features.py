@@ -68,11 +68,10 @@ class Encoders:
     @torch.no_grad()
     def __call__(self, batch: Features) -> Features:
         """A batch of `Prepared` -> features, in the dtype of the towers."""
-        mean, logvar = self.vae.posterior(batch["pixels"].to(self.device, self.dtype))
-        scale = self.vae.config.latent_scale
+        mean, std = self.vae.posterior(batch["pixels"].to(self.device, self.dtype))
         return {
-            "mean": scale * mean,
-            "std": scale * (0.5 * logvar).exp(),
+            "mean": mean,
+            "std": std,
             "text": self.text(batch["tokens"].to(self.device)),
             "image": self.image_features(batch["clip"]),
         }

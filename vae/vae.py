@@ -19,10 +19,10 @@ class VAEConfig:
     channels: tuple[int, ...]  # per level, finest first: (128, 256, 512, 512) in Stable Diffusion
     res_blocks: int  # ResBlocks per level of the encoder; the decoder has one more
     latent_channels: int  # 4
-    latent_scale: float  # brings latents to unit variance: 0.18215 in SD 1.x and 2.x, 0.13025 in SDXL
+    latent_scale: float = 0.18215  # brings latents to unit variance; SDXL has another (weights/families.py)
 
 
-SD_VAE = VAEConfig(channels=(128, 256, 512, 512), res_blocks=2, latent_channels=4, latent_scale=0.18215)
+SD_VAE = VAEConfig(channels=(128, 256, 512, 512), res_blocks=2, latent_channels=4)
 
 
 SCORES = 2**27  # of the attention, held at once at most; reached beyond 850x850 pixels
@@ -46,11 +46,10 @@ class VAE(nn.Module):
         With a generator the latent is drawn from the posterior; without one it is the posterior's mean. `rows`: as in
         `decode`.
         """
-        mean, logvar = self.posterior(pixels, rows)
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
-            mean = mean + (0.5 * logvar).exp() * noise
-        return mean * self.config.latent_scale
+        mean, std = self.posterior(pixels, rows)
+        if generator is None:
+            return mean
+        return mean + std * torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
 
     def decode(self, latents: Tensor, rows: int | None = None) -> Tensor:
         """scaled latents (batch, 4, H/8, W/8) -> pixels (batch, 3, H, W), nominally in [-1, 1], not clamped.
@@ -61,7 +60,13 @@ class VAE(nn.Module):
         return self.decoder(z) if rows is None else strips.decode(self.decoder, z, rows)
 
     def posterior(self, pixels: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
-        """pixels (batch, 3, H, W) in [-1, 1] -> mean and log variance of the unscaled latents."""
+        """pixels (batch, 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents."""
+        mean, logvar = self.moments(pixels, rows)
+        scale = self.config.latent_scale
+        return scale * mean, scale * (0.5 * logvar).exp()
+
+    def moments(self, pixels: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """pixels (batch, 3, H, W) in [-1, 1] -> mean and log variance before the scale, as the loss is written in them."""
         x = self.encoder(pixels) if rows is None else strips.encode(self.encoder, pixels, rows)
         mean, logvar = self.quant_conv(x).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)

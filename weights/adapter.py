@@ -10,11 +10,9 @@ from files.tensors import State, WeightsError, read
 from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
 from weights.base import Base
 from weights.configs import count
+from weights.families import ENCODERS, of_width
 from weights.fill import fill
-from weights.kinds import ENCODERS, adapter_base, what_is
-
-ADAPTER_BASES = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # by the width of the tokens
-ENCODER_PRESETS = {"ViT-H/14": "vit-h", "ViT-bigG/14": "vit-bigg", "ViT-L/14": "vit-l"}
+from weights.kinds import adapter_base, what_is
 
 
 def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> IPAdapter:
@@ -93,8 +91,8 @@ def check_fit(
     projection = adapter.image_proj
     base_dim = base.layers[0][1]
     if projection.context_dim != base_dim:
-        wants = ADAPTER_BASES.get(projection.context_dim)
-        other = f" (--base {wants})" if wants else ""
+        row = of_width(projection.context_dim)
+        other = f" (`base` {row.base})" if row else ""
         raise WeightsError(
             f"{adapter_path}: this adapter is {adapter_base(projection.context_dim)} (tokens of "
             f"{projection.context_dim}); the base {base.path} is {base.family.name} and has tokens of {base_dim}: give "
@@ -109,13 +107,12 @@ def check_fit(
         )
     if encoder is None:
         return
-    wants, what = projection.feature_dim, "patch features" if projection.patches else "image embeddings"
-    yields = encoder.config.width if projection.patches else encoder.config.projection
+    wants, patches = projection.feature_dim, projection.patches
+    yields = encoder.config.width if patches else encoder.config.projection
     if wants != yields:
-        names = {1280: "ViT-H/14", 1664: "ViT-bigG/14", 1024: "ViT-L/14"} if projection.patches else ENCODERS
-        name = f"{names[wants]} " if wants in names else ""
-        hint = f"; --image-encoder {ENCODER_PRESETS[names[wants]]}" if wants in names else ""
+        row = next((row for row in ENCODERS if wants == (row.width if patches else row.projection)), None)
         raise WeightsError(
-            f"{adapter_path}: this adapter wants {name}{what} of {wants}, "
-            f"the image encoder given ({encoder_path}) yields {yields}{hint}"
+            f"{adapter_path}: this adapter wants {f'{row.name} ' if row else ''}"
+            f"{'patch features' if patches else 'image embeddings'} of {wants}, the image encoder given "
+            f"({encoder_path}) yields {yields}" + (f"; `image_encoder` {row.preset}" if row else "")
         )

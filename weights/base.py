@@ -16,6 +16,7 @@ from vae import VAE
 from weights.configs import count, text_config, unet_config, vae_config
 from weights.diffusers import prediction_type, read_folder
 from weights.diffusers_names import from_diffusers
+from weights.families import FAMILIES, SD2, SD2_BASE, Family, Tower
 from weights.fill import IGNORED, build, fill, under
 from weights.kinds import UNET, family, what_is
 from weights.lora import LoRA, check, merge
@@ -23,27 +24,6 @@ from weights.openclip import text_from_openclip
 
 AUTOENCODER = "first_stage_model."
 LORA_PARTS = {"UNet": "unet", "text tower": "text", "second text tower": "text_2"}  # what LoRAs call them
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the tensors of a base model do not tell."""
-
-    name: str
-    text: tuple[tuple[str, ...], ...]  # for each text tower the prefixes that it has: original file, or folder
-    quick_gelu: tuple[bool, ...]  # for each text tower: OpenAI's have it, OpenCLIP's have not
-    latent_scale: float
-    side: int  # of the pictures it was trained on, in pixels
-
-
-SD1 = Family("SD 1.x", (("cond_stage_model.transformer.",),), (True,), 0.18215, 512)
-SD2 = Family("SD 2.x", (("cond_stage_model.model.", "cond_stage_model.transformer."),), (False,), 0.18215, 768)
-SDXL_TEXT = (
-    ("conditioner.embedders.0.transformer.",),
-    ("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."),
-)
-SDXL = Family("SDXL", SDXL_TEXT, (True, False), 0.13025, 1024)
-FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +35,7 @@ class Part:
     make: Callable[[State], nn.Module]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Base:
     """A base model, its keys checked, its parts built when they are asked for."""
 
@@ -65,15 +45,13 @@ class Base:
     layers: list[tuple[int, int]]  # (dim, context_dim) of each cross-attention, in the order of an adapter's keys
     dtype: torch.dtype
     device: torch.device | str
-    sinusoids: int = (
-        0  # that stand for each size of a picture in `Prompt.vector`: 256 in SDXL; other families have none
-    )
+    sinusoids: int = 0  # that stand for each size of a picture in `Prompt.vector`: 256 in SDXL, none elsewhere
     loras: Sequence[tuple[LoRA, float]] = ()  # merged into each part as it is built, each with its weight
 
     @property
     def side(self) -> int:
         """Of a picture, in pixels, where none is asked for."""
-        return 512 if self.family is SD2 and self.prediction == "eps" else self.family.side
+        return self.family.side
 
     def unet(self) -> UNet:
         return self.part("UNet")
@@ -84,7 +62,7 @@ class Base:
     @property
     def vae_dtype(self) -> torch.dtype:
         """What to decode in: SDXL's autoencoder overflows in fp16."""
-        return torch.float32 if self.family is SDXL and self.dtype == torch.float16 else self.dtype
+        return self.dtype if self.family.half_vae or self.dtype != torch.float16 else torch.float32
 
     def text(self) -> CLIPText:
         """The text tower; of two, the first."""
@@ -92,9 +70,9 @@ class Base:
 
     def text_encoder(self) -> TextEncoder | TwoTowerEncoder:
         """What turns a text into what the UNet reads of it."""
-        if self.family is SDXL:
+        if len(self.family.text) == 2:
             return TwoTowerEncoder(self.text(), self.part("second text tower"))
-        return TextEncoder(self.text()) if self.family is SD1 else TextEncoder(self.text(), pad=0)
+        return TextEncoder(self.text(), self.family.text[0].pad)
 
     def part(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
         # Read anew each time: a mapped file costs nothing to open, and its pages can go when the model is built.
@@ -131,14 +109,14 @@ def open_base(
         raise WeightsError(f"{path}: an SD 1.x, SD 2.x or SDXL checkpoint is wanted here; this is {what_is(state)}")
     if "ztsnr" in state:
         raise WeightsError(f"{path}: made for a noise schedule that ends in pure noise (its key ztsnr); not supported")
-    kind = FAMILIES[family(state)]
+    kind = SD2_BASE if FAMILIES[family(state)] is SD2 and sd2_predicts_noise(state) else FAMILIES[family(state)]
     found = parts(state, kind)
     for name, part in found.items():
         if not part.state:
             raise WeightsError(
                 f"{path}: the {name} ({part.prefix}*) is missing; a whole {kind.name} checkpoint has: {', '.join(found)}"
             )
-    used = (*(part.prefix for part in found.values()), *(prefix for prefixes in kind.text for prefix in prefixes))
+    used = (*(part.prefix for part in found.values()), *(prefix for tower in kind.text for prefix in tower.prefixes))
     left = [key for key in state if not key.startswith(used) and not IGNORED.match(key)]
     unet, vae, *texts = (
         build(part.make, part.state, path, left if name == "UNet" else None) for name, part in found.items()
@@ -154,7 +132,8 @@ def open_base(
     for lora, _ in loras:
         check(lora, dict(zip(LORA_PARTS.values(), (unet, *texts), strict=False)))
     prediction = prediction or predicts(path, state, kind)
-    sinusoids = ((unet.config.vector_dim or 0) - (texts[-1].config.projection or 0)) // 6 if kind is SDXL else 0
+    vector_dim = unet.config.vector_dim
+    sinusoids = (vector_dim - (texts[-1].config.projection or 0)) // 6 if vector_dim else 0
     return Base(Path(path), kind, prediction, layers, dtype, device, sinusoids, loras)
 
 
@@ -164,25 +143,24 @@ def open_state(path: str | Path) -> State:
 
 def parts(state: State, kind: Family) -> dict[str, Part]:
     """The parts of a base model by their names, the UNet and the autoencoder first."""
+    scale = kind.latent_scale
     found = {
         "UNet": Part(UNET, under(UNET, state), lambda part: UNet(unet_config(part))),
-        "autoencoder": Part(
-            AUTOENCODER, under(AUTOENCODER, state), lambda part: VAE(vae_config(part, kind.latent_scale))
-        ),
+        "autoencoder": Part(AUTOENCODER, under(AUTOENCODER, state), lambda part: VAE(vae_config(part, scale))),
     }
-    for i, name in enumerate(("text tower", "second text tower")[: len(kind.text)]):
-        prefix = next((p for p in kind.text[i] if any(key.startswith(p) for key in state)), kind.text[i][0])
-        part, quick = text_state(under(prefix, state), kind), kind.quick_gelu[i]
+    for name, tower in zip(("text tower", "second text tower"), kind.text, strict=False):
+        prefix = next((p for p in tower.prefixes if any(key.startswith(p) for key in state)), tower.prefixes[0])
+        part, quick = text_state(under(prefix, state), tower), tower.quick_gelu
         found[name] = Part(prefix, part, lambda part, quick=quick: CLIPText(text_config(part, quick)))
     return found
 
 
-def text_state(state: State, kind: Family) -> State:
+def text_state(state: State, tower: Tower) -> State:
     """A text tower's tensors in transformers' names."""
     if "positional_embedding" not in state:
         return from_diffusers(state)  # many early fine-tuned models have no `text_model.`
     state = text_from_openclip(state)
-    if kind is not SD2:
+    if not tower.penultimate:
         return state
     # The last layer is not used, and folders come without it.
     last = count(state, r"text_model\.encoder\.layers\.(\d+)\.") - 1
@@ -192,15 +170,17 @@ def text_state(state: State, kind: Family) -> State:
 
 
 def predicts(path: str | Path, state: State, kind: Family) -> str:
-    """What the UNet predicts, as a folder's scheduler says, or the mark of a file; for SD 2.x one bias tells.
-
-    The versions of SD 2.x (512 pixels and eps, 768 and v) have the same tensors. How widely the bias varies is what
-    ComfyUI goes by (supported_models.py), and has since 2023.
-    """
+    """What the UNet predicts, as a folder's scheduler says, or the mark of a file, or the family."""
     if os.path.isdir(path) and (said := prediction_type(path)):
         return {"epsilon": "eps", "v_prediction": "v"}[said]
-    if kind is not SD2:
-        return "v" if "v_pred" in state else "eps"
+    return "v" if "v_pred" in state else kind.prediction
+
+
+def sd2_predicts_noise(state: State) -> bool:
+    """The versions of SD 2.x (512 pixels and eps, 768 and v) have the same tensors; how widely one bias varies tells.
+
+    It is what ComfyUI goes by (supported_models.py), and has since 2023.
+    """
     last = count(state, re.escape(UNET) + r"output_blocks\.(\d+)\.") - 1
     bias = state.get(f"{UNET}output_blocks.{last}.1.transformer_blocks.0.norm1.bias")
-    return "eps" if bias is not None and bias.float().std(correction=0) <= 0.09 else "v"
+    return bias is not None and bias.float().std(correction=0).item() <= 0.09

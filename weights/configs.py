@@ -5,7 +5,7 @@ import re
 from clip import CLIPImageConfig, CLIPTextConfig
 from files.tensors import State
 from unet import UNetConfig
-from vae import VAEConfig
+from vae import SD_VAE, VAEConfig
 
 
 def count(state: State, pattern: str) -> int:
@@ -62,7 +62,7 @@ def unet_config(state: State) -> UNetConfig:
     )
 
 
-def vae_config(state: State, latent_scale: float = 0.18215) -> VAEConfig:
+def vae_config(state: State, latent_scale: float = SD_VAE.latent_scale) -> VAEConfig:
     """From an autoencoder in the original layout."""
     levels = count(state, r"encoder\.down\.(\d+)\.")
     return VAEConfig(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from files.tensors import WeightsError
 from weights.diffusers import model_sha256
-from weights.presets import PRESETS, Preset, flag
+from weights.presets import PRESETS, Preset
 
 TREE = Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ def fetch(preset: Preset) -> Path:
     if preset.sha256 and (found := model_sha256(path)) != preset.sha256:
         raise WeightsError(
             f"{os.path.realpath(path)}: not the published {preset.name}, its SHA-256 is {found[:10]}..., not "
-            f"{preset.sha256[:10]}...: delete it and fetch it anew, or trust it: {flag(preset.kind)} {path}"
+            f"{preset.sha256[:10]}...: delete it and fetch it anew, or trust it: `{preset.kind}` {path}"
         )
     return path
 
@@ -68,8 +68,8 @@ def download(preset: Preset) -> Path:
         return Path(hf_hub_download(preset.repo, preset.file, cache_dir=folder))
     except Exception as error:  # noqa: BLE001, the hub's HTTP library, so its errors, differ between its versions
         raise WeightsError(
-            f"{flag(preset.kind)} {preset.name}: not in {folder}, and {reason(error, preset)}; "
-            f"or give a file: {flag(preset.kind)} FILE"
+            f"`{preset.kind}` {preset.name}: not in {folder}, and {reason(error, preset)}; "
+            f"or give a file: `{preset.kind}` FILE"
         ) from None
 
 
@@ -96,15 +96,15 @@ def reason(error: Exception, preset: Preset) -> str:
 
 
 def table() -> str:
-    """All presets by flag: size, whether the file is here, the families they go with, what they bring, a note."""
+    """All presets by the argument that takes them: size, whether the file is here, the families they go with, what they bring, a note."""
     lines = []
     for kind in dict.fromkeys(preset.kind for preset in PRESETS.values()):
-        lines.append(f"{flag(kind):24}{'size':>8}  here  {'for':22}brings")
+        lines.append(f"{f'`{kind}`':24}{'size':>8}  here  {'for':22}brings")
         for preset in (preset for preset in PRESETS.values() if preset.kind == kind):
             size = f"{preset.megabytes / 1000:.1f} GB" if preset.megabytes >= 1000 else f"{preset.megabytes} MB"
             here = "yes" if cached(preset) else "no"
             brings = ", ".join(filter(None, (preset.base, preset.adapter, preset.image_encoder)))
-            row = f"  {preset.name:22}{size:>8}  {here:4}  {', '.join(preset.families):22}{brings:15}{preset.note}"
+            row = f"  {preset.name:22}{size:>8}  {here:4}  {', '.join(row.name for row in preset.families):22}{brings:15}{preset.note}"
             lines.append(row.rstrip())
         lines.append("")
     return "\n".join(

@@ -3,6 +3,7 @@
 import re
 
 from files.tensors import State
+from weights.families import of_width
 
 UNET = "model.diffusion_model."  # where a whole checkpoint has its UNet
 
@@ -73,15 +74,12 @@ def adapter_is(state: State) -> str:
 
 def adapter_base(width: int) -> str:
     """Which base model an adapter was made for, by the width of its tokens."""
-    return {768: "for SD 1.x", 1024: "for SD 2.x", 2048: "for SDXL"}.get(width, f"for a base with {width} wide tokens")
+    return f"for {row.name}" if (row := of_width(width)) else f"for a base with {width} wide tokens"
 
 
 def columns(state: State, key: str) -> int:
     """Width of a matrix that a damaged file may lack: then 0."""
     return state[key].shape[-1] if key in state and state[key].ndim else 0
-
-
-ENCODERS = {1024: "ViT-H/14", 1280: "ViT-bigG/14", 768: "ViT-L/14"}  # by the width of the image embedding
 
 
 def clip_width(state: State) -> int:

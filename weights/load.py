@@ -7,7 +7,7 @@ import torch
 
 from clip import CLIPImage
 from files.tensors import WeightsError, read
-from vae import VAE
+from vae import SD_VAE, VAE
 from weights import configs
 from weights.diffusers_names import from_diffusers
 from weights.fill import IGNORED, fill, under
@@ -23,7 +23,7 @@ def load_vae(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    latent_scale: float = 0.18215,
+    latent_scale: float = SD_VAE.latent_scale,
 ) -> VAE:
     """A stand-alone autoencoder, in the original layout (with or without the prefix `first_stage_model.`) or diffusers'.
 

