@@ -105,6 +105,19 @@ def flagged(message: str) -> str:
     return re.sub(r"`([a-z]+(?:_[a-z]+)*)`", lambda match: f"--{match[1].replace('_', '-')}", message)
 
 
+def counter(what: str, unit: str, shown: bool = True) -> Callable[[int], None]:
+    """A bar that appears when something is counted: count(total)."""
+    bars: list[tqdm] = []
+
+    def count(total: int) -> None:
+        bars[:] = bars or [tqdm(total=total, desc=what, unit=unit, disable=not shown)]
+        bars[0].update()
+        if bars[0].n == total:
+            bars[0].close()
+
+    return count
+
+
 def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 

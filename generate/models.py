@@ -114,6 +114,8 @@ def open_models(
     loras: Sequence[Named | tuple[Named, float]] = (),
     # Whether there will be image prompts; without any, no adapter and no image encoder is wanted.
     image: bool = True,
+    # Whether an adapter is to be made: then none is brought, only the image encoder that it will read.
+    new_adapter: bool = False,
     # Whether the adapter's file is FaceID-plus version 2: no tensor tells.
     faceid_v2: bool = False,
     # What the UNet predicts, "eps" or "v", where the file tells it wrongly or not at all.
@@ -143,7 +145,7 @@ def open_models(
     pairs = [(*lora, 1.0)[:2] if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
     wanted = [(find("lora", str(name)), weight) for name, weight in pairs]
     ready = {found: read_lora(found) for found, _ in wanted if isinstance(found, Path)}  # before anything is fetched
-    found = resolve({role: name and str(name) for role, name in given.items()}, image)
+    found = resolve({role: name and str(name) for role, name in given.items()}, image, new_adapter)
     for lora, _ in wanted:
         check_together({"base": found["base"], "lora": lora})
     files = {role: file(value, tell) for role, value in found.items() if value}

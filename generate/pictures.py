@@ -21,7 +21,8 @@ ROWS = 64  # of a picture that are decoded at once in little memory
 @torch.no_grad()
 def pictures(
     models: Models,
-    # What the pictures should show, as `prompts` makes it; several: `count` pictures of each.
+    # What the pictures should show, as `prompts` makes it; several: `count` pictures of each. One that is stacked of
+    # several (`Prompt.cat`) has a row for each seed: then all are made together.
     prompt: Prompt | Sequence[Prompt],
     # Its absence, or the negative prompt; as many as there are prompts, or one for all.
     null: Prompt | Sequence[Prompt],
@@ -59,7 +60,7 @@ def pictures(
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
-    size = 1 if models.low_memory else batch
+    size = 1 if models.low_memory else max(batch, *(len(p.text) for p in prompts), 1)
     parts = [
         (sized(p, models, height, width), sized(n, models, height, width), seeds[i : i + size])
         for p, n in zip(prompts, nulls, strict=True)
@@ -67,7 +68,7 @@ def pictures(
     ]
     unet = models.unet(face=any(p.images for p in prompts))
     for number, (p, n, some) in enumerate(parts, 1):
-        p, n = Prompt.cat([p] * len(some)), Prompt.cat([n] * len(some))
+        p, n = rows(p, len(some)), rows(n, len(some))
         predict = guided(unet, p, n, guidance_scale, schedule.prediction, apart=models.low_memory)
         start, generators = noise_and_generators(some, height, width)
         x = denoise(row, predict, start.to(models.device), levels, generators, on_step)
@@ -81,15 +82,20 @@ def pictures(
 def denoise(
     sampler: Sampler,
     predict: Predict,
-    x: Tensor,
+    noise: Tensor,
     levels: Sequence[Level],
     generators: Sequence[torch.Generator] | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """From noise to latents, both (batch, 4, height/8, width/8)."""
-    for x in sampler.run(predict, x, levels, generators):
+    for latents in sampler.run(predict, noise, levels, generators):
         on_step()
-    return x
+    return latents
+
+
+def rows(prompt: Prompt, count: int) -> Prompt:
+    """A prompt for so many pictures: one that all share, or one row for each as it is."""
+    return prompt if len(prompt.text) == count else Prompt.cat([prompt] * count)
 
 
 @torch.no_grad()

@@ -44,7 +44,10 @@ def validate(
 ) -> list[Image.Image]:
     """What the adapter as it now is makes of the image prompts, with no text, at scale 1, from the seeds 0, 1, ..."""
     device, count, sampler = trainer.ranks.device, len(ready.prompts), SAMPLERS["ddim"]
-    with trainer.averaged() as adapter, torch.autocast(device.type, models.dtype, enabled=models.dtype != torch.float32):
+    with (
+        trainer.averaged() as adapter,
+        torch.autocast(device.type, models.dtype, enabled=models.dtype != torch.float32),
+    ):
         text = trainer.null["text"].expand(count, -1, -1)
         tokens = adapter.image_proj(ready.prompt_features.float())
         nothing = adapter.image_proj(trainer.null["image"][None].float()).expand_as(tokens)
