@@ -32,8 +32,8 @@ from files.faces import read_embedding
 from files.pictures import save_picture
 from files.sheets import sheet
 from generate import open_models, pictures, prompts, scaled
-from generate.pictures import BATCH
-from generate.prompts import default_scale
+from generate.picture import BATCH
+from generate.prompt import default_scale
 from generate.record import Hashes, again, record
 from sampler import SAMPLERS
 from weights.hub import table

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import generate.pictures
+import generate.picture
 from clip import preprocess, tokenize
 from files.errors import Notice, UserError
 from files.pictures import open_picture, to_pil
@@ -74,7 +74,7 @@ def test_several_prompts_seeds_and_rows(models):
 
 def test_a_picture_is_handed_out_before_the_next_batch_is_begun(models, monkeypatch):
     begun = []
-    monkeypatch.setattr(generate.pictures, "guided", lambda *a, **k: begun.append(1) or guided(*a, **k))
+    monkeypatch.setattr(generate.picture, "guided", lambda *a, **k: begun.append(1) or guided(*a, **k))
     made = pictures(models, *prompts(models, "a"), count=3, batch=1, steps=1)
     next(made)
     assert len(begun) == 1

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 
 from generate.models import Models
-from generate.pictures import decode, denoise
+from generate.picture import decode, denoise
 from ipadapter import Prompt
 from sampler import SAMPLERS, guided, noise
 from training.cache import Readable

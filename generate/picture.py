@@ -9,7 +9,7 @@ from torch import Tensor
 from files.errors import UserError
 from files.pictures import to_pil
 from generate.models import Models
-from generate.prompts import sized
+from generate.prompt import sized
 from ipadapter import Prompt
 from sampler import SAMPLERS, Level, Predict, Sampler, guided, noise_and_generators
 from vae import VAE
@@ -71,7 +71,8 @@ def pictures(
         p, n = rows(p, len(some)), rows(n, len(some))
         predict = guided(unet, p, n, guidance_scale, schedule.prediction, apart=models.low_memory)
         start, generators = noise_and_generators(some, height, width)
-        x = denoise(row, predict, start.to(models.device), levels, generators, on_step)
+        start = row.start(start.to(models.device), schedule, levels[0])
+        x = denoise(row, predict, start, levels, generators, on_step)
         if number == len(parts):
             del unet, predict  # unless it is kept, before the autoencoder takes its place
         if not x.isfinite().all():
