@@ -41,7 +41,7 @@ from files.sheets import sheet
 from files.whole import write_text
 from ipadapter import ImagePrompt, Prompt
 from sample import MODELS, TINY, TINY_FILES, resolve_names
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from training.pairs import PICTURES, BadSample, Pair, Pairs, open_pairs
 from unet import size_vector
 from weights import WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base, read
@@ -139,8 +139,8 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
             prompts, seeds, paths = zip(*batch, strict=True)
             start = torch.cat([noise(seed, 1, args.height, args.width) for seed in seeds]).to(args.device)
             nulls = Prompt.cat([null] * len(batch))
-            eps = guided(unet, Prompt.cat(prompts), nulls, args.guidance_scale, base.prediction)
-            for x in ddim(eps, start, args.steps):
+            predict = guided(unet, Prompt.cat(prompts), nulls, args.guidance_scale, base.prediction)
+            for x in ddim(predict, start, ddim_levels(SD, args.steps)):
                 pass
             for latent, seed, path in zip(x.to(base.vae_dtype).split(1), seeds, paths, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)

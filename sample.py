@@ -36,7 +36,7 @@ from files.faces import find_faces, read_embedding
 from files.pictures import open_picture, save_png, to_pil
 from files.sheets import sheet
 from ipadapter import ImagePrompt, IPAdapter, Prompt
-from sampler import MAX_STEPS, SAMPLERS, guided, noise_and_generators
+from sampler import SAMPLERS, SD, guided, noise_and_generators
 from unet import UNet, size_vector
 from vae import VAE
 from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base
@@ -56,7 +56,6 @@ TINY_FILES = {
 MODELS = ("base", "adapter", "image_encoder", "vae")
 BATCH = 4  # pictures that go through the UNet together
 ROWS = 64  # of a picture that are decoded at once with --low-memory
-STEPS = {"dpm++": 20, "unipc": 20, "lcm": 4}  # where fewer than DDIM's 50 are enough
 
 
 def main() -> None:
@@ -159,15 +158,17 @@ def text_prompt(args: argparse.Namespace, base: Base) -> tuple[Prompt, Prompt]:
 
 def denoise(args: argparse.Namespace, unet: UNet, prediction: str, prompt: Prompt, null: Prompt, bar: tqdm) -> Tensor:
     """From noise to latents (num_images, 4, height/8, width/8), a batch of pictures at a time."""
-    done = []
+    done, sampler = [], SAMPLERS[args.sampler]
+    levels = sampler.levels(SD, args.steps)
     noise, generators = noise_and_generators(args.seed, args.num_images, args.height, args.width)
     for first, start in zip(
         range(0, args.num_images, args.batch), noise.to(args.device).split(args.batch), strict=True
     ):
         n = len(start)
         prompts, nulls = Prompt.cat([prompt] * n), Prompt.cat([null] * n)
-        eps = guided(unet, prompts, nulls, args.guidance_scale, prediction, args.apart)
-        for x in SAMPLERS[args.sampler](eps, start, args.steps, generators[first : first + n]):
+        predict = guided(unet, prompts, nulls, args.guidance_scale, prediction, args.apart)
+        start = sampler.start(start, SD, levels[0])
+        for x in sampler.run(predict, start, levels, generators[first : first + n]):
             bar.update()
         done.append(x)
     return torch.cat(done)
@@ -343,11 +344,12 @@ def parse() -> argparse.Namespace:
     if args.scale and not args.prompted:
         raise UserError("--scale is the weight of an image prompt: it goes with --image")
     args.scale = args.scale or [0.6 if args.prompt else 1.0]
-    args.steps = args.steps or STEPS.get(args.sampler, 50)
-    if args.steps > MAX_STEPS[args.sampler]:
-        raise UserError(f"--steps {args.steps}: 1 to {MAX_STEPS[args.sampler]} with --sampler {args.sampler}")
+    sampler = SAMPLERS[args.sampler]
+    args.steps = args.steps or sampler.steps
+    if args.steps > sampler.max_steps:
+        raise UserError(f"--steps {args.steps}: 1 to {sampler.max_steps} with --sampler {args.sampler}")
     if args.guidance_scale is None:
-        args.guidance_scale = 1.0 if args.sampler == "lcm" else 7.5
+        args.guidance_scale = sampler.guidance_scale
     args.dtype_name = args.dtype_name or ("float16" if args.device.type == "cuda" else "float32")
     args.dtype = cli.DTYPES[args.dtype_name]
     args.storage = args.storage or ("float16" if args.low_memory else None)

@@ -32,7 +32,7 @@ from clip import CLIPImageConfig, preprocess
 from files.errors import UserError
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler
 from sample import TINY, TINY_FILES, decode, resolve_names
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from training.cache import SHARD, Cache, Readable, deaf
 from training.features import Encoders, Features, Prepared
 from training.order import Places, places, stack
@@ -258,7 +258,7 @@ def validate(args: argparse.Namespace, base: Base, unet: UNet, trainer: Trainer,
         null = adapter.image_proj(trainer.null["image"][None].float()).expand_as(tokens)
         prompt, absent = Prompt(text, (ImagePrompt(tokens),)), Prompt(text, (ImagePrompt(null),))
         start = noise(0, count, args.resolution, args.resolution).to(device)
-        steps = ddim(guided(unet, prompt, absent, 7.5), start, VALIDATION_STEPS)
+        steps = ddim(guided(unet, prompt, absent, 7.5), start, ddim_levels(SD, VALIDATION_STEPS))
         for x in tqdm(steps, "validation", VALIDATION_STEPS, leave=False):
             pass
     vae = load_vae(args.vae, args.dtype, device) if args.vae else base.vae()  # not held while the training goes on
