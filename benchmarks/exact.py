@@ -25,7 +25,7 @@ from benchmarks.reference import FULL, NARROW, Files, Sizes
 from clip import CLIPImage, CLIPText, preprocess, tokenize
 from files.pictures import open_picture, to_pil
 from ipadapter import ImagePrompt, IPAdapter, Prompt
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from unet import UNet
 from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base
@@ -133,8 +133,8 @@ def against_diffusers(files: Files) -> Iterator[Row]:
         texts = text_tower(tokenize([text, negative])).split(1)
         images = [(ImagePrompt(t, scale),) for t in tokens[kind]] if kind else [(), ()]
         prompt, null = (Prompt(*parts) for parts in zip(texts, images, strict=True))
-        eps = guided(unet, prompt, null, GUIDANCE)
-        for x in ddim(eps, noise(SEED, 1, SIDE, SIDE), STEPS):
+        predict = guided(unet, prompt, null, GUIDANCE)
+        for x in ddim(predict, noise(SEED, 1, SIDE, SIDE), ddim_levels(SD, STEPS)):
             pass
 
         if kind:

@@ -22,7 +22,7 @@ from benchmarks.reference import FULL, NARROW, randomize
 from clip import CLIPImage, CLIPText, CLIPTextConfig, preprocess
 from files.pictures import open_picture
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from unet import SDXL, UNet, UNetConfig, size_vector
 from vae import SD_VAE, VAE, VAEConfig
 from weights import load_adapter, load_image_encoder, open_base
@@ -80,18 +80,9 @@ def run(family: str, folder: Path, name: str, side: int, steps: int) -> None:
     adapter.attach(unet)
     stored(unet)
     prompt, null = prompts
-    if setting.apart:
-        with_prompt, without = guided(unet, prompt, null, 1), guided(unet, null, null, 1)
-
-        def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            eps_null = without(x, t)
-            return eps_null + GUIDANCE * (with_prompt(x, t) - eps_null)
-    else:
-        eps = guided(unet, prompt, null, GUIDANCE)
-    *_, latents = ddim(eps, noise(7, 1, side, side), steps)
-    del unet, adapter, eps
-    if setting.apart:
-        del with_prompt, without
+    predict = guided(unet, prompt, null, GUIDANCE, apart=setting.apart)
+    *_, latents = ddim(predict, noise(7, 1, side, side), ddim_levels(SD, steps))
+    del unet, adapter, predict
     vae = replace(base, dtype=COMPUTE).vae()
     assert vae.decode(latents, setting.rows).isfinite().all()
 

@@ -24,7 +24,7 @@ from ipadapter import ImagePrompt, IPAdapter, Prompt
 from ipadapter.adapter import image_features, null_features
 from ipadapter.objective import noise_loss
 from sample import TINY, TINY_FILES
-from sampler import ddim, guided, noise, v_weight
+from sampler import SD, ddim, ddim_levels, guided, noise, v_weight
 from tiny import drawings
 from tiny.measure import image_embeds, retrieval, text_embeds, thumbnail
 from training.cache import SHARD, Cache
@@ -174,9 +174,8 @@ class Lab:
                 for some, words in zip(tokens.split(20), text.split(20), strict=True):
                     prompt = variant.prompt(words, some)
                     null = variant.prompt(self.null["text"].expand_as(words), nothing.expand_as(some))
-                    for z in ddim(
-                        guided(variant.unet, prompt, null, 7.5), start.expand(len(some), -1, -1, -1), args.ddim_steps
-                    ):
+                    predict = guided(variant.unet, prompt, null, 7.5)
+                    for z in ddim(predict, start.expand(len(some), -1, -1, -1), ddim_levels(SD, args.ddim_steps)):
                         pass
                     row.append(torch.cat([self.vae.decode(part) for part in z.split(4)]))
                     bar.update(len(some))

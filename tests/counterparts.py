@@ -41,7 +41,7 @@ from transformers import (
 from clip import CLIPImage, CLIPText, preprocess
 from files.pictures import to_pil
 from ipadapter import FacePlusProjection, ImagePrompt, IPAdapter, Prompt
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from unet import UNet, size_vector
 from vae import VAE
 from weights import Base
@@ -325,8 +325,8 @@ def our_picture(
             sinusoids = (unet.config.vector_dim - pooled.shape[1]) // 6
             vector = size_vector(pooled, order.height, order.width, sinusoids)
         prompts.append(Prompt(text, image, vector))
-    eps = guided(unet, *prompts, order.guidance_scale, twin.base.prediction)
-    *_, x = ddim(eps, noise(order.seed, 1, order.height, order.width), order.steps)
+    predict = guided(unet, *prompts, order.guidance_scale, twin.base.prediction)
+    *_, x = ddim(predict, noise(order.seed, 1, order.height, order.width), ddim_levels(SD, order.steps))
     if adapter:
         adapter.detach(unet)
     return x, np.asarray(to_pil(vae.decode(x))[0])

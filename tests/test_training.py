@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
-from sampler import add_noise, alphas_cumprod
+from sampler import SD, add_noise
 from training.order import draws, pair_at, places
 from training.ranks import Ranks
 from training.trainer import Trainer
@@ -96,7 +96,7 @@ def test_the_v_loss_is_the_error_of_v(unet):
     ours = trainer(unet, loss="v", drop=(0, 0, 0))
     place = next(place for place in range(100) if 300 < draws(0, [place], ())[1] < 700)  # where nothing is clipped
     noisy, noise, t, text, image, weight = ours.noised([place], features("base", [place]))
-    a = alphas_cumprod()[t].double()
+    a = SD.alphas_cumprod[t].double()
     eps = ours.objective.frozen[0](noisy, t, Prompt(text, (ImagePrompt(ours.adapter.image_proj(image)),))).double()
 
     def v_of(eps: torch.Tensor) -> torch.Tensor:

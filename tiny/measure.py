@@ -21,7 +21,7 @@ from clip import CLIPImage, CLIPText, tokenize
 from files.pictures import save_png, to_pil
 from files.sheets import sheet
 from ipadapter import ImagePrompt, IPAdapter, Prompt
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from tiny import drawings, presets
 from tiny.trainer import BASE, ENCODER, WEIGHTS
 from unet import UNet
@@ -142,7 +142,7 @@ def pictures(unet: UNet, vae: VAE, prompt: Prompt, null: Prompt, args: argparse.
     starts = noise(0, len(prompt.text), presets.SIZE, presets.SIZE).split(25)
     parts = zip(starts, rows(prompt, 25), rows(null, 25), strict=True)
     for start, some, none in tqdm(parts, total=len(starts), desc="pictures"):
-        for z in ddim(guided(unet, some, none, args.guidance_scale), start, args.steps):
+        for z in ddim(guided(unet, some, none, args.guidance_scale), start, ddim_levels(SD, args.steps)):
             pass
         done.append(vae.decode(z))
     return torch.cat(done)
