@@ -155,17 +155,15 @@ def patient(bar: tqdm) -> Iterator[Callable[[], None]]:
 PIPED: dict[str, str] = {}  # of pictures that came out of a pipe: their names here, their SHA-256
 
 
-def picture(flag: str, name: str) -> Image.Image:
-    """A picture that was brought: a file, `-` or another pipe. Raises UserError."""
-    if re.match(r"\w+://", name):
-        raise UserError(f"`{flag}` {name}: URLs are not taken; download the picture and give the file")
+def picture(name: str) -> Image.Image:
+    """A picture that was brought: a file, `-` or another pipe. Raises PictureError."""
     source = Path(os.path.expanduser(name))
-    if name != "-" and not (source.exists() and not source.is_file() and not source.is_dir()):
-        found = open_picture(source)
-    else:
+    if name == "-" or (source.exists() and not source.is_file() and not source.is_dir()):
         content = sys.stdin.buffer.read() if name == "-" else source.read_bytes()
         PIPED[name] = hashlib.sha256(content).hexdigest()
-        found = read_picture(io.BytesIO(content), "standard input" if name == "-" else name)
+        found = read_picture(io.BytesIO(content), "standard input" if name == "-" else name, mend=True)
+    else:
+        found = open_picture(name if "://" in name else source)
     found.filename = name
     return found
 

@@ -22,13 +22,13 @@ import time
 from itertools import zip_longest
 from pathlib import Path
 
-from files.outputs import Outputs
 from PIL import Image
 from tqdm import tqdm
 
 import cli
 from files.errors import UserError
 from files.faces import read_embedding
+from files.outputs import reserved
 from files.pictures import save_picture
 from files.sheets import sheet
 from generate import open_models, pictures, prompts, scaled
@@ -40,106 +40,83 @@ from weights.hub import table
 from weights.storage import STORAGES
 
 EXAMPLE = Path(__file__).parent / "tiny/example.png"  # one of the unseen drawings
+NEXT = """That was a bundled drawing as image prompt, and the bundled tiny model. Now with a picture of yours:
+  python sample.py --image FILE --prompt "a rocket" --scale 0 0.5 1 --grid
+With Stable Diffusion and a released adapter: see python sample.py --help, and --list"""
 # Of what was asked for, this goes into every picture, beside what the models and the files are.
-RECORDED = (
-    "image",
-    "face_embedding",
-    "prompt",
-    "negative_prompt",
-    "structure_scale",
-    "sampler",
-    "steps",
-    "guidance_scale",
-)
+RECORDED = ("image", "face_embedding", "prompt", "negative_prompt", "structure_scale", "sampler", "steps")
 
 
 def main() -> None:
     args = parse()
-    images = [cli.picture("image", name) for name in args.image]  # before anything slow
+    images = [cli.picture(name) for name in args.image]  # before anything slow
+    brought = args.image + args.face_embedding
     for name in args.face_embedding:
         read_embedding(name)
-    outputs = Outputs(args.output, len(args.scale) * args.num_images, args.grid, args.overwrite, args.image)
-    models = open_models(
-        base=args.base,
-        adapter=args.adapter,
-        image_encoder=args.image_encoder,
-        vae=args.vae,
-        loras=args.lora,
-        image=bool(args.image or args.face_embedding),
-        faceid_v2=args.faceid_v2,
-        prediction=args.prediction,
-        device=args.device,
-        dtype=args.dtype_name,
-        storage=args.storage,
-        low_memory=args.low_memory,
-        keep=False,
-        tell=lambda line: print(line, file=sys.stderr),
-    )
-    began, hashes = time.time(), Hashes(models, args.image + args.face_embedding, cli.PIPED)
-    prompt, null = prompts(
-        models,
-        args.prompt,
-        args.negative_prompt,
-        images,
-        args.scale[0] if images or args.face_embedding else None,
-        args.face_embedding,
-        args.structure_scale,
-    )
-    batches = -(-args.num_images // (1 if args.low_memory else BATCH)) * len(args.scale)
-    size = {"height": args.height or models.side, "width": args.width or models.side}
-    how = {name: vars(args)[name] for name in RECORDED} | size
-    bar = tqdm(total=args.steps * batches, desc="denoising", unit="step")
-    with outputs as names, cli.patient(bar) as step:
-        made = pictures(
-            models,
-            [scaled(prompt, scale) for scale in args.scale],
-            [scaled(null, scale) for scale in args.scale],
-            args.seed,
-            args.num_images,
-            args.steps,
-            args.guidance_scale,
-            args.sampler,
-            **size,
-            on_step=step,
+    total = len(args.scale) * args.num_images
+    with reserved(args.output, total, args.grid, args.overwrite, args.image) as names:
+        models = open_models(
+            base=args.base,
+            adapter=args.adapter,
+            image_encoder=args.image_encoder,
+            vae=args.vae,
+            loras=args.lora,
+            image=bool(brought),
+            faceid_v2=args.faceid_v2,
+            prediction=args.prediction,
+            device=args.device,
+            dtype=args.dtype_name,
+            storage=args.storage,
+            low_memory=args.low_memory,
+            keep=False,
+            tell=lambda line: print(line, file=sys.stderr),
         )
-        done = []
-        for name, picture in zip(names, made, strict=False):  # behind the pictures' names stands the sheet's
-            scale, seed = args.scale[len(done) // args.num_images], args.seed + len(done) % args.num_images
-            save_picture(picture, name, record(models, hashes, **how, scale=scale, seed=seed))
-            done.append(picture)
+        began, hashes = time.time(), Hashes(models, brought, cli.PIPED)
+        size = {"height": args.height or models.side, "width": args.width or models.side}
+        how = {name: vars(args)[name] for name in RECORDED} | {"guidance_scale": args.guidance_scale} | size
+        texts, faces = (args.prompt, args.negative_prompt), (args.face_embedding, args.structure_scale)
+        prompt, null = prompts(models, *texts, images, args.scale[0] if brought else None, *faces)
+        batches = -(-args.num_images // (1 if args.low_memory else BATCH))
+        bar = tqdm(total=args.steps * batches * len(args.scale), desc="denoising", unit="step")
+        with cli.patient(bar) as step:
+            made = pictures(
+                models,
+                [scaled(prompt, scale) for scale in args.scale],
+                [scaled(null, scale) for scale in args.scale],
+                args.seed,
+                args.num_images,
+                args.steps,
+                args.guidance_scale,
+                args.sampler,
+                **size,
+                on_step=step,
+            )
+            done = []
+            for name, picture in zip(names, made, strict=False):  # behind the pictures' names stands the sheet's
+                scale, seed = args.scale[len(done) // args.num_images], args.seed + len(done) % args.num_images
+                save_picture(picture, name, record(models, hashes, **how, scale=scale, seed=seed))
+                done.append(picture)
         bar.close()
         if args.grid:
-            columns = [done[i : i + args.num_images] for i in range(0, len(done), args.num_images)]
-            settings = record(models, hashes, **how, scale=args.scale, seed=args.seed)
-            save_picture(grid(columns, images, args.scale, args.prompt, size["width"]), names[-1], settings)
-    report(args, models.bundled and args.image == [str(EXAMPLE)], time.time() - began)
+            titles = [f"scale {scale:g}" for scale in args.scale] if brought else [args.prompt]
+            page = grid(done, args.num_images, titles, images, min(size["width"], 256))
+            save_picture(page, names[-1], record(models, hashes, **how, scale=args.scale, seed=args.seed))
+    scales = ", ".join(f"{scale:g}" for scale in args.scale)
+    parts = [f"image prompt {', '.join(brought)} (scale {scales})"] if brought else []
+    parts += [f"text {args.prompt!r}"] if args.prompt else []
+    how = f"{args.steps} steps of {args.sampler}, seed {args.seed}, {time.time() - began:.1f} s"
+    print(f"{' and '.join(parts)}: {how}", file=sys.stderr)
     print(*names, sep="\n")
+    if models.bundled and args.image == [str(EXAMPLE)]:
+        print(NEXT, file=sys.stderr)
 
 
-def grid(
-    columns: list[list[Image.Image]], images: list[Image.Image], scales: list[float], prompt: str, width: int
-) -> Image.Image:
+def grid(done: list, rows: int, titles: list[str], images: list, side: int) -> Image.Image:
     """Image prompts on the left, then a column for each scale; a row for each seed."""
-    titles = [f"scale {scale:g}" for scale in scales] if len(scales) > 1 or not prompt else [prompt]
+    columns = [done[i : i + rows] for i in range(0, len(done), rows)]
     if images:
         columns, titles = [images, *columns], ["image prompt", *titles]
-    return sheet(list(zip_longest(*columns)), titles, side=min(width, 256))
-
-
-def report(args: argparse.Namespace, bundled: bool, seconds: float) -> None:
-    parts = [f"text {args.prompt!r}"] if args.prompt else []
-    if args.image or args.face_embedding:
-        scales = ", ".join(f"{scale:g}" for scale in args.scale)
-        parts.insert(0, f"image prompt {', '.join(args.image + args.face_embedding)} (scale {scales})")
-    how = f"{args.steps} steps of {args.sampler}, seed {args.seed}"
-    print(f"{' and '.join(parts)}: {how}, {seconds:.1f} s", file=sys.stderr)
-    if bundled:
-        print(
-            "That was a bundled drawing as image prompt, and the bundled tiny model. Now with a picture of yours:\n"
-            '  python sample.py --image FILE --prompt "a rocket" --scale 0 0.5 1 --grid\n'
-            "With Stable Diffusion and a released adapter: see python sample.py --help, and --list",
-            file=sys.stderr,
-        )
+    return sheet(list(zip_longest(*columns)), titles, side)
 
 
 def parse() -> argparse.Namespace:

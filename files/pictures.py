@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from files.colours import deep, inks, levels_of, srgb, to_rgb
-from files.errors import UserError
+from files.errors import Notice, UserError
 from files.whole import whole
 
 # Those that are read: not EPS, for which Pillow runs a program, nor what it knows by name alone (HDF5, MPEG, ...).
@@ -56,7 +56,7 @@ class PictureError(UserError):
     """A picture that cannot be used; the message is one line that names the file."""
 
 
-class PictureWarning(UserWarning):
+class PictureWarning(Notice):
     """A picture that is used though something is wrong with it; the message is one line that names the file."""
 
 

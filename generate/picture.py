@@ -55,7 +55,10 @@ def pictures(
     if height % 8 or width % 8:
         raise UserError(f"`height` and `width`: {height} and {width} given, multiples of 8 are wanted")
     row, schedule = SAMPLERS[sampler], models.base.schedule
-    levels = row.levels(schedule, row.steps if steps is None else steps)
+    steps = row.steps if steps is None else steps
+    if not 1 <= steps <= row.max_steps:
+        raise UserError(f"`steps` {steps}: 1 to {row.max_steps} with {sampler}")
+    levels = row.levels(schedule, steps)
     guidance_scale = row.guidance_scale if guidance_scale is None else max(1.0, guidance_scale)
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 def noise(seed: int, count: int, height: int, width: int) -> Tensor:
     """(count, 4, height/8, width/8) fp32 on the CPU; picture j's noise depends on seed + j alone."""
-    return noise_and_generators(seed, count, height, width)[0]
+    return noise_and_generators(range(seed, seed + count), height, width)[0]
 
 
-def noise_and_generators(seed: int, count: int, height: int, width: int) -> tuple[Tensor, list[torch.Generator]]:
-    """`noise`, and the generators (one per picture) that it was drawn from: a sampler draws on where this stopped."""
-    generators = [torch.Generator("cpu").manual_seed(seed + j) for j in range(count)]
+def noise_and_generators(seeds: Sequence[int], height: int, width: int) -> tuple[Tensor, list[torch.Generator]]:
+    """Noise of each seed, (seeds, 4, height/8, width/8), and its generator: a sampler draws on where this stopped."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return torch.cat([torch.randn((1, 4, height // 8, width // 8), generator=g) for g in generators]), generators
 
 

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 def test_the_notebook_runs(tmp_path):
     cells = json.loads((ROOT / "examples/first_steps.ipynb").read_text())["cells"]
     source = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    shown = "import types, sys\nsys.modules['IPython.display'] = types.SimpleNamespace(display=lambda x: print(x.size))\n"
+    shown = (
+        "import types, sys\nsys.modules['IPython.display'] = types.SimpleNamespace(display=lambda x: print(x.size))\n"
+    )
     (tmp_path / "cells.py").write_text(shown + source)  # without the package that shows pictures in a browser
     run = subprocess.run(
         [sys.executable, tmp_path / "cells.py"], cwd=ROOT / "examples", capture_output=True, text=True, check=False

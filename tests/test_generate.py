@@ -92,7 +92,7 @@ def test_sizes_steps_and_samplers_that_cannot_be_are_refused(models):
     for wrong, message in (
         ({"height": 100}, "`height` and `width`: 100 and 128 given, multiples of 8"),
         ({"sampler": "dim"}, "`sampler`: 'dim' given"),
-        ({"steps": 0}, "`steps`: 0 given"),
+        ({"steps": 0}, "`steps` 0: 1 to 1000 with ddim"),
     ):
         with pytest.raises(UserError, match=message):
             list(pictures(models, *pair, **wrong))
