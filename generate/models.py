@@ -153,6 +153,8 @@ def open_models(
     storage = storage or ("float16" if low_memory else None)
     loaded = {None: dtype, "bfloat16": torch.bfloat16}.get(storage, torch.float16)
     opened = open_base(files["base"], loaded, device, prediction, merged)
+    if "vae" in files:
+        load_vae(files["vae"], device="meta")  # read when it is wanted, but refused before the work
     kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
     if kind:
         encoder = load_image_encoder(files["image_encoder"], device="meta") if kind.reads_clip else None
