@@ -39,7 +39,7 @@ from files.errors import UserError
 from files.pictures import PictureError, open_picture, save_png, to_pil
 from files.sheets import sheet
 from files.whole import write_text
-from ipadapter import ImagePrompt, Prompt
+from ipadapter import Prompt
 from sample import MODELS, TINY, TINY_FILES, resolve_names
 from sampler import ddim, guided, noise
 from training.pairs import PICTURES, BadSample, Pair, Pairs, open_pairs
@@ -108,11 +108,10 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
     unet, encode = base.unet(), base.text_encoder()
     vae = load_vae(args.vae, base.vae_dtype, args.device, base.family.latent_scale) if args.vae else base.vae()
     settings = open_folder(args)
-    adapter.attach(unet)
 
     def with_text(text: Tensor, pooled: Tensor | None, tokens: Tensor) -> Prompt:
         vector = None if pooled is None else size_vector(pooled, args.height, args.width, base.sinusoids)
-        return Prompt(text, (ImagePrompt(tokens, args.scale),), vector)
+        return Prompt(text, (adapter.prompt(tokens, args.scale),), vector)
 
     size = encoder.config.image_size
     zeros = torch.zeros(1, 3, size, size, device=args.device, dtype=base.dtype)

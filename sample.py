@@ -69,20 +69,20 @@ def main() -> None:
     decoding = replace(base, dtype=args.dtype)  # --storage is not for the autoencoder
     vae = load_vae(args.vae, decoding.vae_dtype, args.device, base.family.latent_scale) if args.vae else None
     adapter = open_adapter(args) if args.prompted else None
-    tokens, null_tokens = image_prompt(args, base, adapter) if adapter else (None, None)
+    image, null_image = image_prompt(args, base, adapter) if adapter else (None, None)
     text, null_text = text_prompt(args, base)
 
     unet = base.unet()
     if adapter:
-        adapter.attach(unet, removable=False)
+        adapter.merge(unet, keep=False)
     stored(args, unet)
     latents = []
     with tqdm(total=args.steps * batches(args) * len(args.scale), desc="denoising", unit="step") as bar:
         for scale in args.scale:
             prompt, null = text, null_text
             if adapter:
-                prompt = replace(text, images=(ImagePrompt(tokens, scale),))
-                null = replace(null_text, images=(ImagePrompt(null_tokens, scale),))
+                prompt = replace(text, images=(replace(image, scale=scale),))
+                null = replace(null_text, images=(replace(null_image, scale=scale),))
             latents.append(denoise(args, unet, base.prediction, prompt, null, bar))
     del unet
 
@@ -107,14 +107,12 @@ def open_adapter(args: argparse.Namespace) -> IPAdapter:
         raise UserError(f"--face-embedding: for FaceID adapters; {args.adapter} reads pictures (--image)")
     if args.structure_scale is not None and not args.faceid_v2:
         raise UserError(f"--structure-scale: for FaceID-plus version 2; {args.adapter} is another kind")
-    if args.faceid_v2:
-        projection.structure_scale = args.structure_scale
     return adapter
 
 
 @torch.no_grad()
-def image_prompt(args: argparse.Namespace, base: Base, adapter: IPAdapter) -> tuple[Tensor, Tensor]:
-    """The image prompt's tokens and those of its absence; the image encoder is freed on return."""
+def image_prompt(args: argparse.Namespace, base: Base, adapter: IPAdapter) -> tuple[ImagePrompt, ImagePrompt]:
+    """The image prompt and its absence; the image encoder is freed on return."""
     encoder = load_image_encoder(args.image_encoder, args.loaded, args.device) if adapter.reads_clip else None
     check_fit(adapter, args.adapter, base, encoder, args.image_encoder)
     images, faces = [open_picture(path) for path in args.image], None
@@ -131,7 +129,8 @@ def image_prompt(args: argparse.Namespace, base: Base, adapter: IPAdapter) -> tu
         stored(args, encoder)
         pixels = torch.cat([preprocess(image, encoder.config.image_size) for image in images])
         pixels = pixels.to(args.device, args.dtype)
-    return adapter.tokens(encoder, pixels, faces), adapter.null_tokens(encoder, pixels, faces)
+    seen = encoder, pixels, faces, args.structure_scale
+    return adapter.prompt(adapter.tokens(*seen)), adapter.prompt(adapter.null_tokens(*seen))
 
 
 def face_prompt(args: argparse.Namespace, images: list[Image.Image]) -> tuple[Tensor, list[Image.Image]]:

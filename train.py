@@ -30,7 +30,7 @@ from tqdm import tqdm
 import cli
 from clip import CLIPImageConfig, preprocess
 from files.errors import UserError
-from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler
+from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from sample import TINY, TINY_FILES, decode, resolve_names
 from sampler import ddim, guided, noise
 from training.cache import SHARD, Cache, Readable, deaf
@@ -102,7 +102,7 @@ def main() -> None:
     if args.gradient_checkpointing:
         unet.recompute()
     adapter = seen.adapter or new_adapter(args.kind, unet, seen.encoder)
-    adapter.to(ranks.device, torch.float32).requires_grad_().attach(unet)
+    adapter.to(ranks.device, torch.float32).requires_grad_()
     trainer = Trainer(
         adapter,
         torch.compile(unet) if args.compile else unet,
@@ -256,7 +256,7 @@ def validate(args: argparse.Namespace, base: Base, unet: UNet, trainer: Trainer,
         text = trainer.null["text"].expand(count, -1, -1)
         tokens = adapter.image_proj(seen.prompt_features.float())
         null = adapter.image_proj(trainer.null["image"][None].float()).expand_as(tokens)
-        prompt, absent = Prompt(text, (ImagePrompt(tokens),)), Prompt(text, (ImagePrompt(null),))
+        prompt, absent = (Prompt(text, (adapter.prompt(image),)) for image in (tokens, null))
         start = noise(0, count, args.resolution, args.resolution).to(device)
         steps = ddim(guided(unet, prompt, absent, 7.5), start, VALIDATION_STEPS)
         for x in tqdm(steps, "validation", VALIDATION_STEPS, leave=False):

@@ -40,7 +40,7 @@ from transformers import (
 
 from clip import CLIPImage, CLIPText, preprocess
 from files.pictures import to_pil
-from ipadapter import FacePlusProjection, ImagePrompt, IPAdapter, Prompt
+from ipadapter import ImagePrompt, IPAdapter, Prompt
 from sampler import ddim, guided, noise
 from unet import UNet, size_vector
 from vae import VAE
@@ -312,12 +312,10 @@ def our_picture(
     texts = [encode(order.prompt), encode.null(order.negative_prompt)]
     images: list[tuple[ImagePrompt, ...]] = [(), ()]
     if adapter:
-        if isinstance(adapter.image_proj, FacePlusProjection):
-            adapter.image_proj.structure_scale = order.structure_scale
         pixels = [preprocess(picture, encoder.config.image_size) for picture in order.pictures]
-        seen = encoder, torch.cat(pixels) if pixels else None, order.faces
-        images = [(ImagePrompt(tokens(*seen), order.scale),) for tokens in (adapter.tokens, adapter.null_tokens)]
-        adapter.attach(unet)
+        seen = encoder, torch.cat(pixels) if pixels else None, order.faces, order.structure_scale
+        images = [(adapter.prompt(tokens(*seen), order.scale),) for tokens in (adapter.tokens, adapter.null_tokens)]
+        take_out = adapter.merge(unet)
     prompts = []
     for (text, pooled), image in zip(texts, images, strict=True):
         vector = None
@@ -328,7 +326,7 @@ def our_picture(
     eps = guided(unet, *prompts, order.guidance_scale, twin.base.prediction)
     *_, x = ddim(eps, noise(order.seed, 1, order.height, order.width), order.steps)
     if adapter:
-        adapter.detach(unet)
+        take_out()
     return x, np.asarray(to_pil(vae.decode(x))[0])
 
 
