@@ -68,16 +68,15 @@ def run(family: str, folder: Path, name: str, side: int, steps: int) -> None:
     stored(adapter.ip_adapter)
     encoder = stored(load_image_encoder(folder / "image_encoder.safetensors", loaded))
     pixels = preprocess(open_picture(ROOT / "tiny/example.png"), encoder.config.image_size)
-    tokens = adapter.tokens(encoder, pixels), adapter.null_tokens(encoder, pixels)
-    del encoder
+    images = [adapter.prompt(tokens(encoder, pixels), SCALE) for tokens in (adapter.tokens, adapter.null_tokens)]
+    del encoder, adapter
     encode = stored(base.text_encoder())
     prompts = []
-    for image, (text, pooled) in zip(tokens, (encode(TEXT), encode.null("")), strict=True):
+    for image, (text, pooled) in zip(images, (encode(TEXT), encode.null("")), strict=True):
         vector = None if pooled is None else size_vector(pooled, side, side)
-        prompts.append(Prompt(text, (ImagePrompt(image, SCALE),), vector))
+        prompts.append(Prompt(text, (image,), vector))
     del encode
     unet = base.unet()
-    adapter.attach(unet)
     stored(unet)
     prompt, null = prompts
     predict = guided(unet, prompt, null, GUIDANCE, apart=setting.apart)

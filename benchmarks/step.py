@@ -57,7 +57,6 @@ def main() -> None:
         adapter = IPAdapter.for_unet(unet, ImageProjection(EMBED_DIM, config.context_dim, NUM_TOKENS))
     for seed, model in enumerate((unet, adapter.requires_grad_(False))):
         model.load_state_dict(randomize(model.state_dict(), seed, torch.float32), assign=True)
-    adapter.attach(unet)
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print("dtype     size  variant        seconds  ratio of seconds       ratio of CPU time      distance", flush=True)

@@ -20,7 +20,7 @@ from clip import tokenize
 from files.pictures import save_png, to_pil
 from files.sheets import sheet
 from files.whole import write_text
-from ipadapter import ImagePrompt, IPAdapter, Prompt
+from ipadapter import IPAdapter, Prompt
 from ipadapter.adapter import image_features, null_features
 from ipadapter.objective import noise_loss
 from sample import TINY, TINY_FILES
@@ -70,8 +70,8 @@ class Variant:
     trained: list[nn.Parameter] = field(default_factory=list)
 
 
-def decoupled(text: Tensor, tokens: Tensor) -> Prompt:
-    return Prompt(text, (ImagePrompt(tokens),))
+def decoupled(adapter: IPAdapter, scale: float = 1.0) -> Callable[[Tensor, Tensor], Prompt]:
+    return lambda text, tokens: Prompt(text, (adapter.prompt(tokens, scale),))
 
 
 class Lab:
@@ -126,8 +126,7 @@ class Lab:
         """A new adapter on the frozen base."""
         unet = self.base.unet()
         adapter = IPAdapter.for_unet(unet, projection)
-        adapter.attach(unet)
-        return Variant(name, unet, projection, decoupled, list(adapter.parameters()))
+        return Variant(name, unet, projection, decoupled(adapter), list(adapter.parameters()))
 
     def trial(self, variant: Variant, learning_rate: float | None = None) -> tuple[dict, Tensor]:
         """Train a variant: its row of a table, and its pictures from the first seed."""

@@ -624,8 +624,6 @@ AT_500 = SD.level(500)
 
 @pytest.mark.parametrize("guidance_scale", [0, 0.5, 3, 7.5])
 def test_guidance_is_the_formula(unet, base_adapter, draw, guidance_scale):
-    guided_unet = copy.deepcopy(unet)
-    base_adapter.attach(guided_unet)
     x, t = draw(1, 4, 8, 8), torch.tensor(500)
     prompt, null = (Prompt(draw(1, 77, 64), (ImagePrompt(draw(1, 4, 64), 0.7),)) for _ in range(2))
     e_prompt, e_null = (guided_unet(x, t, p) for p in (prompt, null))

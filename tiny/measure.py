@@ -86,11 +86,10 @@ def main() -> None:
     rows = [to_pil(x[:20])]
     for kind in args.adapters:
         adapter = load_adapter(args.weights / f"{ADAPTERS[kind]}.safetensors" if kind in ADAPTERS else kind)
-        number = adapter.attach(unet)
         tokens, null = image_tokens(adapter, encoder, x)
         for run in args.runs:
             scale, beside = RUNS[run]
-            images, null_images = ((ImagePrompt(t, scale or 0.0, adapter=number),) for t in (tokens, null))
+            images, null_images = ((adapter.prompt(t, scale or 0.0),) for t in (tokens, null))
             y = pictures(unet, vae, Prompt(words[beside], images), Prompt(empty, null_images), args)
             made = image_embeds(encoder, y)
             found[f"{kind}: {run}"] = {
@@ -151,7 +150,10 @@ def pictures(unet: UNet, vae: VAE, prompt: Prompt, null: Prompt, args: argparse.
 def rows(prompt: Prompt, size: int) -> Iterator[Prompt]:
     """Cut a prompt along the batch."""
     for i in range(0, len(prompt.text), size):
-        images = tuple(ImagePrompt(p.tokens[i : i + size], p.scale, adapter=p.adapter) for p in prompt.images)
+        images = tuple(
+            ImagePrompt([(k[i : i + size], v[i : i + size]) for k, v in image.key_values], image.scale)
+            for image in prompt.images
+        )
         yield Prompt(prompt.text[i : i + size], images)
 
 

@@ -79,7 +79,7 @@ class Base:
         part = parts(open_state(self.path), self.family)[name]
         model = fill(part.make, part.state, self.path, dtype or self.dtype, self.device)
         if self.loras and name in LORA_PARTS:
-            merge(model, self.loras, LORA_PARTS[name])
+            merge(model, self.loras, LORA_PARTS[name], keep=False)
         return model
 
 
