@@ -24,7 +24,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from ipadapter import ImagePrompt, Prompt
+from ipadapter import Prompt
 from sampler import (
     SAMPLERS,
     SD,
@@ -625,9 +625,9 @@ AT_500 = SD.level(500)
 @pytest.mark.parametrize("guidance_scale", [0, 0.5, 3, 7.5])
 def test_guidance_is_the_formula(unet, base_adapter, draw, guidance_scale):
     x, t = draw(1, 4, 8, 8), torch.tensor(500)
-    prompt, null = (Prompt(draw(1, 77, 64), (ImagePrompt(draw(1, 4, 64), 0.7),)) for _ in range(2))
-    e_prompt, e_null = (guided_unet(x, t, p) for p in (prompt, null))
-    found, x_0 = guided(guided_unet, prompt, null, guidance_scale)(x, AT_500)
+    prompt, null = (Prompt(draw(1, 77, 64), (base_adapter.prompt(draw(1, 4, 64), 0.7),)) for _ in range(2))
+    e_prompt, e_null = (unet(x, t, p) for p in (prompt, null))
+    found, x_0 = guided(unet, prompt, null, guidance_scale)(x, AT_500)
     assert rel(found, e_null + guidance_scale * (e_prompt - e_null)) <= 1e-5
     assert rel(AT_500.alpha**0.5 * x_0 + (1 - AT_500.alpha) ** 0.5 * found, x) <= 1e-6
     assert rel(e_prompt, e_null) > 0.01

@@ -11,6 +11,7 @@ from torch import nn
 
 from clip import CLIPText, TextEncoder, TwoTowerEncoder
 from files.tensors import State, WeightsError, read
+from sampler import Schedule
 from unet import UNet
 from vae import VAE
 from weights.configs import count, text_config, unet_config, vae_config
@@ -47,6 +48,10 @@ class Base:
     device: torch.device | str
     sinusoids: int = 0  # that stand for each size of a picture in `Prompt.vector`: 256 in SDXL, none elsewhere
     loras: Sequence[tuple[LoRA, float]] = ()  # merged into each part as it is built, each with its weight
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(prediction=self.prediction)
 
     @property
     def side(self) -> int:
