@@ -39,7 +39,7 @@ from ipadapter import ImagePrompt, IPAdapter, Prompt
 from sampler import MAX_STEPS, SAMPLERS, guided, noise_and_generators
 from unet import UNet, size_vector
 from vae import VAE
-from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base
+from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder, open_base
 from weights.diffusers import model_sha256
 from weights.hub import cached, fetch, table
 from weights.lora import read_lora
@@ -60,10 +60,9 @@ def main() -> None:
     hashes = start_hashing(args)
     began = time.time()
 
-    base = open_base(args.base, args.loaded, args.device, args.prediction, args.loras)
+    base = open_base(args.base, args.loaded, args.device, args.prediction, args.loras, args.vae)
     args.height, args.width = args.height or args.side or base.side, args.width or args.side or base.side
     decoding = replace(base, dtype=args.dtype)  # --storage is not for the autoencoder
-    vae = load_vae(args.vae, decoding.vae_dtype, args.device, base.family.latent_scale) if args.vae else None
     adapter = open_adapter(args) if args.prompted else None
     tokens, null_tokens = image_prompt(args, base, adapter) if adapter else (None, None)
     text, null_text = text_prompt(args, base)
@@ -82,7 +81,7 @@ def main() -> None:
             latents.append(denoise(args, unet, base.prediction, prompt, null, bar))
     del unet
 
-    vae = vae or decoding.vae()
+    vae = decoding.vae()
     pictures = [decode(vae, x, args.strips) for x in latents]
     names = save(args, base, pictures, {name: future.result() for name, future in hashes.items()})
     report(args, names, time.time() - began)
