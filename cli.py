@@ -2,35 +2,70 @@
 
 import argparse
 import errno
+import hashlib
 import io
 import math
 import os
+import re
+import secrets
+import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import NoReturn
 
 import torch
+from PIL import Image
+from tqdm import tqdm
 
-from files.errors import UserError
+import start
+from files.errors import Notice, UserError
+from files.pictures import open_picture, read_picture
+from generate.models import DTYPES, default_device
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SIDE = 16384  # pixels
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and whose paths may begin with `~`."""
 
     def error(self, message: str) -> NoReturn:
+        if "expected" in message and (dashed := [word for word in sys.argv[1:] if re.match(r"-[^-\d]", word)]):
+            message += f"; a value that begins with - is given as --flag={dashed[0]}, a file as ./{dashed[0]}"
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+    def given(self) -> set[str]:
+        """The names of the flags that stand on the command line."""
+        unset = object()
+        named = argparse.Namespace(**{action.dest: unset for action in self._actions})
+        return {name for name, value in vars(self.parse_args(namespace=named)).items() if value is not unset}
+
+
+def path(text: str) -> Path:
+    """A path; `~` is the home folder, also where no shell has put it there."""
+    return Path(os.path.expanduser(text))
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Call a script's main; a mistake of the user's, a full disk or Ctrl-C ends it with one line and no traceback."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes, and need not be UTF-8
+    if signal.getsignal(signal.SIGINT) is start.stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names are bytes, and a terminal need not know UTF-8
+            utf8 = (stream.encoding or "").lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 and stream is sys.stdout else "backslashreplace")
+    if sys.stderr is None:  # as under pythonw, or closed by who called
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for the rest of the run
+    warnings.showwarning = tell
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the names is gone; the pictures are there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except UserError as error:
         message = str(error)
         if message.startswith("Caught "):  # out of a DataLoader worker, its traceback before it
@@ -55,8 +90,105 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def fail(message: str) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(" ".join(flagged(message).split()), file=sys.stderr)
     sys.exit(2)
+
+
+def tell(message: Warning, category: type[Warning], *where: object) -> None:
+    """What a user should know, in a line; what packages say to programmers stays unsaid."""
+    if issubclass(category, Notice):
+        tqdm.write(f"warning: {' '.join(flagged(str(message)).split())}", file=sys.stderr)
+
+
+def flagged(message: str) -> str:
+    """`image_encoder`, an argument's name in Python, as the flag that gives it."""
+    return re.sub(r"`([a-z]+(?:_[a-z]+)*)`", lambda match: f"--{match[1].replace('_', '-')}", message)
+
+
+def counter(what: str, unit: str, shown: bool = True) -> Callable[[int], None]:
+    """A bar that appears when something is counted: count(total)."""
+    bars: list[tqdm] = []
+
+    def count(total: int) -> None:
+        bars[:] = bars or [tqdm(total=total, desc=what, unit=unit, disable=not shown)]
+        bars[0].update()
+        if bars[0].n == total:
+            bars[0].close()
+
+    return count
+
+
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
+@contextmanager
+def patient(bar: tqdm) -> Iterator[Callable[[], None]]:
+    """For the loop of a run: yields what counts a step. Ctrl-C ends the run at the next one, a second Ctrl-C at once.
+
+    So what was finished before it can be saved.
+    """
+    asked, before = False, signal.getsignal(signal.SIGINT)
+    obeyed = before is signal.default_int_handler and current_thread() is main_thread()
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def step() -> None:
+        if asked:
+            bar.close()
+            raise KeyboardInterrupt
+        bar.update()
+
+    if obeyed:
+        signal.signal(signal.SIGINT, ask)
+    try:
+        yield step
+    finally:
+        if obeyed:
+            signal.signal(signal.SIGINT, before)
+
+
+PIPED: dict[str, str] = {}  # of pictures that came out of a pipe: their names here, their SHA-256
+
+
+def picture(name: str) -> Image.Image:
+    """A picture that was brought: a file, `-` or another pipe. Raises PictureError."""
+    source = Path(os.path.expanduser(name))
+    if name == "-" or (source.exists() and not source.is_file() and not source.is_dir()):
+        content = sys.stdin.buffer.read() if name == "-" else source.read_bytes()
+        PIPED[name] = hashlib.sha256(content).hexdigest()
+        found = read_picture(io.BytesIO(content), "standard input" if name == "-" else name, mend=True)
+    else:
+        found = open_picture(name if "://" in name else source)
+    found.filename = name
+    return found
+
+
+# Flags that several scripts have
+
+
+def models(parser: argparse.ArgumentParser) -> None:
+    """--base, --adapter, --image-encoder, --vae."""
+    add = parser.add_argument
+    add("--base", metavar="FILE", help="SD 1.x, SD 2.x or SDXL: a checkpoint or a folder (default: the tiny model)")
+    add("--adapter", metavar="FILE", help="IP-Adapter of any kind, .safetensors or .bin")
+    add("--image-encoder", metavar="FILE", help="CLIP image encoder, transformers or OpenCLIP layout")
+    add("--vae", metavar="FILE", help="another autoencoder")
+
+
+def machine(parser: argparse.ArgumentParser, dtype: str | None = None, what: str = "to compute in") -> None:
+    """--device, --dtype (`dtype_name`)."""
+    add = parser.add_argument
+    add("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1, mps (default: the fastest here)")
+    usual = "%(default)s" if dtype else "float16 on cuda, else float32"
+    add("--dtype", choices=DTYPES, default=dtype, dest="dtype_name", help=f"{what} (default: {usual})")
+
+
+# What flags take
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -75,7 +207,7 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def number(low: float) -> Callable[[str], float]:
+def number(low: float = -math.inf) -> Callable[[str], float]:
     """A finite number, low or more."""
 
     def parse(text: str) -> float:
@@ -84,7 +216,8 @@ def number(low: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value < low:
-            raise argparse.ArgumentTypeError(f"{text!r} given, a number, {low:g} or more, is wanted")
+            allowed = "a number" if low == -math.inf else f"a number, {low:g} or more,"
+            raise argparse.ArgumentTypeError(f"{text!r} given, {allowed} is wanted")
         return value
 
     return parse
@@ -96,6 +229,37 @@ def share(text: str) -> float:
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text!r} given, a number from 0 to 1 is wanted")
     return value
+
+
+def seed(high: int) -> Callable[[str], int]:
+    """A seed from 0 to high; -1 stands for a random one."""
+
+    def parse(text: str) -> int:
+        value = whole(-1, high)(text)
+        return secrets.randbelow(2**32) if value == -1 else value
+
+    return parse
+
+
+def text(given: str) -> str:
+    """A text; what is not UTF-8 is read as the Latin alphabet of old terminals."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(given).decode("cp1252", errors="replace")
+    return given
+
+
+def weighted(given: str) -> tuple[str, float]:
+    """`FILE` or `NAME`, or one of them with its weight behind a colon."""
+    name, _, weight = given.rpartition(":")
+    try:
+        found = (name, float(weight)) if name and not os.path.exists(given) else (given, 1.0)
+    except ValueError:  # the colon is part of a path
+        found = given, 1.0
+    if not math.isfinite(found[1]):
+        raise argparse.ArgumentTypeError(f"{given}: the weight is {weight}, a finite number is wanted")
+    return found
 
 
 def side(text: str) -> int:
@@ -125,7 +289,3 @@ def device(text: str) -> torch.device:
         reason = str(error).split(".")[0].splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason[:100]}); cpu always can") from None
     return value
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

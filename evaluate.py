@@ -14,320 +14,207 @@ put there unless --caption-prefix says so. Sample j of each pair starts from the
 Run again, it goes on where it stopped.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also under python -P
+
 import argparse
 import json
-import logging
-import math
-import os
-import statistics
-import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count, islice, takewhile
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
-from torch.nn.functional import normalize
+from PIL import Image
 from tqdm import tqdm
 
 import cli
-from clip import CLIPImage, CLIPText, preprocess, tokenize
 from files.errors import UserError
-from files.pictures import PictureError, open_picture, save_png, to_pil
-from files.sheets import sheet
+from files.pictures import PictureError, open_picture, save_picture
 from files.whole import write_text
-from ipadapter import ImagePrompt, Prompt
-from sample import MODELS, TINY, TINY_FILES, resolve_names
-from sampler import ddim, guided, noise
+from generate import Models, open_models, pictures, prompts
+from ipadapter import Prompt
+from measures import SCORES, SHOWN, batches, best_and_worst, open_judge, scores, summary
 from training.pairs import PICTURES, BadSample, Pair, Pairs, open_pairs
-from unet import size_vector
-from weights import WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base, read
-from weights.clip import load_clip
+from training.recipes import TINY
+from weights import WeightsError
 from weights.diffusers import model_sha256
 
-SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_x2.5": "CLIP-T x2.5"}
+MODELS = ("base", "adapter", "image_encoder", "vae")
 MAKING = ("steps", "guidance_scale", "scale", "seed", "height", "width", "text", "dtype_name")
-SHOWN = 4  # on the sheet: pairs of the best and of the worst, and samples of each
-
-
-@dataclass
-class Judge:
-    """A CLIP as two functions, each to vectors of unit length, (n, dim) fp32."""
-
-    images: Callable[[list[Image.Image]], Tensor]
-    texts: Callable[[list[str]], Tensor]
-    gelu: str | None = None  # of a CLIP file, whose tensors cannot tell: quick or erf
 
 
 def main() -> None:
     args = parse()
     pairs = open_pairs(args.data)
-    names = result_names(args, pairs)
-    judge = open_judge(args)
+    names = result_names(pairs, args.limit)
+    judge = open_judge(args.clip, args.device, args.clip_gelu)
     skipped = dict.fromkeys(pairs.skipped)  # a set of messages that keeps their order
+    folder = args.results or args.pictures
     if not args.results:
-        make(args, pairs, names, skipped)
-    scored = score(args, judge, pairs, names, skipped)
+        models = open_models(*(getattr(args, name) for name in MODELS), device=args.device, dtype=args.dtype_name)
+        if models.adapter_kind.image_proj.faces:
+            what = "a FaceID adapter, it reads faces; one that reads pictures is wanted here"
+            raise WeightsError(f"{models.files['adapter']}: {what}")
+        size = {"height": args.height or models.side, "width": args.width or models.side}
+        vars(args).update(size | {name: str(path) for name, path in models.files.items()})
+        settings = open_folder(folder, {name: getattr(args, name) for name in ("data", *MAKING)}, models.files)
+        how = {"steps": args.steps, "guidance_scale": args.guidance_scale, **size}
+        with tqdm(total=len(names) * args.num_samples, desc="pictures", unit="picture") as bar:
+            missing = to_make(pairs, names, folder, args.num_samples, args.seed, skipped, bar.update)
+            make(models, missing, how, args.scale, args.text, args.batch_size, settings, bar.update)
+    pictures_of = partial(results, folder, most=args.num_samples, alone=bool(args.results))
+    scored = []
+    for batch in batches(
+        readable(pairs, tqdm(names, desc="scores", unit="pair"), pictures_of, skipped), args.batch_size
+    ):
+        found = scores(judge, [(pair, made) for _, _, pair, made in batch], args.caption_prefix)
+        scored += [{"number": i, "name": name, **row} for (i, name, _, _), row in zip(batch, found, strict=True)]
     if not scored:
         raise UserError(f"--data {' '.join(args.data)}: no pair can be scored: {next(iter(skipped))}")
     settings = {name: str(v) if isinstance(v, Path | torch.device) else v for name, v in vars(args).items()}
-    settings |= {"clip_gelu": judge.gelu, "torch": torch.__version__, "made_with": made_with(args)}
+    settings |= {"clip_gelu": judge.gelu, "torch": torch.__version__, "made_with": made_with(folder)}
     skips = len(skipped) + pairs.skipped_count - len(pairs.skipped)  # of very many, not all are told
     found = summary(scored) | {"skipped": list(skipped), "skipped_count": skips, "settings": settings, "pairs": scored}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    save_png(best_and_worst(args, pairs, scored), args.output.with_suffix(".png"))
+    order = sorted(scored, key=lambda row: -row["clip_i"])
+    shown = sorted({*range(len(order))[:SHOWN], *range(len(order))[-SHOWN:]})  # of the best and of the worst
+    rows = [(order[rank] | {"rank": rank}, pairs[order[rank]["number"]]) for rank in shown]
+    rows = [(row, pair, [open_picture(path) for path in pictures_of(row["name"])[:SHOWN]]) for row, pair in rows]
+    save_picture(best_and_worst(rows, len(order)), args.output.with_suffix(".png"))
     write_text(args.output, json.dumps(found, indent=1))
-    report(args, found)
+    report(args.output, args.clip, found)
 
 
-def result_names(args: argparse.Namespace, pairs: Pairs) -> list[str]:
+def result_names(pairs: Pairs, limit: int | None) -> list[str]:
     """What each pair's results are called: a path without suffix that cannot leave the folder, each pair its own."""
     names: dict[str, None] = {}
-    for i in range(min(len(pairs), args.limit or len(pairs))):
+    for i in range(min(len(pairs), limit or len(pairs))):
         path = Path(*(part for part in Path(pairs.names[i]).parts if part not in ("/", "..")))
         name = str(path.with_suffix("") if path.suffix[1:].lower() in PICTURES else path)
         if name in names:
-            raise UserError(f"--data: two pairs are called {name!r}; results go by name, each pair needs its own")
+            raise UserError(f"`data`: two pairs are called {name!r}; results go by name, each pair needs its own")
         names[name] = None
     return list(names)
 
 
-@torch.no_grad()
-def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict[str, None]) -> None:
-    """Save the pictures that are not there yet, each as soon as it is made."""
-    base = open_base(args.base, cli.DTYPES[args.dtype_name], args.device)
-    encoder = load_image_encoder(args.image_encoder, base.dtype, args.device)
-    adapter = load_adapter(args.adapter, base.dtype, args.device)
-    if adapter.image_proj.faces:
-        raise WeightsError(f"{args.adapter}: a FaceID adapter, it reads faces; one that reads pictures is wanted here")
-    check_fit(adapter, args.adapter, base, encoder, args.image_encoder)
-    args.height, args.width = args.height or base.side, args.width or base.side
-    unet, encode = base.unet(), base.text_encoder()
-    vae = load_vae(args.vae, base.vae_dtype, args.device, base.family.latent_scale) if args.vae else base.vae()
-    settings = open_folder(args)
-    adapter.attach(unet)
-
-    def with_text(text: Tensor, pooled: Tensor | None, tokens: Tensor) -> Prompt:
-        vector = None if pooled is None else size_vector(pooled, args.height, args.width, base.sinusoids)
-        return Prompt(text, (ImagePrompt(tokens, args.scale),), vector)
-
-    size = encoder.config.image_size
-    zeros = torch.zeros(1, 3, size, size, device=args.device, dtype=base.dtype)
-    empty, null = encode(""), with_text(*encode.null(""), adapter.null_tokens(encoder, zeros))
-
-    def prompt(pair: Pair) -> Prompt:
-        tokens = adapter.tokens(encoder, preprocess(pair.image, size).to(zeros))
-        return with_text(*(encode(pair.text) if args.text else empty), tokens)
-
-    def missing(bar: tqdm) -> Iterator[tuple[Prompt, int, Path]]:
-        for i, name in enumerate(names):
-            paths = [(args.seed + j, args.pictures / f"{name}_{j}.png") for j in range(args.num_samples)]
-            todo = [(seed, path) for seed, path in paths if not os.path.isfile(path)]
-            bar.update(len(paths) - len(todo))
-            try:
-                once = prompt(pairs[i]) if todo else None
-                yield from ((once, *rest) for rest in todo)
-            except BadSample as error:
-                skipped[str(error)] = None
-                bar.update(len(todo))
-
-    with tqdm(total=len(names) * args.num_samples, desc="pictures", unit="picture") as bar:
-        for batch in batches(missing(bar), args.batch_size):
-            prompts, seeds, paths = zip(*batch, strict=True)
-            start = torch.cat([noise(seed, 1, args.height, args.width) for seed in seeds]).to(args.device)
-            nulls = Prompt.cat([null] * len(batch))
-            eps = guided(unet, Prompt.cat(prompts), nulls, args.guidance_scale, base.prediction)
-            for x in ddim(eps, start, args.steps):
-                pass
-            for latent, seed, path in zip(x.to(base.vae_dtype).split(1), seeds, paths, strict=True):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_png(to_pil(vae.decode(latent))[0], path, settings | {"seed": seed})
-                bar.update()
+def to_make(
+    pairs: Pairs,
+    names: Sequence[str],
+    folder: Path,
+    samples: int,
+    seed: int,
+    skipped: dict,
+    done: Callable[[int], object],
+) -> Iterator[tuple[Pair, list[tuple[int, Path]]]]:
+    """Pairs whose pictures are not all there yet, with the seeds and the paths of those that are missing."""
+    for i, name in enumerate(names):
+        paths = [(seed + j, folder / f"{name}_{j}.png") for j in range(samples)]
+        todo = [(seed, path) for seed, path in paths if not os.path.isfile(path)]
+        done(len(paths) - len(todo))
+        try:
+            if todo:
+                yield pairs[i], todo
+        except BadSample as error:
+            skipped[str(error)] = None
+            done(len(todo))
 
 
-def open_folder(args: argparse.Namespace) -> dict:
-    """What the pictures in --pictures depend on, kept there as settings.json; pictures made otherwise are refused."""
-    settings = {name: getattr(args, name) for name in ("data", *MAKING)} | {"sampler": "ddim"}
-    settings |= {name: path and model_sha256(path) for name in MODELS for path in [getattr(args, name)]}
-    before = made_with(args)
+def make(
+    models: Models,
+    missing: Iterator[tuple[Pair, list[tuple[int, Path]]]],
+    how: dict,
+    scale: float,
+    with_text: bool,
+    batch_size: int,
+    settings: dict,
+    done: Callable[[], object],
+) -> None:
+    """Make pictures of pairs, several pairs to a batch, and save each as soon as it is made."""
+
+    def jobs() -> Iterator[tuple[Prompt, Prompt, int, Path]]:
+        for pair, todo in missing:
+            prompt, null = prompts(models, pair.text if with_text else "", images=[pair.image], scale=scale)
+            yield from ((prompt, null, seed, path) for seed, path in todo)
+
+    for batch in batches(jobs(), batch_size):
+        some, nulls, seeds, paths = zip(*batch, strict=True)
+        made = pictures(models, Prompt.cat(some), Prompt.cat(nulls), seeds, **how)
+        for picture, seed, path in zip(made, seeds, paths, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(picture, path, settings | {"seed": seed})
+            done()
+
+
+def open_folder(folder: Path, settings: dict, files: Mapping[str, Path]) -> dict:
+    """What the pictures in a folder depend on, kept there as settings.json; pictures made otherwise are refused."""
+    settings = settings | {"sampler": "ddim"}
+    settings |= {name: model_sha256(files[name]) if name in files else None for name in MODELS}
+    before = made_with(folder)
     if before is None:
-        if args.pictures.is_dir() and any(args.pictures.iterdir()):
-            raise UserError(f"--pictures {args.pictures}: holds other files; a new or empty folder is wanted")
-        args.pictures.mkdir(parents=True, exist_ok=True)
-        write_text(args.pictures / "settings.json", json.dumps(settings, indent=1))
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"`pictures` {folder}: holds other files; a new or empty folder is wanted")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "settings.json", json.dumps(settings, indent=1))
     for name, value in settings.items():
         if before and before.get(name) != value:
-            flag = "--dtype" if name == "dtype_name" else f"--{name.replace('_', '-')}"
             raise UserError(
-                f"--pictures {args.pictures}: made with {flag} {before.get(name)}, now it is {value}; "
+                f"`pictures` {folder}: made with `{name.removesuffix('_name')}` {before.get(name)}, now it is {value}; "
                 "go on with the same settings, or name a new folder"
             )
     return settings
 
 
-def made_with(args: argparse.Namespace) -> dict | None:
+def made_with(folder: Path) -> dict | None:
     """The settings that lie beside the pictures; None for pictures made elsewhere."""
-    path = (args.results or args.pictures) / "settings.json"
+    path = folder / "settings.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     except (ValueError, TypeError):
         raise UserError(f"{path}: damaged; name a new folder, or remove this one") from None
 
 
-def open_judge(args: argparse.Namespace) -> Judge:
-    """The CLIP that scores, in fp32 whatever made the pictures. Raises UserError or WeightsError."""
-    if args.clip and not os.path.exists(args.clip):
-        return named_judge(args.clip, args.device)
-    if args.clip:
-        quick = {"quick": True, "erf": False, None: None}[args.clip_gelu]
-        image, text = load_clip(args.clip, device=args.device, quick_gelu=quick)
-        return our_judge(image, text, args.device, "quick" if image.config.quick_gelu else "erf")
-    # The tiny CLIP lies in two files: its text tower is the base model's.
-    image, text = load_image_encoder(TINY_FILES["image_encoder"]), open_base(TINY_FILES["base"]).text()
-    text.text_projection = nn.Linear(text.config.width, image.config.projection, bias=False)
-    text.text_projection.weight.data = read(TINY_FILES["image_encoder"])["text_projection.weight"].float()
-    return our_judge(image.to(args.device), text.to(args.device), args.device)
+def readable(
+    pairs: Pairs, names: Iterable[str], pictures_of: Callable[[str], list[Path]], skipped: dict
+) -> Iterator[tuple[int, str, Pair, list[Image.Image]]]:
+    """Pairs with the pictures made of them; what cannot be read, or has no result, is noted as skipped."""
+    for i, name in enumerate(names):
+        try:
+            yield i, name, pairs[i], [open_picture(path) for path in pictures_of(name)]
+        except (BadSample, PictureError) as error:
+            skipped[str(error)] = None
 
 
-def our_judge(image: CLIPImage, text: CLIPText, device: torch.device, gelu: str | None = None) -> Judge:
-    def images(pictures: list[Image.Image]) -> Tensor:
-        size = image.config.image_size
-        pixels = torch.cat([preprocess(centre(picture, size), size) for picture in pictures])
-        return normalize(image(pixels.to(device)), dim=-1)
-
-    return Judge(images, lambda texts: normalize(text.embed(tokenize(texts).to(device)), dim=-1), gelu)
-
-
-def centre(picture: Image.Image, size: int) -> Image.Image:
-    """Shortest edge to `size` (bicubic), centre crop, as in OpenAI's CLIP: half a pixel is rounded to the even number.
-
-    `preprocess` alone would round it down, as transformers does.
-    """
-    width, height = (int(size * edge / min(picture.size)) for edge in picture.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))
-
-
-def named_judge(name: str, device: torch.device) -> Judge:
-    """MODEL/PRETRAINED, as open_clip names and downloads them, with open_clip's own preprocessing and tokenizer."""
-    import open_clip  # seconds long, and the one place where another's model is wanted
-
-    model, _, tag = name.partition("/")
-    known = open_clip.get_pretrained_cfg(model, tag)
-    if not known:
-        raise UserError(f"--clip {name}: no such file, nor a name that open_clip knows, as ViT-L-14/openai")
-    logging.disable(logging.ERROR)  # a failed download is told in twenty lines; one is enough
-    try:
-        quick = known.get("quick_gelu", False)  # open_clip only warns where the model's name says otherwise
-        net, transform = open_clip.create_model_from_pretrained(model, tag, device=device, force_quick_gelu=quick)
-        tokenizer = open_clip.get_tokenizer(model)
-    except (RuntimeError, OSError, ValueError, ImportError) as error:
-        raise UserError(f"--clip {name}: open_clip cannot load it ({error})"[:400]) from None
-    finally:
-        logging.disable(logging.NOTSET)
-    net.eval()
-    return Judge(
-        lambda pictures: normalize(net.encode_image(torch.stack([*map(transform, pictures)]).to(device)), dim=-1),
-        lambda texts: normalize(net.encode_text(tokenizer(texts).to(device)), dim=-1),
-    )
-
-
-@torch.no_grad()
-def score(
-    args: argparse.Namespace, judge: Judge, pairs: Pairs, names: list[str], skipped: dict[str, None]
-) -> list[dict]:
-    """Compare each pair with its results, means over them; what cannot be read, or has no result, is noted as skipped.
-
-    Returns one of {"number", "name", "samples", "clip_i", "clip_t", "clip_t_x2.5"} for each pair.
-    """
-
-    def readable() -> Iterator[tuple[int, Pair, list[Image.Image]]]:
-        for i, name in enumerate(tqdm(names, desc="scores", unit="pair")):
-            try:
-                yield i, pairs[i], [open_picture(path) for path in results(args, name)]
-            except (BadSample, PictureError) as error:
-                skipped[str(error)] = None
-
-    scored = []
-    for batch in batches(readable(), args.batch_size):
-        texts = judge.texts([args.caption_prefix + pair.text for _, pair, _ in batch])
-        images = judge.images([picture for _, pair, made in batch for picture in (pair.image, *made)])
-        for (i, _, made), text, part in zip(batch, texts, images.split([1 + len(b[2]) for b in batch]), strict=True):
-            clip_i, clip_t = part[1:] @ part[0], part[1:] @ text
-            means = clip_i.mean().item(), clip_t.mean().item(), 2.5 * clip_t.clamp_min(0).mean().item()
-            found = dict(zip(SCORES, means, strict=True))
-            scored.append({"number": i, "name": names[i], "samples": len(made), **found})
-    return scored
-
-
-def results(args: argparse.Namespace, name: str) -> list[Path]:
-    """The pictures made of a pair: name_0.png, name_1.png, ..., or name.png alone. Raises PictureError without any."""
-    folder = args.results or args.pictures
+def results(folder: Path, name: str, most: int | None, alone: bool) -> list[Path]:
+    """The pictures made of a pair: name_0.png, name_1.png, ..., or name.png `alone`. Raises PictureError without any."""
     numbered = (folder / f"{name}_{j}.png" for j in count())
-    found = list(islice(takewhile(os.path.isfile, numbered), args.num_samples))
+    found = list(islice(takewhile(os.path.isfile, numbered), most))
     single = folder / f"{name}.png"
-    if args.results and os.path.isfile(single):
+    if alone and os.path.isfile(single):
         if found:
-            raise UserError(f"--results {folder}: both {single.name} and {found[0].name} are there; which is it?")
+            raise UserError(f"`results` {folder}: both {single.name} and {found[0].name} are there; which is it?")
         return [single]
     if not found:
         raise PictureError(f"{single}: no such picture, nor {name}_0.png")
     return found
 
 
-def summary(scored: list[dict]) -> dict:
-    """Means over pairs, each with the normal 95% interval of the mean (None: one pair has none)."""
-    found = {"n": len(scored), "samples": sum(pair["samples"] for pair in scored)}
-    for key in SCORES:
-        values = [pair[key] for pair in scored]
-        mean = found[key] = statistics.fmean(values)
-        half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        found[f"{key}_interval"] = None if half is None else [mean - half, mean + half]
-    return found
-
-
-def best_and_worst(args: argparse.Namespace, pairs: Pairs, scored: list[dict], side: int = 192) -> Image.Image:
-    """A sheet of the pairs with the highest and the lowest CLIP-I: scores, prompt, samples."""
-    order = sorted(scored, key=lambda pair: -pair["clip_i"])
-    rows = []
-    for rank in sorted({*range(len(order))[:SHOWN], *range(len(order))[-SHOWN:]}):
-        entry, pair = order[rank], pairs[order[rank]["number"]]
-        lines = [f"{rank + 1} of {len(order)}", *(f"{title} {entry[key]:.3f}" for key, title in SCORES.items()), ""]
-        lines += textwrap.wrap(pair.name, 26)[:2] + textwrap.wrap(pair.text, 26)[:6]
-        card = Image.new("RGB", (side, side), "white")
-        font = ImageFont.load_default(side // 14)
-        ImageDraw.Draw(card).multiline_text((4, 4), "\n".join(lines), fill="black", font=font)
-        made = [open_picture(path) for path in results(args, entry["name"])[:SHOWN]]
-        rows.append([card, pair.image, *made, *[None] * (SHOWN - len(made))])
-    columns = 2 + min(SHOWN, max(pair["samples"] for pair in scored))
-    titles = ["", "image prompt", *(f"sample {j}" for j in range(SHOWN))]
-    return sheet([row[:columns] for row in rows], titles[:columns], side)
-
-
-def report(args: argparse.Namespace, found: dict) -> None:
+def report(output: Path, clip: str | None, found: dict) -> None:
     print(f"{'':<12}   mean     95% interval")
     for key, title in SCORES.items():
         bounds = found[f"{key}_interval"] or []
         print(f"{title:<12} {found[key]:>7.4f}   ", " to ".join(f"{b:.4f}" for b in bounds) or "of one pair: none")
     gelu = found["settings"]["clip_gelu"]
-    judge = f"{args.clip or 'the tiny CLIP'}{f' ({gelu} GELU)' if gelu else ''}"
+    judge = f"{clip or 'the tiny CLIP'}{f' ({gelu} GELU)' if gelu else ''}"
     print(f"{found['n']} pairs, {found['samples']} results, by {judge}")
-    print(args.output, args.output.with_suffix(".png"), sep="\n")
+    print(output, output.with_suffix(".png"), sep="\n")
     if skipped := found["skipped"]:
         print(
             f"skipped {found['skipped_count']}: {'; '.join(skipped[:5])}{'; ...' if skipped[5:] else ''}",
             file=sys.stderr,
         )
-
-
-def batches(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 def parse() -> argparse.Namespace:
@@ -336,9 +223,9 @@ def parse() -> argparse.Namespace:
     bundled = str(TINY / "data/unseen-drawings-*.tar.gz")
     add("--data", nargs="+", default=[bundled], help="pairs: folder, shards or list (default: bundled unseen drawings)")
     add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
-    add("--results", type=Path, metavar="R", help="score the pictures in this folder; make none")
-    add("--pictures", type=Path, metavar="P", help="where the made pictures go (default: --output without .json)")
-    add("--output", type=Path, default=Path("outputs/evaluate.json"), help="a .json (default: %(default)s)")
+    add("--results", type=cli.path, metavar="R", help="score the pictures in this folder; make none")
+    add("--pictures", type=cli.path, metavar="P", help="where the made pictures go (default: --output without .json)")
+    add("--output", type=cli.path, default=Path("outputs/evaluate.json"), help="a .json (default: %(default)s)")
     add("--clip", metavar="C", help="the judge: a CLIP file, or MODEL/PRETRAINED of open_clip (default: the tiny CLIP)")
     add("--clip-gelu", choices=("quick", "erf"), help="of a CLIP file (default: quick for ViT-B and ViT-L, else erf)")
     add("--caption-prefix", default="", help='before captions when scoring, as "A photo depicts " (default: nothing)')
@@ -351,12 +238,8 @@ def parse() -> argparse.Namespace:
     add("--height", type=cli.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
     add("--width", type=cli.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
     add("--batch-size", type=cli.whole(1), default=8, metavar="B", help="pictures at a time (default: %(default)s)")
-    add("--base", metavar="FILE", help="SD 1.x, SD 2.x or SDXL: a checkpoint or a folder (default: the tiny model)")
-    add("--adapter", metavar="FILE", help="IP-Adapter, .safetensors or .bin")
-    add("--image-encoder", metavar="FILE", help="CLIP image encoder, transformers or OpenCLIP layout")
-    add("--vae", metavar="FILE", help="another autoencoder")
-    add("--device", type=cli.device, default=cli.default_device(), help="default: the fastest here")
-    add("--dtype", choices=cli.DTYPES, dest="dtype_name", help="when making (default: float16 on cuda, else float32)")
+    cli.models(parser)
+    cli.machine(parser, what="when making")
     args = parser.parse_args()
 
     if args.output.suffix != ".json" or args.output.is_dir():
@@ -369,18 +252,12 @@ def parse() -> argparse.Namespace:
         flag = f"--{name.replace('_', '-')}"
         if args.results and getattr(args, name):
             raise UserError(f"{flag}: --results makes no pictures; they go without each other")
-        if args.base and name in ("adapter", "image_encoder") and not getattr(args, name):
-            raise UserError(f"{flag} FILE is wanted beside --base")
-    resolve_names(args)
     if args.results:  # how the pictures were made is not for these flags to say
         vars(args).update(dict.fromkeys(MAKING))
     else:
         args.pictures = args.pictures or args.output.with_suffix("")
         args.num_samples = args.num_samples or 4
-        if not args.base:
-            args.height, args.width = args.height or 128, args.width or 128
         args.dtype_name = args.dtype_name or ("float16" if args.device.type == "cuda" else "float32")
-        vars(args).update({name: getattr(args, name) or str(path) for name, path in TINY_FILES.items()})
     for flag, path in (("--output", args.output), ("--pictures", args.pictures or args.output)):
         cli.check_writable(flag, path, path.absolute().parent)
     return args

@@ -25,7 +25,7 @@ from benchmarks.reference import FULL, NARROW, Files, Sizes
 from clip import CLIPImage, CLIPText, preprocess, tokenize
 from files.pictures import open_picture, to_pil
 from ipadapter import ImagePrompt, IPAdapter, Prompt
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from unet import UNet
 from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base
@@ -124,17 +124,14 @@ def against_diffusers(files: Files) -> Iterator[Row]:
     attached = None
     for name, kind, scale, text, negative in RUNS:
         if kind != attached:
-            if attached:
-                adapters[attached].detach(unet)
-            adapters[kind].attach(unet)
             reference.attach(theirs, paths[kind])
             yield from adapted(theirs.unet, unet, adapters[kind], features[kind], kind)
             attached = kind
         texts = text_tower(tokenize([text, negative])).split(1)
-        images = [(ImagePrompt(t, scale),) for t in tokens[kind]] if kind else [(), ()]
+        images = [(adapters[kind].prompt(t, scale),) for t in tokens[kind]] if kind else [(), ()]
         prompt, null = (Prompt(*parts) for parts in zip(texts, images, strict=True))
-        eps = guided(unet, prompt, null, GUIDANCE)
-        for x in ddim(eps, noise(SEED, 1, SIDE, SIDE), STEPS):
+        predict = guided(unet, prompt, null, GUIDANCE)
+        for x in ddim(predict, noise(SEED, 1, SIDE, SIDE), ddim_levels(SD, STEPS)):
             pass
 
         if kind:
@@ -183,7 +180,7 @@ def adapted(theirs: nn.Module, unet: UNet, adapter: IPAdapter, features: Tensor,
     tokens = adapter.image_proj(features)
     yield module(f"{kind}: image projection", tokens, theirs.encoder_hid_proj([features[:, None]])[0].flatten(1, 2))
     bare, _ = unet_outputs(None, unet)
-    ours, other = unet_outputs(theirs, unet, (ImagePrompt(tokens, 0.7),), {"image_embeds": [features[:, None]]})
+    ours, other = unet_outputs(theirs, unet, (adapter.prompt(tokens, 0.7),), {"image_embeds": [features[:, None]]})
     yield module(f"{kind}: UNet with the adapter", ours, other)
     # A comparison of adapters that change nothing would prove nothing.
     yield Row(f"{kind}: inverse of the adapter's effect", 1 / distance(ours, bare), 100)

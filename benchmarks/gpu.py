@@ -18,7 +18,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt
+from ipadapter import ImageProjection, IPAdapter, Prompt
 from unet import SD15, UNet
 
 SCALE, EMBED_DIM, NUM_TOKENS, SIZES = 0.6, 1024, 4, (256, 512)
@@ -78,7 +78,7 @@ def main() -> None:
     with torch.device(DEVICE):
         unet = UNet(SD15).requires_grad_(False).eval()
         adapter = IPAdapter.for_unet(unet, ImageProjection(EMBED_DIM, SD15.context_dim, NUM_TOKENS))
-        adapter.requires_grad_(False).attach(unet)
+        adapter.requires_grad_(False)
         text, embeds, t = torch.randn(2, 77, SD15.context_dim), torch.randn(2, EMBED_DIM), torch.tensor(500)
         latents = {size: torch.randn(2, 4, size // 8, size // 8) for size in SIZES}
     other = diffusers_unet(unet, adapter)
@@ -88,7 +88,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         models = {}
         for suffix, layout in (("", torch.contiguous_format), (" cl", torch.channels_last)):
-            ours, ip = deepcopy((unet, adapter))  # together, so that the copy reads the copied adapter
+            ours, ip = deepcopy(unet), deepcopy(adapter)
             models["ours" + suffix] = ours.to(dtype, memory_format=layout), ip.to(dtype), layout
             models["diffusers" + suffix] = deepcopy(other).to(dtype, memory_format=layout), None, layout
         c, e = text.to(dtype), embeds.to(dtype)
@@ -97,7 +97,7 @@ def main() -> None:
             for name, (model, ip, layout) in models.items():
                 x = latent.to(dtype).contiguous(memory_format=layout)
                 if ip:
-                    calls[name] = partial(model, x, t, Prompt(c, (ImagePrompt(ip.image_proj(e), SCALE),)))
+                    calls[name] = partial(model, x, t, Prompt(c, (ip.prompt(ip.image_proj(e), SCALE),)))
                 else:
                     calls[name] = partial(model, x, t, c, added_cond_kwargs={"image_embeds": [e[:, None]]})
             # In turn, so that clocks and heat are the same for all.

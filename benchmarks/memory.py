@@ -22,7 +22,7 @@ from benchmarks.reference import FULL, NARROW, randomize
 from clip import CLIPImage, CLIPText, CLIPTextConfig, preprocess
 from files.pictures import open_picture
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from unet import SDXL, UNet, UNetConfig, size_vector
 from vae import SD_VAE, VAE, VAEConfig
 from weights import load_adapter, load_image_encoder, open_base
@@ -68,30 +68,20 @@ def run(family: str, folder: Path, name: str, side: int, steps: int) -> None:
     stored(adapter.ip_adapter)
     encoder = stored(load_image_encoder(folder / "image_encoder.safetensors", loaded))
     pixels = preprocess(open_picture(ROOT / "tiny/example.png"), encoder.config.image_size)
-    tokens = adapter.tokens(encoder, pixels), adapter.null_tokens(encoder, pixels)
-    del encoder
+    images = [adapter.prompt(tokens(encoder, pixels), SCALE) for tokens in (adapter.tokens, adapter.null_tokens)]
+    del encoder, adapter
     encode = stored(base.text_encoder())
     prompts = []
-    for image, (text, pooled) in zip(tokens, (encode(TEXT), encode.null("")), strict=True):
+    for image, (text, pooled) in zip(images, (encode(TEXT), encode.null("")), strict=True):
         vector = None if pooled is None else size_vector(pooled, side, side)
-        prompts.append(Prompt(text, (ImagePrompt(image, SCALE),), vector))
+        prompts.append(Prompt(text, (image,), vector))
     del encode
     unet = base.unet()
-    adapter.attach(unet)
     stored(unet)
     prompt, null = prompts
-    if setting.apart:
-        with_prompt, without = guided(unet, prompt, null, 1), guided(unet, null, null, 1)
-
-        def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            eps_null = without(x, t)
-            return eps_null + GUIDANCE * (with_prompt(x, t) - eps_null)
-    else:
-        eps = guided(unet, prompt, null, GUIDANCE)
-    *_, latents = ddim(eps, noise(7, 1, side, side), steps)
-    del unet, adapter, eps
-    if setting.apart:
-        del with_prompt, without
+    predict = guided(unet, prompt, null, GUIDANCE, apart=setting.apart)
+    *_, latents = ddim(predict, noise(7, 1, side, side), ddim_levels(SD, steps))
+    del unet, adapter, predict
     vae = replace(base, dtype=COMPUTE).vae()
     assert vae.decode(latents, setting.rows).isfinite().all()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.reference import diffusers_unet, randomize
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt
-from sampler import guided
+from sampler import SD, guided
 from unet import SD15, UNet
 
 GUIDANCE, SCALE, EMBED_DIM, NUM_TOKENS = 7.5, 0.6, 1024, 4
@@ -57,7 +57,6 @@ def main() -> None:
         adapter = IPAdapter.for_unet(unet, ImageProjection(EMBED_DIM, config.context_dim, NUM_TOKENS))
     for seed, model in enumerate((unet, adapter.requires_grad_(False))):
         model.load_state_dict(randomize(model.state_dict(), seed, torch.float32), assign=True)
-    adapter.attach(unet)
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print("dtype     size  variant        seconds  ratio of seconds       ratio of CPU time      distance", flush=True)
@@ -70,7 +69,7 @@ def main() -> None:
             x = torch.randn(1, 4, size // 8, size // 8)
             tokens = adapter.image_proj(embeds)
             null, prompt = (Prompt(text[i : i + 1], (ImagePrompt(tokens[i : i + 1], SCALE),)) for i in (0, 1))
-            eps = guided(unet, prompt, null, GUIDANCE)
+            predict = guided(unet, prompt, null, GUIDANCE)
             added = {"image_embeds": [embeds[:, None]]}
 
             def step(model: Callable, x: Tensor = x, text: Tensor = text, added: dict = added) -> Tensor:
@@ -79,7 +78,7 @@ def main() -> None:
                 return eps_null + GUIDANCE * (eps_prompt - eps_null)
 
             calls = {
-                "ours cl": partial(eps, x, T),
+                "ours cl": lambda predict=predict, x=x: predict(x, SD.level(T.item()))[0],
                 "diffusers": partial(step, theirs),
                 "diffusers cl": partial(step, theirs_cl),
             }

@@ -3,7 +3,7 @@
 python -m experiments.custom_base --style openmoji
 
 The tiny UNet is fine-tuned on the drawings of one style with their captions, without any adapter; then the bundled
-adapter, trained on the original base, is attached to both. What is kept of its effect is the part of the gain in CLIP-I
+adapter, trained on the original base, is put to both. What is kept of its effect is the part of the gain in CLIP-I
 (over an empty prompt, on the same base) that is left on the custom base.
 """
 
@@ -26,9 +26,8 @@ def main() -> None:
     adapter = load_adapter(BASE_ADAPTER)
     rows, columns = {}, {}
     for name, unet in (("original base", lab.base.unet()), ("custom base", custom)):
-        adapter.attach(unet)
         without = Variant(name, unet, adapter.image_proj, lambda text, tokens: Prompt(text))
-        with_image = Variant(f"{name}, image prompt", unet, adapter.image_proj, decoupled)
+        with_image = Variant(f"{name}, image prompt", unet, adapter.image_proj, decoupled(adapter))
         for variant in (without, with_image):
             y = lab.pictures(variant)
             rows[variant.name] = lab.scores(y)

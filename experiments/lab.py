@@ -20,11 +20,11 @@ from clip import tokenize
 from files.pictures import save_png, to_pil
 from files.sheets import sheet
 from files.whole import write_text
-from ipadapter import ImagePrompt, IPAdapter, Prompt
+from ipadapter import IPAdapter, Prompt
 from ipadapter.adapter import image_features, null_features
 from ipadapter.objective import noise_loss
 from sample import TINY, TINY_FILES
-from sampler import ddim, guided, noise, v_weight
+from sampler import SD, ddim, ddim_levels, guided, noise, v_weight
 from tiny import drawings
 from tiny.measure import image_embeds, retrieval, text_embeds, thumbnail
 from training.cache import SHARD, Cache
@@ -70,8 +70,8 @@ class Variant:
     trained: list[nn.Parameter] = field(default_factory=list)
 
 
-def decoupled(text: Tensor, tokens: Tensor) -> Prompt:
-    return Prompt(text, (ImagePrompt(tokens),))
+def decoupled(adapter: IPAdapter, scale: float = 1.0) -> Callable[[Tensor, Tensor], Prompt]:
+    return lambda text, tokens: Prompt(text, (adapter.prompt(tokens, scale),))
 
 
 class Lab:
@@ -126,8 +126,7 @@ class Lab:
         """A new adapter on the frozen base."""
         unet = self.base.unet()
         adapter = IPAdapter.for_unet(unet, projection)
-        adapter.attach(unet)
-        return Variant(name, unet, projection, decoupled, list(adapter.parameters()))
+        return Variant(name, unet, projection, decoupled(adapter), list(adapter.parameters()))
 
     def trial(self, variant: Variant, learning_rate: float | None = None) -> tuple[dict, Tensor]:
         """Train a variant: its row of a table, and its pictures from the first seed."""
@@ -174,9 +173,8 @@ class Lab:
                 for some, words in zip(tokens.split(20), text.split(20), strict=True):
                     prompt = variant.prompt(words, some)
                     null = variant.prompt(self.null["text"].expand_as(words), nothing.expand_as(some))
-                    for z in ddim(
-                        guided(variant.unet, prompt, null, 7.5), start.expand(len(some), -1, -1, -1), args.ddim_steps
-                    ):
+                    predict = guided(variant.unet, prompt, null, 7.5)
+                    for z in ddim(predict, start.expand(len(some), -1, -1, -1), ddim_levels(SD, args.ddim_steps)):
                         pass
                     row.append(torch.cat([self.vae.decode(part) for part in z.split(4)]))
                     bar.update(len(some))

@@ -7,10 +7,9 @@ equal the base model's, bit for bit; the experiment stops if they do not.
 """
 
 import torch
-from torch import Tensor
 
-from experiments.lab import BASE_ADAPTER, Lab, Variant, arguments
-from ipadapter import ImagePrompt, Prompt
+from experiments.lab import BASE_ADAPTER, Lab, Variant, arguments, decoupled
+from ipadapter import Prompt
 from weights import load_adapter
 
 
@@ -18,14 +17,9 @@ def main() -> None:
     lab = Lab(arguments(__doc__))
     texts = [lab.captions[(i + 1) % len(lab.captions)] for i in range(len(lab.captions))]
     unet, adapter = lab.base.unet(), load_adapter(BASE_ADAPTER)
-    adapter.attach(unet)
     rows, columns = {}, {}
     for scale in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-
-        def prompt(text: Tensor, tokens: Tensor, scale: float = scale) -> Prompt:
-            return Prompt(text, (ImagePrompt(tokens, scale),))
-
-        variant = Variant(f"scale {scale:g}", unet, adapter.image_proj, prompt)
+        variant = Variant(f"scale {scale:g}", unet, adapter.image_proj, decoupled(adapter, scale))
         y = lab.pictures(variant, texts)
         if scale == 0:
             base = Variant("base", lab.base.unet(), adapter.image_proj, lambda text, tokens: Prompt(text))

@@ -1,68 +1,250 @@
-"""Picture files: opening any kind as RGB, and writing PNGs that are whole or absent."""
+"""Picture files: opening any kind as RGB, and writing PNG, JPEG and WebP with the settings that made them."""
 
+import io
 import json
+import math
 import os
-import struct
+import re
+import stat
+import warnings
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from files.errors import UserError
+from files.colours import deep, inks, levels_of, srgb, to_rgb
+from files.errors import Notice, UserError
 from files.whole import whole
+
+# Those that are read: not EPS, for which Pillow runs a program, nor what it knows by name alone (HDF5, MPEG, ...).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO")
+FORMATS += ("ICNS", "PSD", "QOI", "DDS", "PCX", "SGI", "SUN", "XBM", "XPM")
+HEIF = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1|avif|avis)", re.DOTALL)
+LARGE = 1 << 26  # pixels; what has more is brought down to this many while it is read
+LARGEST_JPEG = 1 << 28  # pixels; it is made smaller before it is decoded
+MOST = 1 << 30  # bytes taken from a pipe
+END = b"\xff\xd9"  # of a JPEG
+MISSING = 0.2  # share of a picture that may be missing below
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+WRITTEN = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"},
+    ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"},
+    ".webp": {"format": "WEBP", "lossless": True},
+}
+KEY = "ipadapter"  # under which a picture holds its settings
+LONGEST = 65_000  # bytes; a JPEG's EXIF has no room for more
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags and large sizes, which are dealt with here
 
 
 class PictureError(UserError):
     """A picture that cannot be used; the message is one line that names the file."""
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """Open a picture file as RGB: first frame, upright by EXIF, transparency on white, 16 bits brought to 8.
+class PictureWarning(Notice):
+    """A picture that is used though something is wrong with it; the message is one line that names the file."""
+
+
+def open_picture(source: str | Path | BinaryIO) -> Image.Image:
+    """Open a picture as RGB in sRGB: first frame, upright by EXIF, transparency on white, deep greys brought to 8 bits.
+
+    A picture of more than 67 million pixels is brought down to fewer. A JPEG that lacks its end, and one whose colour
+    profile is damaged, are read with a PictureWarning.
+
+    Args:
+        source: a file, or a binary stream (standard input, a pipe), which is read to its end.
 
     Raises:
-        PictureError: the file is missing, empty, cut short, or no picture.
+        PictureError: missing, empty, cut short, or no picture.
     """
-    path = Path(path)
-    if not os.path.isfile(path):  # unlike Path.is_file, no error for names that no file can have
-        raise PictureError(f"{path}: {'a folder, not a picture' if os.path.isdir(path) else 'no such picture'}")
-    if path.stat().st_size == 0:
-        raise PictureError(f"{path}: the file is empty")
-    return read_picture(path, path)
+    if not isinstance(source, (str, os.PathLike)):
+        name = str(getattr(source, "name", "the picture")).replace("<stdin>", "standard input")
+        return read_picture(from_pipe(source), name, mend=True)
+    if re.match(r"\w\w+:/", str(source)):
+        raise PictureError(f"{source}: a URL, not a file; download the picture first")
+    if os.path.isdir(source):
+        raise PictureError(f"{source}: a folder, not a picture")
+    try:
+        with open(source, "rb") as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            return read_picture(file if regular else from_pipe(file), source, mend=True)
+    except FileNotFoundError:
+        raise PictureError(f"{source}: no such picture") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error  # ValueError: a name that no file can have
+        raise PictureError(f"{source}: cannot be read ({reason})") from None
 
 
-def read_picture(source: Path | BinaryIO, name: str | Path) -> Image.Image:
+def from_pipe(stream: BinaryIO) -> BinaryIO:
+    return io.BytesIO(stream.read(MOST))
+
+
+def read_picture(source: BinaryIO, name: str | Path, mend: bool = False) -> Image.Image:
     """Read a picture as RGB, as `open_picture` does, from a file or from bytes that errors call `name`.
+
+    Args:
+        mend: take a JPEG that lacks at most a fifth of its rows, with a PictureWarning; else it is cut short.
 
     Raises:
         PictureError: the bytes are cut short, or no picture.
     """
     try:
-        with Image.open(source) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+        if not source.seek(0, io.SEEK_END):
+            raise PictureError(f"{name}: the file is empty")
+        with decoded(source, name, mend) as image:
+            turn = UPRIGHT.get(orientation(image))
+            check_profile(image, name)
+            image = small_rgb(image)
+        return image.transpose(turn) if turn is not None else image
+    except (PictureError, PictureWarning):
+        raise
     except Image.DecompressionBombError:
         raise PictureError(f"{name}: too large, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
+    except MemoryError:
+        raise PictureError(f"{name}: too large for the memory here") from None
     except Image.UnidentifiedImageError:
-        raise PictureError(
-            f"{name}: not a picture that Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"
-        ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
-        raise PictureError(f"{name}: the picture is damaged or cut short ({error})") from None
+        raise PictureError(f"{name}: {unknown(source)}") from None
+    except Exception as error:  # noqa: BLE001, on damaged bytes Pillow's many readers raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PictureError(f"{name}: the picture is damaged or cut short ({reason})") from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to 8-bit RGB, with transparency laid on white."""
-    if image.mode.startswith(("I", "F")):  # 16-bit and wider grey: Pillow would clip, not scale
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
-        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def decoded(source: BinaryIO, name: str | Path, mend: bool) -> Image.Image:
+    """The picture as it is stored, in any mode; a JPEG that lacks its end is mended if that is wanted."""
+    image = opened(source)
+    try:
+        image.load()
+    except OSError:
+        if not mend or image.format not in ("JPEG", "MPO"):
+            raise
+        image = mended(source)
+        missing = grey_rows(image) / image.height
+        if missing > MISSING:
+            raise PictureError(f"{name}: damaged or cut short (the lower {missing:.0%} of it is missing)") from None
+        lost = f"the lower {missing:.1%} of it is missing" if missing else "its end is missing"
+        blurred = ", and with that detail" if image.info.get("progressive") else ""
+        warnings.warn(f"{name}: cut short, {lost}{blurred}", PictureWarning, stacklevel=2)
+    return image
+
+
+def mended(source: BinaryIO) -> Image.Image:
+    """A JPEG with a mark where its end should be: what was behind that is mid-grey."""
+    source.seek(0)
+    content = source.read()
+    try:
+        image = opened(io.BytesIO(content + END))
+        image.load()
+    except OSError:  # cut in the midst of a table, which would take the mark for more of its own
+        image = opened(io.BytesIO(content[: content.rfind(b"\xff")] + END))
+        image.load()
+    return image
+
+
+def opened(source: BinaryIO) -> Image.Image:
+    """The picture before it is decoded; a large JPEG will be decoded at a fraction of its size."""
+    source.seek(0)
+    if HEIF.match(source.read(12)) and "HEIF" not in Image.OPEN and find_spec("pillow_heif"):
+        with suppress(ImportError):  # installed, and not for this machine
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener()
+    Image.init()
+    try:
+        image = Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+    except Image.DecompressionBombError:
+        source.seek(0)
+        if source.read(3) != b"\xff\xd8\xff":
+            raise
+        source.seek(0)
+        image = JpegImageFile(source)
+        if image.width * image.height > LARGEST_JPEG:
+            raise
+    image.draft(None, [max(1, side // factor(image)) for side in image.size])
+    return image
+
+
+def factor(image: Image.Image) -> int:
+    """By which both sides of a large picture are divided."""
+    return math.ceil(math.sqrt(image.width * image.height / LARGE))
+
+
+def grey_rows(image: Image.Image) -> int:
+    """How many rows at the bottom of a JPEG were not in the file: those are mid-grey in every channel."""
+    rows = np.asarray(image).reshape(image.height, -1)
+    told = (rows.min(1) < 127) | (rows.max(1) > 128)
+    return int(told[::-1].argmax()) if told.any() else image.height
+
+
+def orientation(image: Image.Image) -> int | None:
+    """As EXIF tells; None where it tells nothing that can be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001, Pillow wraps no error here
+        return None
+
+
+def check_profile(image: Image.Image, name: str | Path) -> None:
+    """Drop a colour profile that cannot be used: the picture is then taken for sRGB."""
+    try:
+        if profile := image.info.get("icc_profile"):
+            srgb(profile, inks(image))
+    except ImageCms.PyCMSError:
+        del image.info["icc_profile"]
+        warnings.warn(f"{name}: its colour profile cannot be used, taken for sRGB", PictureWarning, stacklevel=2)
+
+
+def small_rgb(image: Image.Image) -> Image.Image:
+    """As RGB; a large picture in bands of rows, each brought down at once, for the memory's sake."""
+    if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.SampleFormat) in (None, 1, (1,)):
+        image = unsigned(image)
+    by = factor(image)
+    if by == 1:
+        return to_rgb(image)
+    levels = levels_of(image) if deep(image) else None
+    small = Image.new("RGB", [math.ceil(side / by) for side in image.size])
+    rows = by * max(1, (1 << 22) // (by * image.width))
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+        small.paste(to_rgb(band, levels).reduce(by), (0, top // by))
+    return small
+
+
+def unsigned(image: Image.Image) -> Image.Image:
+    """Pillow takes 32 bits for signed, in which great values are below zero."""
+    values = np.asarray(image)
+    return Image.fromarray(values.view(np.uint32).astype(np.float32)) if values.min() < 0 else image
+
+
+def unknown(source: BinaryIO) -> str:
+    """What to tell of bytes that Pillow does not take for a picture."""
+    source.seek(0)
+    start = source.read(12)
+    if found := HEIF.match(start):
+        if b"avi" in found[1] and "AVIF" not in Image.OPEN:
+            return "an AVIF picture, which Pillow reads from 11.3 on: pip install -U pillow, or convert it to JPEG"
+        if "HEIF" not in Image.OPEN:
+            return "a HEIC picture: pip install pillow-heif, or convert it to JPEG"
+        return "the picture is damaged or cut short"
+    if start[:4] in (b"II*\0", b"MM\0*"):
+        return "a TIFF of a kind that Pillow cannot read (floating-point colours?); save it with 8 or 16 bits a channel"
+    return "not a picture that Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
@@ -71,13 +253,58 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in pixels]
 
 
-def save_png(image: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write a PNG, whole or not at all.
+def save_picture(image: Image.Image, path: Path, settings: dict | None = None) -> None:
+    """Write a .png, .jpg, .jpeg or .webp, whole or not at all; the settings go into it as JSON.
 
-    The settings go into the PNG's text as JSON, under the key `ipadapter`.
+    Where they stand: in a PNG as text (iTXt) under the key `ipadapter`; in JPEG and WebP in EXIF's UserComment, as
+    {"ipadapter": settings} in ASCII. `read_settings` reads both.
+
+    Raises:
+        PictureError: a name that ends otherwise, or a picture larger than its format holds.
     """
-    info = PngInfo()
-    if settings is not None:
-        info.add_itxt("ipadapter", json.dumps(settings))
+    if path.suffix.lower() not in WRITTEN:
+        raise PictureError(f"{path}: a name that ends in {', '.join(WRITTEN)} is wanted")
+    how = dict(WRITTEN[path.suffix.lower()])
+    if max(image.size) > (most := {"PNG": 1 << 31, "JPEG": 65500, "WEBP": 16383}[how["format"]]):
+        raise PictureError(
+            f"{path}: {image.width}x{image.height} pixels; {how['format']} holds {most} a side, .png more"
+        )
+    if settings is not None and how["format"] == "PNG":
+        how["pnginfo"] = PngInfo()
+        how["pnginfo"].add_itxt(KEY, json.dumps(settings))
+    elif settings is not None:
+        comment = b"ASCII\0\0\0" + json.dumps({KEY: settings}).encode()
+        if how["format"] == "WEBP" or len(comment) <= LONGEST:
+            how["exif"] = Image.Exif()
+            how["exif"].get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        else:
+            warnings.warn(
+                f"{path}: the settings are too long for a JPEG, and left out; a .png holds them", PictureWarning, 2
+            )
     with whole(path) as part:
-        image.save(part, format="PNG", pnginfo=info)
+        image.save(part, **how)
+
+
+save_png = save_picture
+
+
+def read_settings(path: str | Path) -> dict | None:
+    """The settings that `save_picture` wrote into a picture; None if it has none that can be read.
+
+    Raises:
+        PictureError: missing, not readable, or no picture.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as image:
+            try:
+                if image.format == "PNG":
+                    found = json.loads(image.text[KEY])
+                else:
+                    comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+                    found = json.loads(comment.removeprefix(b"ASCII\0\0\0"))[KEY]
+            except Exception:  # noqa: BLE001, none at all, damaged, or another program's
+                return None
+    except OSError as error:
+        reason = error.strerror or "not a PNG, JPEG or WebP picture"
+        raise PictureError(f"{path}: cannot be read ({reason})") from None
+    return found if isinstance(found, dict) else None

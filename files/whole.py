@@ -18,6 +18,7 @@ from files.tensors import State, WeightsError
 
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
+NAME = 143  # bytes that a file name may have on every file system
 
 
 def write(path: Path, state: State, notes: dict | None = None) -> None:
@@ -42,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name to write to; then the content is made sure of on disk and gets its own name."""
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")  # others may write the same file
+    part = part_name(path)
     try:
         yield part
         os.chmod(part, 0o666 & ~UMASK)  # safetensors writes files that their owner alone may read
@@ -54,6 +55,15 @@ def whole(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_name(path: Path) -> Path:
+    """A name beside that of the file, of this process alone: others may write the same file."""
+    ours = f"{socket.gethostname()}.{os.getpid()}.part"
+    name = f"{path.name}.{ours}"
+    if len(os.fsencode(name)) > NAME:
+        name = f"{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.{ours}"
+    return path.with_name(name)
 
 
 def read_checked(path: Path) -> tuple[State, dict]:

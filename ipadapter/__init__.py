@@ -1,8 +1,9 @@
 """IP-Adapter: image prompts through decoupled cross-attention (arXiv 2308.06721)."""
 
 from ipadapter.adapter import IPAdapter
-from ipadapter.attention import DecoupledCrossAttention, ImagePrompt, Prompt
+from ipadapter.attention import DecoupledCrossAttention, heard, number
 from ipadapter.projection import FacePlusProjection, FaceProjection, ImageProjection, PatchProjection, Resampler
+from ipadapter.prompt import ImagePrompt, Prompt
 
 __all__ = [
     "DecoupledCrossAttention",
@@ -14,4 +15,6 @@ __all__ = [
     "PatchProjection",
     "Prompt",
     "Resampler",
+    "heard",
+    "number",
 ]

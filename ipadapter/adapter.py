@@ -4,22 +4,26 @@ Its `state_dict` has exactly the keys of the released files: `image_proj.*` and
 `ip_adapter.{1,3,5,...}.to_{k,v}_ip.weight`; FaceID adapters also have `ip_adapter.{0,1,2,...}.to_{q,k,v,out}_lora.*`.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from ipadapter.attention import DecoupledCrossAttention, ImageKeyValue
+from ipadapter.attention import DecoupledCrossAttention
+from ipadapter.low_rank import LowRank, merge
 from ipadapter.projection import FacePlusProjection, FaceProjection, ImageProjection, PatchProjection, Resampler
+from ipadapter.prompt import ImagePrompt, Scale
 
 Projection = ImageProjection | PatchProjection | Resampler | FaceProjection | FacePlusProjection
 
 
 class IPAdapter(nn.Module):
-    """Image prompts for a UNet whose cross-attention layers are `DecoupledCrossAttention`.
+    """Image prompts for a backbone whose cross-attention layers hear them (`attention.heard`).
 
     Args:
         image_proj: `ImageProjection` (the base and light adapters), `Resampler` (plus), `PatchProjection` (full-face),
             `FaceProjection` (FaceID, portrait) or `FacePlusProjection` (FaceID-plus).
-        shapes: (dim, context_dim) of each cross-attention layer, in the order of `UNet.cross_attentions`.
+        shapes: (dim, context_dim) of each cross-attention layer, in the order in which they were numbered.
         lora_rank: of the changes to the UNet's own attention that FaceID adapters bring along (128); 0: none.
     """
 
@@ -33,7 +37,6 @@ class IPAdapter(nn.Module):
                 self.ip_adapter[str(2 * i + 1)] = FaceKeyValue(dim, context_dim, lora_rank)
             else:
                 self.ip_adapter[str(2 * i + 1)] = ImageKeyValue(dim, context_dim)
-        self.replaced: list[tuple[nn.Linear, nn.Parameter, nn.Parameter]] = []  # layer, its weight before and after
 
     @classmethod
     def for_unet(cls, unet: nn.Module, image_proj: Projection) -> "IPAdapter":
@@ -49,41 +52,19 @@ class IPAdapter(nn.Module):
         """One for each cross-attention layer."""
         return [layer for number, layer in self.ip_adapter.items() if int(number) % 2]
 
-    def attach(self, unet: nn.Module, removable: bool = True) -> int:
-        """Lend the layers their W_k' and W_v'; returns the number to put into `ImagePrompt.adapter`.
-
-        A FaceID adapter's LoRA is merged into the UNet, at no cost per step. What it replaces is kept, so that `detach`
-        can put it back, unless the UNet is not to be had back.
-        """
-        layers = list(unet.cross_attentions())
-        for layer, ip in zip(layers, self.key_values(), strict=True):
-            layer.adapters.append(ip)
-        if self.lora_rank:
-            for layer, lora in zip(unet.attentions(), self.ip_adapter.values(), strict=True):
-                replaced = lora.merge(layer)
-                self.replaced += replaced if removable else []
-        return len(layers[0].adapters) - 1
-
-    def detach(self, unet: nn.Module) -> None:
-        """Take them back; the UNet is then what it was. Of two adapters with LoRAs the last one comes off first.
-
-        Raises:
-            RuntimeError: another LoRA has been merged since.
-        """
-        if any(layer.weight is not after for layer, _, after in self.replaced):
-            raise RuntimeError("another LoRA was merged after this adapter's; detach that one first")
-        for layer, before, _ in self.replaced:
-            layer.weight = before
-        self.replaced = []
-        for layer, ip in zip(unet.cross_attentions(), self.key_values(), strict=True):
-            layer.adapters.remove(ip)
-
-    def tokens(self, clip_image: nn.Module | None, pixels: Tensor | None, faces: Tensor | None = None) -> Tensor:
+    def tokens(
+        self,
+        clip_image: nn.Module | None,
+        pixels: Tensor | None,
+        faces: Tensor | None = None,
+        structure_scale: float | None = None,
+    ) -> Tensor:
         """Tokens of one image prompt made of one or more pictures, or faces.
 
         Args:
             clip_image, pixels: the image tower and (pictures, 3, 224, 224), preprocessed; FaceID does without.
             faces: (pictures, 512), the face embeddings that FaceID adapters read; other adapters do without.
+            structure_scale: asks for version 2 of FaceID-plus, as in `FacePlusProjection`.
 
         Returns:
             (1, pictures * num_tokens, context_dim)
@@ -91,18 +72,50 @@ class IPAdapter(nn.Module):
         features = [faces] if self.image_proj.faces else []
         if self.reads_clip:
             features.append(image_features(clip_image, pixels, self.image_proj.patches))
-        return self.project(features)
+        return self.project(features, structure_scale)
 
-    def null_tokens(self, clip_image: nn.Module | None, pixels: Tensor | None, faces: Tensor | None = None) -> Tensor:
-        """Tokens of the absent image prompt, same shape as `tokens(clip_image, pixels, faces)`."""
+    def null_tokens(
+        self,
+        clip_image: nn.Module | None,
+        pixels: Tensor | None,
+        faces: Tensor | None = None,
+        structure_scale: float | None = None,
+    ) -> Tensor:
+        """Tokens of the absent image prompt, same arguments and shape as `tokens`."""
         features = [torch.zeros_like(faces)] if self.image_proj.faces else []
         if self.reads_clip:
             features.append(null_features(clip_image, pixels, self.image_proj.patches))
-        return self.project(features)
+        return self.project(features, structure_scale)
 
-    def project(self, features: list[Tensor]) -> Tensor:
+    def project(self, features: list[Tensor], structure_scale: float | None = None) -> Tensor:
         """What the image projection reads, a row for each picture -> all pictures' tokens side by side."""
-        return self.image_proj(*(x.to(self.dtype) for x in features)).flatten(0, 1)[None]
+        if structure_scale is not None and not isinstance(self.image_proj, FacePlusProjection):
+            raise ValueError("`structure_scale` is for FaceID-plus adapters; this adapter is another kind")
+        version_2 = {} if structure_scale is None else {"structure_scale": structure_scale}
+        return self.image_proj(*(x.to(self.dtype) for x in features), **version_2).flatten(0, 1)[None]
+
+    def prompt(self, tokens: Tensor, scale: Scale | Sequence[Scale] = 1.0, mask: Tensor | None = None) -> ImagePrompt:
+        """What every cross-attention layer is told of tokens (batch, num_tokens, context_dim): once, for all steps.
+
+        Args:
+            scale, mask: as in `ImagePrompt`.
+        """
+        return ImagePrompt([(ip.to_k_ip(tokens), ip.to_v_ip(tokens)) for ip in self.key_values()], scale, mask)
+
+    def merge(self, unet: nn.Module, keep: bool = True) -> Callable[[], None]:
+        """Add to a UNet what a FaceID adapter changes in its attention; other adapters change nothing.
+
+        Args:
+            keep: as in `low_rank.merge`: False merges for good.
+
+        Returns:
+            A function that takes the changes out again.
+        """
+        changes, names = {}, {module: name for name, module in unet.named_modules()}
+        if self.lora_rank:
+            for attention, lora in zip(unet.attentions(), self.ip_adapter.values(), strict=True):
+                changes |= {f"{names[attention]}.{key}.weight": [(1.0, w)] for key, w in lora.changes().items()}
+        return merge(unet, changes, keep)
 
     @property
     def reads_clip(self) -> bool:
@@ -114,8 +127,17 @@ class IPAdapter(nn.Module):
         return next(self.image_proj.parameters()).dtype
 
 
-class LowRank(nn.Module):
-    """A change of a matrix, as the product of a tall and a wide one (LoRA, arXiv 2106.09685)."""
+class ImageKeyValue(nn.Module):
+    """W_k' and W_v' of one cross-attention layer: all that the adapter adds to the UNet."""
+
+    def __init__(self, dim: int, context_dim: int):
+        super().__init__()
+        self.to_k_ip = nn.Linear(context_dim, dim, bias=False)
+        self.to_v_ip = nn.Linear(context_dim, dim, bias=False)
+
+
+class LoRALinear(nn.Module):
+    """The two factors of the change of a matrix, under their published names."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
@@ -128,26 +150,15 @@ class AttentionLoRA(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, rank: int):
         super().__init__()
-        self.to_q_lora = LowRank(dim, dim, rank)
-        self.to_k_lora = LowRank(context_dim, dim, rank)
-        self.to_v_lora = LowRank(context_dim, dim, rank)
-        self.to_out_lora = LowRank(dim, dim, rank)
+        self.to_q_lora = LoRALinear(dim, dim, rank)
+        self.to_k_lora = LoRALinear(context_dim, dim, rank)
+        self.to_v_lora = LoRALinear(context_dim, dim, rank)
+        self.to_out_lora = LoRALinear(dim, dim, rank)
 
-    @torch.no_grad()
-    def merge(self, attention: nn.Module) -> list[tuple[nn.Linear, nn.Parameter, nn.Parameter]]:
-        """Add the changes to the layer; returns each Linear with its weight before and after."""
-        replaced = []
-        for linear, lora in (
-            (attention.to_q, self.to_q_lora),
-            (attention.to_k, self.to_k_lora),
-            (attention.to_v, self.to_v_lora),
-            (attention.to_out[0], self.to_out_lora),
-        ):
-            before = linear.weight
-            change = lora.up.weight.float() @ lora.down.weight.float()
-            linear.weight = nn.Parameter((before.float() + change).to(before.dtype), requires_grad=False)
-            replaced.append((linear, before, linear.weight))
-        return replaced
+    def changes(self) -> dict[str, LowRank]:
+        """By the layer that is changed."""
+        loras = {"to_q": self.to_q_lora, "to_k": self.to_k_lora, "to_v": self.to_v_lora, "to_out.0": self.to_out_lora}
+        return {key: LowRank(lora.down.weight.detach(), lora.up.weight.detach()) for key, lora in loras.items()}
 
 
 class FaceKeyValue(AttentionLoRA):

@@ -7,73 +7,23 @@ K = text W_k,    V = text W_v       the text prompt, frozen weights of the base 
 K' = image W_k', V' = image W_v'    the image prompt, the adapter's own weights
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-
-@dataclass(frozen=True)
-class ImagePrompt:
-    """One image prompt: what it says, how loudly, and where."""
-
-    tokens: Tensor  # (batch, num_tokens, context_dim), out of an image projection
-    scale: float | Sequence[float] = (
-        1.0  # one number, or one per cross-attention layer in the order of the adapter's keys
-    )
-    mask: Tensor | None = (
-        None  # (1 or batch, 1, H, W) in [0, 1] at any resolution: where the prompt acts; None: everywhere
-    )
-    adapter: int = 0  # which of the attached adapters reads the tokens, in the order of `IPAdapter.attach`
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """All that conditions a denoising step. It passes through the UNet untouched; cross-attention reads it."""
-
-    text: Tensor  # (batch, 77, context_dim), out of the text tower
-    images: tuple[ImagePrompt, ...] = ()
-    vector: Tensor | None = None  # (batch, vector_dim), for bases with a `label_emb` (SDXL); None for SD 1.x
-
-    @staticmethod
-    def cat(prompts: Sequence["Prompt"]) -> "Prompt":
-        """Stack prompts of one structure along the batch, for example the unconditional one and the conditional one."""
-        first = prompts[0]
-        images = tuple(
-            ImagePrompt(torch.cat([image.tokens for image in row]), row[-1].scale, _cat_masks(row), row[-1].adapter)
-            for row in zip(*(prompt.images for prompt in prompts), strict=True)
-        )
-        vector = None if first.vector is None else torch.cat([prompt.vector for prompt in prompts])
-        return Prompt(torch.cat([prompt.text for prompt in prompts]), images, vector)
-
-
-def _cat_masks(row: Sequence[ImagePrompt]) -> Tensor | None:
-    """One mask serves all rows when it is shared; masks of several rows are stacked."""
-    masks = [image.mask for image in row]
-    if any(mask is None for mask in masks) or all(mask is masks[0] and len(mask) == 1 for mask in masks):
-        return masks[-1]
-    return torch.cat([mask.expand(len(image.tokens), -1, -1, -1) for mask, image in zip(masks, row, strict=True)])
-
-
-class ImageKeyValue(nn.Module):
-    """W_k' and W_v' of one cross-attention layer: all that the adapter adds to the UNet."""
-
-    def __init__(self, dim: int, context_dim: int):
-        super().__init__()
-        self.to_k_ip = nn.Linear(context_dim, dim, bias=False)
-        self.to_v_ip = nn.Linear(context_dim, dim, bias=False)
+from ipadapter.prompt import ImagePrompt, Prompt
 
 
 class DecoupledCrossAttention(nn.Module):
-    """The cross-attention of a transformer block (`attn2`), with a second pair of keys and values for image prompts.
+    """The cross-attention of a transformer block (`attn2`), which hears image prompts beside the text.
 
     Args:
         dim: channels of x; heads * head_dim is the inner width.
         context_dim: channels of text and image tokens (768 in SD 1.x).
     """
+
+    layer: int | None = None  # its place in the order of an adapter's keys, told by `number`
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -82,25 +32,13 @@ class DecoupledCrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, heads * head_dim, bias=False)
         self.to_v = nn.Linear(context_dim, heads * head_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(heads * head_dim, dim))
-        # A plain list, so that these weights stay the adapters' own: the UNet's state_dict is the base model's, always.
-        self.adapters: list[ImageKeyValue] = []
-        self.layer = 0  # this layer's place in the order of the adapter's keys, set by the UNet
 
-    def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
-        """x (batch, H*W, dim) -> (batch, H*W, dim)."""
-        q = self.split(self.to_q(x))
-        k, v = self.split(self.to_k(prompt.text)), self.split(self.to_v(prompt.text))
-        z = scaled_dot_product_attention(q, k, v)
-        for image in prompt.images:
-            scale = image.scale if isinstance(image.scale, int | float) else image.scale[self.layer]
-            if scale == 0:  # the base model, bit for bit
-                continue
-            ip = self.adapters[image.adapter]
-            k, v = self.split(ip.to_k_ip(image.tokens)), self.split(ip.to_v_ip(image.tokens))
-            z_image = scaled_dot_product_attention(q, k, v)
-            if image.mask is not None:
-                z_image = z_image * mask_per_query(image.mask, x.shape[1]).to(x.dtype)
-            z = z + scale * z_image
+    def forward(self, x: Tensor, prompt: Prompt, grid: tuple[int, int] | None = None) -> Tensor:
+        """x (batch, H*W, dim), grid (H, W), which masks need -> (batch, H*W, dim)."""
+        q, k, v = self.split(self.to_q(x)), self.to_k(prompt.text), self.to_v(prompt.text)
+        z = scaled_dot_product_attention(q, self.split(k), self.split(v))
+        for k, v, gain in heard(prompt.images, self.layer, grid):
+            z = z + gain * scaled_dot_product_attention(q, self.split(k), self.split(v))
         return self.to_out(z.transpose(1, 2).flatten(2))
 
     def split(self, x: Tensor) -> Tensor:
@@ -108,9 +46,46 @@ class DecoupledCrossAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def mask_per_query(mask: Tensor, queries: int) -> Tensor:
-    """Shrink a mask (batch, 1, H, W) to the grid that has this many positions: (batch, 1, queries, 1)."""
-    grids = (rows for rows in range(1, queries + 1) if queries % rows == 0)  # levels of an odd latent round up
-    height = min(grids, key=lambda rows: abs(math.log(rows**2 * mask.shape[3] / (queries * mask.shape[2]))))
-    small = interpolate(mask.float(), size=(height, queries // height), mode="bicubic")
-    return small.flatten(2).unsqueeze(-1)
+def heard(
+    images: Sequence[ImagePrompt], layer: int | None, grid: tuple[int, int] | None = None
+) -> Iterator[tuple[Tensor, Tensor, float | Tensor]]:
+    """What one cross-attention layer hears of the image prompts; silent ones (scale 0) are left out.
+
+    Args:
+        layer: the number of the layer.
+        grid: (rows, columns) of the feature map, whose positions ask row by row; only masks need it.
+
+    Yields:
+        K' and V', (batch, num_tokens, heads * head_dim), and what their attention is multiplied by: the scale, or
+        scale times mask as (1 or batch, 1, 1 or positions, 1).
+
+    Raises:
+        ValueError: a layer without a number, or of a backbone with more layers than the prompt has; a mask and no grid.
+    """
+    for image in images:
+        if layer is None or layer >= len(image.key_values):
+            raise ValueError(
+                f"an image prompt for {len(image.key_values)} layers meets layer {layer}: "
+                "`number` the backbone's cross-attentions, as many as the adapter has"
+            )
+        gain = image.scale[layer] if isinstance(image.scale, Sequence) else image.scale
+        if isinstance(gain, Tensor):  # one for each row
+            gain = gain.to(image.key_values[layer][0]).view(-1, 1, 1, 1)
+        elif gain == 0:  # the base model, bit for bit
+            continue
+        if image.mask is not None:
+            gain = gain * mask_per_query(image.mask, grid).to(image.key_values[layer][0])
+        yield *image.key_values[layer], gain
+
+
+def mask_per_query(mask: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """Shrink a mask (batch, 1, H, W) to the positions of a feature map: (batch, 1, rows * columns, 1)."""
+    if grid is None:
+        raise ValueError("an image prompt with a mask: the attention must be told the `grid` of its feature map")
+    return interpolate(mask.float(), size=grid, mode="bicubic").flatten(2).unsqueeze(-1)
+
+
+def number(layers: Iterable[nn.Module]) -> None:
+    """Tell the cross-attention layers of a backbone their places, 0, 1, ..., in the order of an adapter's keys."""
+    for i, layer in enumerate(layers):
+        layer.layer = i

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from ipadapter.adapter import IPAdapter
-from ipadapter.attention import ImagePrompt, Prompt
+from ipadapter.prompt import Prompt
 
 
 def drops(u: Tensor, text: float = 0.05, image: float = 0.05, both: float = 0.05) -> tuple[Tensor, Tensor]:
@@ -19,16 +19,16 @@ def drops(u: Tensor, text: float = 0.05, image: float = 0.05, both: float = 0.05
 
 
 def adapter_loss(
-    unet: nn.Module, noisy: Tensor, noise: Tensor, t: Tensor, text: Tensor, tokens: Tensor, weight: Tensor | float = 1.0
+    unet: nn.Module, noisy: Tensor, noise: Tensor, t: Tensor, prompt: Prompt, weight: Tensor | float = 1.0
 ) -> Tensor:
     """Mean squared error of the predicted noise, the one term of the paper's objective (equation 6).
 
     Args:
         noisy, noise: (batch, 4, H/8, W/8); t: (batch,) in 0..999.
-        text: (batch, 77, context_dim); tokens: (batch, num_tokens, context_dim) of the adapter attached to the UNet.
+        prompt: the samples' texts and image prompts, those as `IPAdapter.prompt` makes them.
         weight: of each sample, (batch,); in the paper they are all 1.
     """
-    return noise_loss(unet(noisy, t, Prompt(text, (ImagePrompt(tokens),))), noise, weight)
+    return noise_loss(unet(noisy, t, prompt), noise, weight)
 
 
 def noise_loss(eps: Tensor, noise: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -54,7 +54,7 @@ class Objective(nn.Module):
     def forward(
         self, noisy: Tensor, noise: Tensor, t: Tensor, text: Tensor, image: Tensor, weight: Tensor | float = 1.0
     ) -> Tensor:
-        """As `adapter_loss`, with CLIP features of the image prompts (batch, ...) instead of tokens."""
+        """As `adapter_loss`; text (batch, 77, context_dim), image: CLIP features of the image prompts (batch, ...)."""
         tokens = self.adapter.image_proj(image.float())
         with torch.autocast(noisy.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return adapter_loss(self.frozen[0], noisy, noise, t, text, tokens, weight)
+            return adapter_loss(self.frozen[0], noisy, noise, t, Prompt(text, (self.adapter.prompt(tokens),)), weight)

@@ -143,9 +143,7 @@ class FaceProjection(nn.Module):
 class FacePlusProjection(FaceProjection):
     """FaceID-plus: the tokens of the face embedding go on to read the patches of a picture of the face.
 
-    `ProjPlusModel` of the official ip_adapter_faceid.py. Versions 1 and 2 have the same tensors and differ in
-    `structure_scale`: None is version 1; in version 2 what the patches say is added to the face's own tokens, with
-    this weight.
+    `ProjPlusModel` of the official ip_adapter_faceid.py. Versions 1 and 2 have the same tensors; no file tells which it is.
     """
 
     patches, faces = True, True
@@ -153,14 +151,17 @@ class FacePlusProjection(FaceProjection):
     def __init__(self, face_dim: int, feature_dim: int, depth: int, heads: int, num_tokens: int, context_dim: int):
         super().__init__(face_dim, context_dim, num_tokens)
         self.feature_dim = feature_dim
-        self.structure_scale: float | None = None
         self.perceiver_resampler = Perceiver(feature_dim, context_dim, depth, heads, context_dim)
 
-    def forward(self, faces: Tensor, features: Tensor) -> Tensor:
-        """faces (batch, face_dim), features (batch, 1 + patches, feature_dim) -> (batch, num_tokens, context_dim)."""
+    def forward(self, faces: Tensor, features: Tensor, structure_scale: float | None = None) -> Tensor:
+        """faces (batch, face_dim), features (batch, 1 + patches, feature_dim) -> (batch, num_tokens, context_dim).
+
+        structure_scale: None is version 1; in version 2 what the patches say is added to the face's own tokens, with
+        this weight.
+        """
         tokens = super().forward(faces)
         out = self.perceiver_resampler.read(tokens, features)
-        return out if self.structure_scale is None else tokens + self.structure_scale * out
+        return out if structure_scale is None else tokens + structure_scale * out
 
 
 def feed_forward(dim: int) -> nn.Sequential:

@@ -1,58 +1,89 @@
 """From noise to latents: the noise schedule, guidance, and six samplers that are called alike."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sampler.ddim import ddim
-from sampler.dpm_solver import dpmpp_2m
-from sampler.euler import euler, euler_ancestral
-from sampler.guidance import Eps, guided
-from sampler.lcm import lcm
-from sampler.schedule import add_noise, alphas_cumprod, noise, noise_and_generators, v_weight
-from sampler.unipc import unipc
+from sampler.ddim import ddim, ddim_levels
+from sampler.dpm_solver import dpmpp_2m, karras_levels
+from sampler.euler import euler, euler_ancestral, euler_levels, euler_start
+from sampler.guidance import Predict, guided
+from sampler.lcm import lcm, lcm_levels
+from sampler.noise import noise, noise_and_generators
+from sampler.schedule import SD, Level, Schedule, add_noise, v_weight
+from sampler.unipc import unipc, unipc_levels
 
 
-class Sampler(Protocol):
+class Run(Protocol):
     """Denoise x step by step, yielding the latents after each step (the last ones are the result).
 
-    All equal diffusers' schedulers of that name, step by step, given Stable Diffusion's settings: scaled-linear betas,
-    steps_offset 1, timestep_spacing "leading", and "linspace" for "unipc". (SDXL's scheduler file names "leading"; 1.5's
-    names none, and there diffusers takes "linspace" for Euler too. "dpm++" and "lcm" are the same either way.)
-
     Args:
-        eps: the noise prediction, eps(x, t), as `guided` makes it.
-        x: pure noise, (batch, 4, H/8, W/8) fp32, of unit variance, as is all that is yielded on the way.
-        steps: how many, 1 to `MAX_STEPS`; ValueError outside.
+        predict: what the model believes, predict(x, level) -> (eps, x_0), as `guided` makes it.
+        x: the latents at levels[0], (batch, 4, H/8, W/8) fp32 of unit variance, as is all that is yielded on the way.
+        levels: the noise levels to visit, and last the one to end at; any part of what `Sampler.levels` gives.
         generators: one per picture, the source of new noise, so that a picture does not depend on the batch it is in;
             None: PyTorch's own generator. Deterministic samplers leave them alone.
     """
 
     def __call__(
-        self, eps: Eps, x: Tensor, steps: int, generators: Sequence[torch.Generator] | None = None
+        self,
+        predict: Predict,
+        x: Tensor,
+        levels: Sequence[Level],
+        generators: Sequence[torch.Generator] | None = None,
     ) -> Iterator[Tensor]: ...
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "ddim": ddim,
-    "euler": euler,
-    "euler-a": euler_ancestral,
-    "dpm++": dpmpp_2m,
-    "unipc": unipc,
-    "lcm": lcm,
+@dataclass(frozen=True)
+class Sampler:
+    """How to denoise, on which noise levels, and how much of it is usual.
+
+    All equal diffusers' schedulers of that name, step by step, given the same schedule. Where that names no spacing they
+    visit what Stable Diffusion's users are used to: "leading" from 1, and "linspace" for "unipc". (SDXL's scheduler file
+    names "leading"; 1.5's names none, and there diffusers takes "linspace" for Euler too.)
+    """
+
+    run: Run
+    visit: Callable[[Schedule, int], list[Level]]
+    steps: int = 50  # as many as usual
+    max_steps: int = 1000
+    guidance_scale: float = 7.5  # as large as usual
+    begin: Callable[[Tensor, Schedule, Level], Tensor] | None = None
+
+    def levels(self, schedule: Schedule, steps: int) -> list[Level]:
+        """steps + 1 noise levels, from noise to picture; ValueError unless steps is 1 to `max_steps`."""
+        if not 1 <= steps <= self.max_steps:
+            raise ValueError(f"`steps`: {steps} given, 1 to {self.max_steps} allowed")
+        return self.visit(schedule, steps)
+
+    def start(self, noise: Tensor, schedule: Schedule, level: Level) -> Tensor:
+        """The x that a picture begins with, at the first of its levels: the noise, or a little less of it."""
+        return self.begin(noise, schedule, level) if self.begin else noise
+
+
+SAMPLERS = {
+    "ddim": Sampler(ddim, ddim_levels),
+    "euler": Sampler(euler, euler_levels, begin=euler_start),
+    "euler-a": Sampler(euler_ancestral, euler_levels, begin=euler_start),
+    "dpm++": Sampler(dpmpp_2m, karras_levels, steps=20),
+    "unipc": Sampler(unipc, unipc_levels, steps=20, max_steps=998),
+    "lcm": Sampler(lcm, lcm_levels, steps=4, max_steps=50, guidance_scale=1.0),
 }
-MAX_STEPS = {"ddim": 1000, "euler": 1000, "euler-a": 1000, "dpm++": 1000, "unipc": 998, "lcm": 50}
 
 __all__ = [
-    "MAX_STEPS",
     "SAMPLERS",
-    "Eps",
+    "SD",
+    "Level",
+    "Predict",
+    "Run",
     "Sampler",
+    "Schedule",
     "add_noise",
-    "alphas_cumprod",
     "ddim",
+    "ddim_levels",
     "dpmpp_2m",
     "euler",
     "euler_ancestral",

@@ -1,35 +1,53 @@
 """DDIM (arXiv 2010.02502, equation 12)."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sampler.guidance import Eps
-from sampler.schedule import alphas_cumprod, noise_like, timesteps
+from sampler.guidance import Predict
+from sampler.noise import noise_like
+from sampler.schedule import STEPS, Level, Schedule, timesteps
 
 
 @torch.no_grad()
 def ddim(
-    eps: Eps, x: Tensor, steps: int, generators: Sequence[torch.Generator] | None = None, eta: float = 0.0
+    predict: Predict,
+    x: Tensor,
+    levels: Sequence[Level],
+    generators: Sequence[torch.Generator] | None = None,
+    eta: float = 0.0,
 ) -> Iterator[Tensor]:
     """Denoise x step by step, yielding the latents after each step (the last ones are the result).
 
     Args:
-        eps: the noise prediction, eps(x, t).
-        x: pure noise, (batch, 4, H/8, W/8) fp32.
-        steps: how many, 1 to 1000.
+        predict: what the model believes, predict(x, level) -> (eps, x_0), as `guided` makes it.
+        x: the latents at levels[0], (batch, 4, H/8, W/8) fp32 of unit variance; pure noise, to begin from nothing.
+        levels: the noise levels to visit, and last the one to end at, as `ddim_levels` gives them.
         generators: one per picture, source of the noise that eta adds.
         eta: 0 is deterministic; 1 adds as much new noise at each step as DDPM does.
     """
-    alphas = alphas_cumprod().tolist()
-    visit = timesteps(steps)
-    for t, t_prev in zip(visit, [*visit[1:], 0], strict=True):  # the last step ends at alphas_cumprod[0], not at 1
-        e = eps(x, torch.tensor(t, device=x.device))
-        alpha, alpha_prev = alphas[t], alphas[t_prev]
+    for level, after in pairwise(levels):
+        eps, x_0 = predict(x, level)
+        alpha, alpha_prev = level.alpha, (level.end or after).alpha
         sigma = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
-        x_0 = (x - (1 - alpha) ** 0.5 * e) / alpha**0.5
-        x = alpha_prev**0.5 * x_0 + (1 - alpha_prev - sigma**2) ** 0.5 * e
+        x = alpha_prev**0.5 * x_0 + (1 - alpha_prev - sigma**2) ** 0.5 * eps
         if sigma:
             x = x + sigma * noise_like(x, generators)
         yield x
+
+
+def ddim_levels(schedule: Schedule, steps: int) -> list[Level]:
+    """The last step ends at alphas_cumprod[0], not at 1 (unless `schedule.set_alpha_to_one`).
+
+    Each step goes down by 1000 // steps in diffusers, whatever comes next. Where "trailing" or "linspace" is asked for,
+    its pictures are wanted, so that is done here too; it matters where the steps do not divide 1000, and with "linspace".
+    """
+    last = Level(0, 0.0) if schedule.set_alpha_to_one else schedule.level(0)
+    levels = [schedule.level(round(t)) for t in timesteps(schedule, steps)]
+    if schedule.spacing in ("trailing", "linspace"):
+        down = STEPS // steps
+        levels = [replace(a, end=schedule.level(a.t - down) if a.t >= down else last) for a in levels]
+    return [*levels, last]

@@ -7,22 +7,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sampler.guidance import Eps
-from sampler.schedule import STEPS, check_steps, sigmas, timestep, unit
+from sampler.guidance import Predict
+from sampler.schedule import HIGHEST, Level, Schedule, unit
 
 RHO = 7  # how much shorter the steps get where there is little noise
 
 
-def karras(steps: int) -> list[float]:
-    """Noise levels from 14.6 to 0.029, evenly spaced in sigma^(1/7) (arXiv 2206.00364, equation 5)."""
-    check_steps(steps, STEPS)
-    low, high = sigmas()[0] ** (1 / RHO), sigmas()[-1] ** (1 / RHO)
-    return [(high + i / max(steps - 1, 1) * (low - high)) ** RHO for i in range(steps)]
-
-
-def step_size(sigma: float, sigma_next: float) -> float:
+def step_size(level: Level, after: Level) -> float:
     """h = lambda_next - lambda, lambda = -log sigma being half the log signal-to-noise ratio; endless to sigma 0."""
-    return math.log(sigma / sigma_next) if sigma_next else math.inf
+    return math.log(level.sigma / after.sigma) if after.sigma else math.inf
 
 
 def toward(x: Tensor, x_0: Tensor, h: float) -> Tensor:
@@ -31,17 +24,29 @@ def toward(x: Tensor, x_0: Tensor, h: float) -> Tensor:
 
 
 @torch.no_grad()
-def dpmpp_2m(eps: Eps, x: Tensor, steps: int, generators: Sequence[torch.Generator] | None = None) -> Iterator[Tensor]:
-    """Steps of second order out of the last two predictions of x_0; the first step and the last are of first order.
+def dpmpp_2m(
+    predict: Predict, x: Tensor, levels: Sequence[Level], generators: Sequence[torch.Generator] | None = None
+) -> Iterator[Tensor]:
+    """Steps of second order out of the last two predictions of x_0; the first step is of first order, as is one to sigma 0.
 
-    The noise levels fall between timesteps: eps gets such a t, and `guided` tells the UNet the nearest whole one.
-    The last step ends at sigma = 0. Args as for any `Sampler`; deterministic, 1 to 1000 steps.
+    Args as for any sampler; deterministic.
     """
-    levels = [*karras(steps), 0.0]
-    x = x * (1 + levels[0] ** 2) ** 0.5
+    x = x / levels[0].alpha ** 0.5
     x_0 = h = None
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        x_0_before, x_0 = x_0, x - sigma * eps(unit(x, sigma), torch.tensor(timestep(sigma), device=x.device))
-        h_before, h = h, step_size(sigma, sigma_next)
-        x = toward(x, x_0 + h / (2 * h_before) * (x_0 - x_0_before) if 0 < i < steps - 1 else x_0, h)
-        yield unit(x, sigma_next)
+    for level, after in pairwise(levels):
+        x_0_before, (_, x_0) = x_0, predict(unit(x, level.sigma), level)
+        h_before, h = h, step_size(level, after)
+        second_order = x_0_before is not None and after.sigma
+        x = toward(x, x_0 + h / (2 * h_before) * (x_0 - x_0_before) if second_order else x_0, h)
+        yield unit(x, after.sigma)
+
+
+def karras_levels(schedule: Schedule, steps: int) -> list[Level]:
+    """From the highest noise level to the lowest, evenly spaced in sigma^(1/7) (equation 5), and then 0.
+
+    They fall between timesteps, of which the UNet is told the nearest. `schedule.spacing` is of no effect: no timesteps
+    are chosen here, and the highest level is always visited.
+    """
+    high, low = min(schedule.sigmas[-1], HIGHEST) ** (1 / RHO), schedule.sigmas[0] ** (1 / RHO)
+    sigmas = [(high + i / max(steps - 1, 1) * (low - high)) ** RHO for i in range(steps)]
+    return [*(Level(round(schedule.timestep(sigma)), sigma) for sigma in sigmas), Level(0, 0.0)]

@@ -1,6 +1,6 @@
 """Euler's method on the noise level sigma (arXiv 2206.00364), without and with new noise.
 
-Both visit the timesteps that DDIM visits, and end at sigma = 0.
+From x_0 + sigma eps along eps to the next level is to x_0 + sigma_next eps: written so, nothing cancels where sigma is huge.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,39 +9,47 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sampler.guidance import Eps
-from sampler.schedule import noise_like, sigmas, timesteps, unit
+from sampler.guidance import Predict
+from sampler.noise import noise_like
+from sampler.schedule import HIGHEST, Level, Schedule, timesteps, unit
 
 
 @torch.no_grad()
-def euler(eps: Eps, x: Tensor, steps: int, generators: Sequence[torch.Generator] | None = None) -> Iterator[Tensor]:
+def euler(
+    predict: Predict, x: Tensor, levels: Sequence[Level], generators: Sequence[torch.Generator] | None = None
+) -> Iterator[Tensor]:
     """The probability flow dx = eps dsigma, followed in straight lines (algorithm 1, lines 4 and 5).
 
-    Args as for any `Sampler`; deterministic, 1 to 1000 steps.
+    Args as for any sampler; deterministic.
     """
-    visit = timesteps(steps)
-    levels = [*(sigmas()[t] for t in visit), 0.0]
-    x = x * (1 + levels[0] ** 2) ** 0.5
-    for t, (sigma, sigma_next) in zip(visit, pairwise(levels), strict=True):
-        x = x + (sigma_next - sigma) * eps(unit(x, sigma), torch.tensor(t, device=x.device))
-        yield unit(x, sigma_next)
+    for level, after in pairwise(levels):
+        eps, x_0 = predict(x, level)
+        x = unit(x_0 + after.sigma * eps, after.sigma)
+        yield x
 
 
 @torch.no_grad()
 def euler_ancestral(
-    eps: Eps, x: Tensor, steps: int, generators: Sequence[torch.Generator] | None = None
+    predict: Predict, x: Tensor, levels: Sequence[Level], generators: Sequence[torch.Generator] | None = None
 ) -> Iterator[Tensor]:
     """Each step goes down below the next level and adds noise up to it: the variance of DDPM's posterior.
 
     arXiv 2006.11239, equation 7, in terms of sigma, as k-diffusion's `sample_euler_ancestral` has it.
-    Args as for any `Sampler`; new noise at each step, 1 to 1000 steps.
+    Args as for any sampler; new noise at each step.
     """
-    visit = timesteps(steps)
-    levels = [*(sigmas()[t] for t in visit), 0.0]
-    x = x * (1 + levels[0] ** 2) ** 0.5
-    for t, (sigma, sigma_next) in zip(visit, pairwise(levels), strict=True):
-        down = sigma_next**2 / sigma
-        up = sigma_next * (1 - (sigma_next / sigma) ** 2) ** 0.5  # down and up together are sigma_next
-        x = x + (down - sigma) * eps(unit(x, sigma), torch.tensor(t, device=x.device))
-        x = x + up * noise_like(x, generators)
-        yield unit(x, sigma_next)
+    for level, after in pairwise(levels):
+        eps, x_0 = predict(x, level)
+        down = after.sigma**2 / level.sigma
+        up = after.sigma * (1 - (after.sigma / level.sigma) ** 2) ** 0.5  # down and up together are after.sigma
+        x = unit(x_0 + down * eps + up * noise_like(x, generators), after.sigma)
+        yield x
+
+
+def euler_levels(schedule: Schedule, steps: int) -> list[Level]:
+    """DDIM's timesteps, with "linspace" unrounded; the last step ends at sigma = 0."""
+    return [*(schedule.level(t, HIGHEST) for t in timesteps(schedule, steps)), Level(0, 0.0)]
+
+
+def euler_start(noise: Tensor, schedule: Schedule, level: Level) -> Tensor:
+    """sigma eps with x_0 = 0, as elsewhere with "trailing" and "linspace": 0.998 of unit variance at sigma 14.6."""
+    return noise if schedule.spacing in (None, "leading") else unit(level.sigma * noise, level.sigma)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598)."""
+"""What the model believes of a noisy latent, under classifier-free guidance (arXiv 2207.12598)."""
 
 from collections.abc import Callable
 
@@ -6,45 +6,52 @@ import torch
 from torch import Tensor
 
 from ipadapter.attention import Prompt
-from sampler.schedule import eps_from_v
+from sampler.schedule import Level, check
 
-Eps = Callable[[Tensor, Tensor], Tensor]  # x (batch, 4, h, w) of unit variance, t () -> the noise in x
+# x (batch, 4, h, w) of unit variance, at a noise level -> (eps, x_0), the noise in x and the picture, like x in fp32
+Predict = Callable[[Tensor, Level], tuple[Tensor, Tensor]]
 
 
 def guided(
-    unet: torch.nn.Module,
+    unet: Callable[[Tensor, Tensor, Prompt], Tensor],
     prompt: Prompt,
     null: Prompt,
     guidance_scale: float,
     prediction: str = "eps",
     apart: bool = False,
-) -> Eps:
-    """The noise prediction that a sampler follows, eps(x, t) in fp32.
+) -> Predict:
+    """The prediction that a sampler follows: predict(x, level) -> (eps, x_0).
 
     Both prompts go through the UNet as one batch; at a guidance scale of 1 the unconditional one is not needed.
-    Where t lies between two timesteps the UNet is told the nearest.
 
     Args:
+        unet: a `UNet`, or whatever is called like one: unet(x, t, prompt); it computes in the dtype of the prompt's text.
         prompt, null: what the picture should be, and what it should not (the unconditional or negative prompt).
         guidance_scale: 1 follows the prompt as trained, larger values exaggerate it.
         prediction: what the UNet was trained to predict, "eps" or "v" (Stable Diffusion 2.x at 768 pixels).
         apart: the two prompts one after the other, in less memory and more time.
     """
-    if prediction == "v":  # guidance is linear: to guide v is to guide eps
-        v = guided(unet, prompt, null, guidance_scale, apart=apart)
-        return lambda x, t: eps_from_v(v(x, t), x, t)
-    if prediction != "eps":
-        raise ValueError(f"prediction: {prediction!r} given, 'eps' or 'v' allowed")
-    dtype = next(unet.parameters()).dtype
-    if guidance_scale == 1:
-        return lambda x, t: unet(x.to(dtype), t.round(), prompt).float()
-    if apart:
-        toward, away = guided(unet, prompt, null, 1), guided(unet, null, null, 1)
-        return lambda x, t: guidance_scale * toward(x, t) + (1 - guidance_scale) * away(x, t)
-    both = Prompt.cat([null, prompt])
+    check("prediction", prediction, ("eps", "v"))
+    both = None if apart or guidance_scale == 1 else Prompt.cat([null, prompt])
 
-    def eps(x: Tensor, t: Tensor) -> Tensor:
-        eps_null, eps_prompt = unet(torch.cat([x, x]).to(dtype), t.round(), both).float().chunk(2)
-        return eps_null + guidance_scale * (eps_prompt - eps_null)
+    def predict(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        t, rows = torch.tensor(level.t, device=x.device), x.to(prompt.text.dtype)
+        if guidance_scale == 1:
+            output = unet(rows, t, prompt).float()
+        else:
+            if both is None:
+                away, toward = unet(rows, t, null).float(), unet(rows, t, prompt).float()
+            else:
+                away, toward = unet(torch.cat([rows, rows]), t, both).float().chunk(2)
+            output = away + guidance_scale * (toward - away)
+        return eps_and_x_0(output, x, level, prediction)
 
-    return eps
+    return predict
+
+
+def eps_and_x_0(output: Tensor, x: Tensor, level: Level, prediction: str) -> tuple[Tensor, Tensor]:
+    """The two parts of x = signal x_0 + noise eps, out of either of them or of v = signal eps - noise x_0."""
+    signal, noise = level.alpha**0.5, (1 - level.alpha) ** 0.5
+    if prediction == "v":
+        return signal * output + noise * x, signal * x - noise * output
+    return output, (x - noise * output) / signal

@@ -1,4 +1,4 @@
-"""The noise schedule of Stable Diffusion (CompVis, ddpm.py), and noise that means the same elsewhere.
+"""The noise schedule as a value, and the noise levels that a sampler is handed.
 
 Two names for one latent: x = sqrt(alpha) x_0 + sqrt(1 - alpha) eps has unit variance and is what the UNet takes;
 x / sqrt(alpha) = x_0 + sigma eps is where most samplers are simplest, sigma = sqrt((1 - alpha) / alpha) being the
@@ -7,51 +7,123 @@ noise level (arXiv 2206.00364, table 1: s and sigma of the column VP).
 
 import math
 from bisect import bisect
-from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 STEPS = 1000  # training steps of the diffusion process
+# Stands for the infinite noise level of a zero terminal SNR in those samplers that compute with sigma (here and elsewhere
+# the smallest alpha that fp16 knows, 2^-24).
+HIGHEST = 4096.0
 
 
-@cache
-def alphas_cumprod(device: torch.device | str = "cpu") -> Tensor:
-    """(1000,) fp32: the share of signal in x_t, from 0.9991 at t = 0 to 0.0047 at t = 999 (scaled-linear betas)."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, dim=0).float().to(device)
+@dataclass(frozen=True)
+class Level:
+    """One noise level: x = sqrt(alpha) x_0 + sqrt(1 - alpha) eps = sqrt(alpha) (x_0 + sigma eps)."""
+
+    t: float  # what the UNet is told, 0 to 999; between two timesteps with Euler's "linspace"
+    sigma: float  # 0, a picture, to infinity, pure noise
+    end: "Level | None" = None  # where a step of DDIM from here ends, if not at the next level (see `ddim_levels`)
+    alpha: float = field(init=False)  # the share of signal, 1 / (1 + sigma^2)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", 1 / (1 + self.sigma**2))
 
 
-def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The forward process q(x_t | x_0): x, noise (batch, 4, h, w), t (batch,) in 0..999 -> x_t."""
-    a = alphas_cumprod(x.device)[t].view(-1, 1, 1, 1)
-    return a.sqrt() * x + (1 - a).sqrt() * noise
+def check(name: str, found: str | None, allowed: tuple[str | None, ...]) -> None:
+    if found not in allowed:
+        *others, last = map(repr, allowed)
+        raise ValueError(f"{name}: {found!r} given, {', '.join(others)} or {last} allowed")
 
 
-def v_weight(t: Tensor) -> Tensor:
-    """Weights (batch,), 1 to 16, that make the squared error of the noise at t that of v (arXiv 2202.00512)."""
-    return (1 / alphas_cumprod(t.device)[t]).clamp(max=16)
+@dataclass(frozen=True)
+class Schedule:
+    """How noise was added in training, what the model predicts of it, and which timesteps sampling visits.
+
+    The defaults are Stable Diffusion's (CompVis, v1-inference.yaml); the names are those of diffusers' scheduler files,
+    but `prediction` (prediction_type there), `spacing` (timestep_spacing) and `zero_snr` (rescale_betas_zero_snr).
+
+    ValueError for a name that does not exist, and for zero_snr with "eps": in pure noise there is nothing to tell.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    # The betas grow evenly ("linear"), or their roots do ("scaled_linear"), or alpha falls as a squared cosine
+    # ("squaredcos_cap_v2": arXiv 2102.09672, equation 17; it has no use for the two numbers above).
+    beta_schedule: str = "scaled_linear"
+    # "eps", the noise, or "v" = sqrt(alpha) eps - sqrt(1 - alpha) x_0 (arXiv 2202.00512, appendix D).
+    prediction: str = "eps"
+    # "leading", "trailing" or "linspace" (arXiv 2305.08891, table 2); None: what a sampler is used to, see `timesteps`.
+    spacing: str | None = None
+    zero_snr: bool = False  # the last timestep is pure noise (arXiv 2305.08891, algorithm 1)
+    steps_offset: int = 1  # where "leading" begins
+    set_alpha_to_one: bool = False  # DDIM's last step ends at alpha 1, not at alphas_cumprod[0]
+
+    def __post_init__(self) -> None:
+        check("beta_schedule", self.beta_schedule, ("scaled_linear", "linear", "squaredcos_cap_v2"))
+        check("prediction", self.prediction, ("eps", "v"))
+        check("spacing", self.spacing, (None, "leading", "trailing", "linspace"))
+        if self.zero_snr and self.prediction == "eps":
+            raise ValueError("prediction: 'eps' given, 'v' wanted with zero_snr: where all is noise, eps tells nothing")
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """(1000,) fp32 on the CPU: the share of signal in x_t; Stable Diffusion's falls from 0.9991 to 0.0047."""
+        if self.beta_schedule == "squaredcos_cap_v2":
+            cosine = (
+                torch.linspace(0, 1, STEPS + 1, dtype=torch.float64).add(0.008).div(1.008 / (math.pi / 2)).cos() ** 2
+            )
+            betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
+        else:
+            power = {"linear": 1, "scaled_linear": 2}[self.beta_schedule]
+            ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
+            betas = torch.linspace(*ends, STEPS, dtype=torch.float64, device="cpu") ** power
+        alphas = torch.cumprod(1 - betas, dim=0)
+        if self.zero_snr:
+            roots = alphas.sqrt()
+            alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+        return alphas.float()
+
+    @cached_property
+    def sigmas(self) -> list[float]:
+        """The noise level at each of the 1000 timesteps; Stable Diffusion's rises from 0.029 to 14.6."""
+        return ((1 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt().tolist()
+
+    def level(self, t: float, highest: float = math.inf) -> Level:
+        """The noise level at a timestep, no more than the highest; between two timesteps sigma is linear."""
+        sigma = self.sigmas[int(t)]
+        if t % 1:
+            sigma += t % 1 * (self.sigmas[int(t) + 1] - sigma)
+        return Level(t, min(sigma, highest))
+
+    def timestep(self, sigma: float) -> float:
+        """Where the schedule has this noise level, 0 to 999: between two timesteps log sigma is linear."""
+        above = min(max(bisect(self.sigmas, sigma), 1), STEPS - 1)
+        low, high = (min(found, HIGHEST) for found in self.sigmas[above - 1 : above + 1])
+        return above - 1 + math.log(sigma / low) / math.log(high / low)
 
 
-# Timesteps and noise levels
+SD = Schedule()
 
 
-def check_steps(steps: int, most: int) -> None:
-    if not 1 <= steps <= most:
-        raise ValueError(f"steps: {steps} given, 1 to {most} allowed")
+def timesteps(schedule: Schedule, steps: int) -> list[float]:
+    """The timesteps to visit, from noise to picture.
 
-
-def timesteps(steps: int) -> list[int]:
-    """The timesteps to visit, from noise to picture: evenly spaced from t = 1 upwards ("leading", offset 1)."""
-    check_steps(steps, STEPS)
-    return [min(i * (STEPS // steps) + 1, STEPS - 1) for i in reversed(range(steps))]
-
-
-@cache
-def sigmas() -> list[float]:
-    """The noise level at each of the 1000 timesteps, from 0.029 to 14.6."""
-    return ((1 - alphas_cumprod()) / alphas_cumprod()).double().sqrt().tolist()
+    "leading" goes up from the first one in whole strides, as Stable Diffusion always did, and what does not go into 1000 is
+    left out at the top, where the noise is: 20 steps start at 951, 600 steps at 600, a single one at 1. So "trailing" is
+    taken where a further stride would have found room (60 steps, 150, 600; of what is usual none) and nothing is asked for.
+    That goes down from 999. "linspace" visits 999 and 0 and lies between timesteps: to be rounded, unless by Euler.
+    """
+    lost = steps == 1 or STEPS % steps >= STEPS // steps
+    spacing = schedule.spacing or ("trailing" if lost else "leading")
+    if spacing == "leading":
+        return [min(i * (STEPS // steps) + schedule.steps_offset, STEPS - 1) for i in reversed(range(steps))]
+    if spacing == "trailing":
+        stride = STEPS - (STEPS - STEPS / steps)  # rounded so, halves fall where numpy's arange has them
+        return [round(STEPS - i * stride) - 1 for i in range(steps)]
+    return [STEPS - 1, *(i * ((STEPS - 1) / (steps - 1)) for i in reversed(range(steps - 1)))]
 
 
 def unit(x: Tensor, sigma: float) -> Tensor:
@@ -59,41 +131,20 @@ def unit(x: Tensor, sigma: float) -> Tensor:
     return x / (1 + sigma**2) ** 0.5
 
 
-def timestep(sigma: float) -> float:
-    """Where the schedule has this noise level: between two timesteps log sigma is linear."""
-    high = min(max(bisect(sigmas(), sigma), 1), STEPS - 1)
-    below, above = sigmas()[high - 1 : high + 1]
-    return high - 1 + math.log(sigma / below) / math.log(above / below)
+# Training
 
 
-def eps_from_v(v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The noise that a prediction of v = sqrt(alpha) eps - sqrt(1 - alpha) x_0 means (arXiv 2202.00512, appendix D).
-
-    v, x (batch, 4, h, w); t () in 0..999, whole, or as `timestep` gives it: -2 log sigma is the logit of alpha.
-    """
-    logits = alphas_cumprod(t.device).logit()
-    low = t.long().clamp(max=STEPS - 2)
-    alpha = torch.sigmoid(logits[low] + (t - low) * (logits[low + 1] - logits[low]))
-    return alpha.sqrt() * v + (1 - alpha).sqrt() * x
+@cache
+def alphas_on(schedule: Schedule, device: torch.device) -> Tensor:
+    return schedule.alphas_cumprod.to(device)
 
 
-# Noise
+def add_noise(x: Tensor, noise: Tensor, t: Tensor, schedule: Schedule = SD) -> Tensor:
+    """The forward process q(x_t | x_0): x, noise (batch, 4, h, w), t (batch,) in 0..999 -> x_t."""
+    a = alphas_on(schedule, x.device)[t].view(-1, 1, 1, 1)
+    return a.sqrt() * x + (1 - a).sqrt() * noise
 
 
-def noise(seed: int, count: int, height: int, width: int) -> Tensor:
-    """(count, 4, height/8, width/8) fp32 on the CPU; picture j's noise depends on seed + j alone."""
-    return noise_and_generators(seed, count, height, width)[0]
-
-
-def noise_and_generators(seed: int, count: int, height: int, width: int) -> tuple[Tensor, list[torch.Generator]]:
-    """`noise`, and the generators (one per picture) that it was drawn from: a sampler draws on where this stopped."""
-    generators = [torch.Generator("cpu").manual_seed(seed + j) for j in range(count)]
-    return torch.cat([torch.randn((1, 4, height // 8, width // 8), generator=g) for g in generators]), generators
-
-
-def noise_like(x: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """Standard normal noise like x (batch, ...), row j out of generators[j]; None: PyTorch's own generator."""
-    if generators is None:
-        return torch.randn_like(x)
-    rows = [torch.randn(row.shape, generator=g, device=g.device) for row, g in zip(x.split(1), generators, strict=True)]
-    return torch.cat(rows).to(x)
+def v_weight(t: Tensor, schedule: Schedule = SD) -> Tensor:
+    """Weights (batch,), 1 to 16, that make the squared error of the noise at t that of v (arXiv 2202.00512)."""
+    return (1 / alphas_on(schedule, t.device)[t]).clamp(max=16)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sampler.dpm_solver import step_size, toward
-from sampler.guidance import Eps
-from sampler.schedule import STEPS, check_steps, sigmas, unit
+from sampler.guidance import Predict
+from sampler.schedule import HIGHEST, STEPS, Level, Schedule, timesteps, unit
 
 
 def corrector_weights(h_before: float, h: float) -> tuple[float, float]:
@@ -28,20 +28,17 @@ def corrector_weights(h_before: float, h: float) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def unipc(eps: Eps, x: Tensor, steps: int, generators: Sequence[torch.Generator] | None = None) -> Iterator[Tensor]:
+def unipc(
+    predict: Predict, x: Tensor, levels: Sequence[Level], generators: Sequence[torch.Generator] | None = None
+) -> Iterator[Tensor]:
     """Predict the next x out of the last two x_0 (UniP-2); when its x_0 is known, take that step again (UniC-2).
 
-    The first step and the last are of first order; nothing corrects the last. The timesteps are evenly spaced from 999
-    down ("linspace": with "leading" it would start at t = 941 in 20 steps, at less noise than x has), and the last step
-    ends at sigma = 0. Args as for any `Sampler`; deterministic, 1 to 998 steps.
+    The first step is of first order, as is one to sigma 0; nothing corrects the last. Args as for any sampler; deterministic.
     """
-    check_steps(steps, STEPS - 2)
-    visit = [round(i * ((STEPS - 1) / steps)) for i in range(steps, 0, -1)]
-    levels = [*(sigmas()[t] for t in visit), 0.0]
-    x = x * (1 + levels[0] ** 2) ** 0.5
+    x = x / levels[0].alpha ** 0.5
     x_0 = start = h = h_before = change = None
-    for i, (t, (sigma, sigma_next)) in enumerate(zip(visit, pairwise(levels), strict=True)):
-        x_0_before, x_0 = x_0, x - sigma * eps(unit(x, sigma), torch.tensor(t, device=x.device))
+    for i, (level, after) in enumerate(pairwise(levels)):
+        x_0_before, (_, x_0) = x_0, predict(unit(x, level.sigma), level)
         if i > 0:  # correct x: the step that led here, now that x_0 at its end is known
             change_before, change = change, x_0 - x_0_before
             corrected = x_0_before + change / 2
@@ -49,6 +46,20 @@ def unipc(eps: Eps, x: Tensor, steps: int, generators: Sequence[torch.Generator]
                 weight_before, weight = corrector_weights(h_before, h)
                 corrected = x_0_before + weight_before * change_before + weight * change
             x = toward(start, corrected, h)
-        start, h_before, h = x, h, step_size(sigma, sigma_next)
-        x = toward(x, x_0 + h / (2 * h_before) * change if 0 < i < steps - 1 else x_0, h)
-        yield unit(x, sigma_next)
+        start, h_before, h = x, h, step_size(level, after)
+        x = toward(x, x_0 + h / (2 * h_before) * change if i > 0 and after.sigma else x_0, h)
+        yield unit(x, after.sigma)
+
+
+def unipc_levels(schedule: Schedule, steps: int) -> list[Level]:
+    """As elsewhere, "linspace" and "leading" count a step more than there is and leave the lowest out; then sigma 0.
+
+    "linspace" where nothing is asked for: with "leading" it would start at t = 941 in 20 steps, at less noise than x has.
+    """
+    if schedule.spacing == "trailing":
+        visit = timesteps(schedule, steps)
+    elif schedule.spacing == "leading":
+        visit = [i * (STEPS // (steps + 1)) + schedule.steps_offset for i in range(steps, 0, -1)]
+    else:
+        visit = [round(i * ((STEPS - 1) / steps)) for i in range(steps, 0, -1)]
+    return [*(schedule.level(t, HIGHEST) for t in visit), Level(0, 0.0)]

@@ -41,7 +41,7 @@ from transformers import (
 from clip import CLIPImage, CLIPText, preprocess
 from files.pictures import to_pil
 from ipadapter import FacePlusProjection, ImagePrompt, IPAdapter, Prompt
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from unet import UNet, size_vector
 from vae import VAE
 from weights import Base
@@ -312,12 +312,10 @@ def our_picture(
     texts = [encode(order.prompt), encode.null(order.negative_prompt)]
     images: list[tuple[ImagePrompt, ...]] = [(), ()]
     if adapter:
-        if isinstance(adapter.image_proj, FacePlusProjection):
-            adapter.image_proj.structure_scale = order.structure_scale
         pixels = [preprocess(picture, encoder.config.image_size) for picture in order.pictures]
-        seen = encoder, torch.cat(pixels) if pixels else None, order.faces
-        images = [(ImagePrompt(tokens(*seen), order.scale),) for tokens in (adapter.tokens, adapter.null_tokens)]
-        adapter.attach(unet)
+        seen = encoder, torch.cat(pixels) if pixels else None, order.faces, order.structure_scale
+        images = [(adapter.prompt(tokens(*seen), order.scale),) for tokens in (adapter.tokens, adapter.null_tokens)]
+        take_out = adapter.merge(unet)
     prompts = []
     for (text, pooled), image in zip(texts, images, strict=True):
         vector = None
@@ -325,10 +323,10 @@ def our_picture(
             sinusoids = (unet.config.vector_dim - pooled.shape[1]) // 6
             vector = size_vector(pooled, order.height, order.width, sinusoids)
         prompts.append(Prompt(text, image, vector))
-    eps = guided(unet, *prompts, order.guidance_scale, twin.base.prediction)
-    *_, x = ddim(eps, noise(order.seed, 1, order.height, order.width), order.steps)
+    predict = guided(unet, *prompts, order.guidance_scale, twin.base.prediction)
+    *_, x = ddim(predict, noise(order.seed, 1, order.height, order.width), ddim_levels(SD, order.steps))
     if adapter:
-        adapter.detach(unet)
+        take_out()
     return x, np.asarray(to_pil(vae.decode(x))[0])
 
 

@@ -36,7 +36,6 @@ from ipadapter import (
     FacePlusProjection,
     FaceProjection,
     ImageProjection,
-    ImagePrompt,
     IPAdapter,
     PatchProjection,
     Prompt,
@@ -178,8 +177,9 @@ def shown(kind: Kind, draw, rows: int = 2) -> tuple[Tensor | None, Tensor | None
     return faces, 3 * draw(rows, kind.pictures, *sizes) if kind.pictures else None
 
 
-def project(adapter: IPAdapter, faces: Tensor | None, features: Tensor | None) -> Tensor:
-    return torch.cat([adapter.project(list(row)) for row in zip(*(x for x in (faces, features) if x is not None))])
+def project(adapter: IPAdapter, faces: Tensor | None, features: Tensor | None, structure_scale=None) -> Tensor:
+    rows = zip(*(x for x in (faces, features) if x is not None))
+    return torch.cat([adapter.project(list(row), structure_scale) for row in rows])
 
 
 def added(unet: UNet, theirs: UNet2DConditionModel, draw) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -203,7 +203,7 @@ def attached(request, tmp_path_factory) -> Callable[[str, Kind], tuple[UNet, IPA
             save_file(written.state_dict(), folder / f"{len(made)}.safetensors")
             adapter = load_adapter(folder / f"{len(made)}.safetensors")
             theirs = diffusers_unet_with(unet, written)
-            adapter.attach(unet)
+            adapter.merge(unet)
             made[base, kind.make] = unet, adapter, theirs
         return made[base, kind.make]
 
@@ -225,15 +225,14 @@ def test_unet_with_the_adapter_equals_diffusers(request, attached, base, kind, d
     x, t, text = draw(2, 4, 8, 12), torch.tensor([981, 1]), draw(2, 77, ours.config.context_dim)
     told, vector = added(ours, theirs, draw)
     if isinstance(adapter.image_proj, FacePlusProjection):
-        adapter.image_proj.structure_scale = kind.structure_scale
         layer = theirs.encoder_hid_proj.image_projection_layers[0]
         layer.clip_embeds, layer.shortcut = features, kind.structure_scale is not None
         layer.shortcut_scale = kind.structure_scale
-    tokens, embeds = project(adapter, faces, features), features if faces is None else faces
+    tokens, embeds = project(adapter, faces, features, kind.structure_scale), features if faces is None else faces
     assert rel(tokens, theirs.encoder_hid_proj([embeds])[0].flatten(1, 2)) <= 1e-5
     set_scales(theirs, 0.7)
     wanted = theirs(x, t, text, added_cond_kwargs=told | {"image_embeds": [embeds]}).sample
-    found = ours(x, t, Prompt(text, (ImagePrompt(tokens, 0.7),), vector))
+    found = ours(x, t, Prompt(text, (adapter.prompt(tokens, 0.7),), vector))
     assert rel(found, wanted) <= 1e-5
     # What was compared is the image prompt and, where there is one, the LoRA:
     silent, plain = ours(x, t, Prompt(text, vector=vector)), bare(x, t, Prompt(text, vector=vector))
@@ -260,25 +259,25 @@ def test_the_lora_alone_is_what_the_official_code_computes(request, base, draw):
     told, vector = added(unet, theirs, draw)
     prompt = Prompt(text, vector=vector)
     plain, wanted = unet(x, t, prompt), theirs(x, t, text, added_cond_kwargs=told).sample
-    adapter.attach(unet)
+    adapter.merge(unet)
     assert rel(unet(x, t, prompt), wanted) <= 1e-5
     assert rel(wanted, plain) > 0.01
     # A scale of 0 silences the image prompt; the LoRA, part of the UNet by now, stays.
     tokens = adapter.project([normalize(draw(1, 512))]).expand(2, -1, -1)
-    silent = unet(x, t, replace(prompt, images=(ImagePrompt(tokens, 0.0),)))
+    silent = unet(x, t, replace(prompt, images=(adapter.prompt(tokens, 0.0),)))
     assert torch.equal(silent, unet(x, t, prompt))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["faceid", "faceid-plus", "portrait"])
-def test_detach_leaves_the_unet_bit_for_bit(unet, draw, kind):
+def test_a_merged_adapter_comes_out_bit_for_bit(unet, draw, kind):
     worn, adapter, matrices = copy.deepcopy(unet), adapter_for(unet, KINDS[kind]), ("_q.", "_k.", "_v.", "_out.0.")
     for _ in range(2):
-        adapter.attach(worn)
+        take_out = adapter.merge(worn)
         changed = {f"{matrix}weight" for matrix in matrices} if adapter.lora_rank else set()
         assert {key[key.rindex("to") + 2 :] for key in different(worn, unet)} == changed
-        adapter.detach(worn)
-        assert not different(worn, unet) and not any(layer.adapters for layer in worn.cross_attentions())
+        take_out()
+        assert not different(worn, unet)
     x, t, prompt = draw(1, 4, 8, 8), torch.tensor([500]), Prompt(draw(1, 77, 64))
     assert torch.equal(worn(x, t, prompt), unet(x, t, prompt))
 
@@ -290,23 +289,12 @@ def different(one: nn.Module, other: nn.Module) -> set[str]:
     return {key for key, w in one.items() if not torch.equal(w, other[key])}
 
 
-def test_of_two_loras_the_last_comes_off_first(unet):
-    worn = copy.deepcopy(unet)
-    first, second = adapter_for(unet, KINDS["faceid"], 21), adapter_for(unet, KINDS["faceid-plus"], 22)
-    assert (first.attach(worn), second.attach(worn)) == (0, 1)
-    with pytest.raises(RuntimeError, match="another LoRA was merged"):
-        first.detach(worn)
-    second.detach(worn)
-    first.detach(worn)
-    assert not different(worn, unet) and not any(layer.adapters for layer in worn.cross_attentions())
-
-
 def test_a_lora_in_half_precision_is_added_in_single(unet):
     half = copy.deepcopy(unet).half()
     adapter = adapter_for(unet, KINDS["faceid"]).half()
     layer, lora = next(half.attentions()), adapter.ip_adapter["0"].to_q_lora
     wanted = (layer.to_q.weight.float() + lora.up.weight.float() @ lora.down.weight.float()).half()
-    adapter.attach(half)
+    adapter.merge(half)
     assert torch.equal(layer.to_q.weight, wanted) and layer.to_q.weight.dtype == torch.float16
 
 
@@ -314,11 +302,15 @@ def test_structure_scale_is_what_tells_version_2(draw):
     projection = randomise(face_plus(64), 23)
     faces, features = normalize(draw(2, 512)), draw(2, 17, 128)
     one = projection(faces, features)
-    projection.structure_scale = 0.0
-    own = projection(faces, features)
-    projection.structure_scale = 0.7
-    assert rel(projection(faces, features), own + 0.7 * one) <= 1e-6
+    own = projection(faces, features, 0.0)
+    assert rel(projection(faces, features, 0.7), own + 0.7 * one) <= 1e-6
     assert rel(own, one) > 0.1
+
+
+def test_a_structure_scale_for_another_kind_is_refused(unet, draw):
+    adapter = adapter_for(unet, KINDS["faceid"])
+    with pytest.raises(ValueError, match="`structure_scale` is for FaceID-plus"):
+        adapter.tokens(None, None, normalize(draw(1, 512)), 1.0)
 
 
 def test_which_adapters_read_clip_and_which_faces(unet):

@@ -244,7 +244,7 @@ def test_it_makes_pictures_scores_them_and_shows_the_best_and_the_worst(made):
 
 def test_without_flags_the_settings_are_the_papers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sampler.ddim", lambda eps, x, steps: [x] if steps == 50 else None)
+    monkeypatch.setattr("sampler.ddim", lambda predict, x, levels: [x] if len(levels) == 51 else None)
     assert evaluate("--limit", 1).returncode == 0
     settings = json.loads(Path("outputs/evaluate.json").read_text())["settings"]
     wanted = {"steps": 50, "guidance_scale": 7.5, "text": False, "scale": 1.0, "num_samples": 4, "caption_prefix": ""}

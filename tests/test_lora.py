@@ -1,12 +1,14 @@
 """LoRAs merged into our models give what diffusers and peft compute with the same files."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import NARROW_TEXT, NARROW_XL
+from conftest import NARROW_TEXT, NARROW_UNET, NARROW_XL
 from counterparts import diffusers_unet, randomise, rel, transformers_text
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, set_weights_and_activate_adapters
@@ -18,9 +20,10 @@ from torch.nn.functional import conv2d
 
 from clip import CLIPText
 from files.tensors import WeightsError
-from ipadapter import Prompt
+from ipadapter import FaceProjection, IPAdapter, Prompt
+from ipadapter.low_rank import LowRank
 from unet import UNet
-from weights.lora import LowRank, check, merge, read_lora, swap
+from weights.lora import check, merge, read_lora
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRANSFORMER = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -315,23 +318,117 @@ def test_half_precision_is_rounded_once(unet, kohya_file):
     assert same(half, wide.half())
 
 
-def test_swaps_are_undone_in_turn(unet):
-    model, name = copy.deepcopy(unet), "out.2.weight"
-    before = model.get_parameter(name)
-    values = [torch.full_like(before, value) for value in (1, 2)]
-    first, second = swap(model, {name: values[0]}), swap(model, {name: values[1]})
-    assert torch.equal(model.get_parameter(name), values[1])
-    second()
-    assert torch.equal(model.get_parameter(name), values[0])
+@pytest.fixture(scope="module")
+def small() -> UNet:
+    """Five transformers: there are many orders."""
+    depths = {"down": ((1,), (1,)), "middle": (1, 0), "up": ((1, 0), (0, 1))}
+    return randomise(UNet(replace(NARROW_UNET, channels=(32, 64), **depths)), 14)
+
+
+@pytest.fixture(scope="module")
+def three(small, tmp_path_factory) -> list[Callable[..., Callable[[], None]]]:
+    """A FaceID adapter and two LoRAs, all of which change the same matrices: each as what merges it into a UNet."""
+    shapes = [(layer.to_k.out_features, layer.to_k.in_features) for layer in small.cross_attentions()]
+    face, folder = (
+        randomise(IPAdapter(FaceProjection(512, 64, 4), shapes, lora_rank=4), 30),
+        tmp_path_factory.mktemp("3"),
+    )
+    state = [kohya("lora_unet_", layers(small, names), i) for i, names in enumerate((ATTENTION, TRANSFORMER))]
+    loras = [read_lora(write(folder / f"{i}.safetensors", one)) for i, one in enumerate(state)]
+    return [
+        face.merge,
+        lambda model, keep=True: merge(model, [(loras[0], 0.7)], "unet", keep),
+        lambda model, keep=True: merge(model, [(loras[1], -0.4)], "unet", keep),
+    ]
+
+
+ORDERS = list(permutations(range(3)))
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float16], ids=str)
+def sums(request, small, three) -> dict[tuple[int, ...], UNet]:
+    """For each selection of the three, in each order: a fresh UNet with these alone, whose sums have been checked."""
+    base, made = copy.deepcopy(small).to(request.param), {}
+    wide = {(): copy.deepcopy(base).double()}
+    for order in [(), *(part for n in (1, 2, 3) for part in permutations(range(3), n))]:
+        model = made[order] = copy.deepcopy(base)
+        for i in order:
+            three[i](model)
+        if (key := tuple(sorted(order))) not in wide:
+            wide[key] = copy.deepcopy(wide[()])
+            for i in key:
+                three[i](wide[key])
+        precision = 1e-6 if request.param == torch.float32 else 1e-3
+        assert all(rel(w.double(), wide[key].get_parameter(name)) < precision for name, w in model.named_parameters())
+    return made
+
+
+@pytest.mark.parametrize("coming", ORDERS, ids=str)
+def test_any_order_of_coming_and_going(three, sums, coming):
+    """While several are in, the UNet is what a fresh one with these alone would be; without any, it is the base."""
+    model = copy.deepcopy(sums[()])
+    for going in ORDERS:
+        inside, take_out = (), {}
+        for i in coming:
+            take_out[i], inside = three[i](model), (*inside, i)
+            assert same(model, sums[inside])
+        for i in going:
+            take_out[i]()
+            inside = tuple(j for j in inside if j != i)
+            assert same(model, sums[inside])
+        take_out[coming[0]]()  # a second time changes nothing
+        assert same(model, sums[()]) and not any(vars(p) for p in model.parameters())
+
+
+def test_coming_and_going_between_others(small, three):
+    """One goes before the next comes: nothing of it stays behind."""
+    model, wanted = copy.deepcopy(small), copy.deepcopy(small)
+    face = three[0](model)
+    first = three[1](model)
+    face()
+    three[2](model)
     first()
-    assert same(model, unet) and model.get_parameter(name) is before
+    face = three[0](model)
+    three[2](wanted)
+    three[0](wanted)
+    assert same(model, wanted) and not same(model, small)
+
+
+def test_merged_for_good(small, three):
+    """No tensor of before is kept, and what comes later comes out as ever."""
+    model, wanted = copy.deepcopy(small), copy.deepcopy(small)
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="merged for good"):
+        three[1](model, keep=False)()
+    assert not any(vars(p) for p in model.parameters())
+    three[1](wanted)
+    assert same(model, wanted)
+    take_out = three[0](model)
+    three[2](model, keep=False)  # while another is in that will go
+    take_out()
+    three[2](wanted)
+    assert all(rel(p, wanted.get_parameter(name)) < 1e-6 for name, p in model.named_parameters())
+    assert all(p.data_ptr() == places[name] for name, p in model.named_parameters())
+
+
+def test_a_copy_of_a_changed_model_is_a_model_of_its_own(small, three):
+    model = copy.deepcopy(small)
+    take_out = three[0](model)
+    twin = copy.deepcopy(model)
+    changed = three[1](twin)
+    take_out()
+    assert same(model, small) and not same(twin, small)
+    changed()
+    wanted = copy.deepcopy(small)
+    three[0](wanted)
+    assert same(twin, wanted)
 
 
 def test_a_convolution_in_three_steps(draw):
     """LoCon's `lora_mid`: 1x1, 3x3, 1x1, one behind the other."""
     down, mid, up, x = draw(4, 6, 1, 1), draw(4, 4, 3, 3), draw(8, 4, 1, 1), draw(2, 6, 5, 7)
     steps = conv2d(conv2d(conv2d(x, down), mid, padding=1), up)
-    assert rel(conv2d(x, LowRank(down, up, mid, 0.5).delta(), padding=1), 0.5 * steps) <= 1e-5
+    assert rel(conv2d(x, LowRank(down, up, mid, 0.5).delta(torch.zeros(8, 6, 3, 3)), padding=1), 0.5 * steps) <= 1e-5
 
 
 def test_a_file_with_a_middle_convolution(unet, tmp_path, draw):
@@ -340,7 +437,7 @@ def test_a_file_with_a_middle_convolution(unet, tmp_path, draw):
     state = {f"{prefix}lora_{kind}.weight": w for kind, w in matrices.items()} | {f"{prefix}alpha": torch.tensor(6.0)}
     model = copy.deepcopy(unet)
     merge(model, [(read_lora(write(tmp_path / "mid.safetensors", state)), 1.0)], "unet")
-    wanted = weight + LowRank(**matrices, scale=2.0).delta()
+    wanted = weight + LowRank(**matrices, scale=2.0).delta(weight)
     assert torch.equal(model.input_blocks[1][0].in_layers[2].weight, wanted)
 
 

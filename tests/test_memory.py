@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import unet.unet as unet_file
-from ipadapter import ImagePrompt, Prompt
+from ipadapter import Prompt
 from unet.unet import attention, fused
 from weights import open_base
 from weights.storage import LARGEST, STORAGES, Stored, store
@@ -85,11 +85,10 @@ def step(base_adapter):
 
     def run(unet: nn.Module, storage: torch.dtype | None = None) -> torch.Tensor:
         unet, adapter = copy.deepcopy(unet), rounded(base_adapter, torch.float16)
-        adapter.attach(unet)
         if storage:
             store(unet, storage, torch.float32)
             store(adapter.ip_adapter, storage, torch.float32)
-        return unet(x, torch.tensor(500), Prompt(text, (ImagePrompt(tokens),)))
+        return unet(x, torch.tensor(500), Prompt(text, (adapter.prompt(tokens),)))
 
     return run
 

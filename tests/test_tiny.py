@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clip import tokenize
-from ipadapter import ImagePrompt, Prompt
+from ipadapter import Prompt
 from tiny import drawings
 from tiny.latents import scaled_vae, towers
 from tiny.places import GRID, cells, collect_queries, place
@@ -49,7 +49,6 @@ def test_patches_are_looked_at_from_where_they_are(args: Namespace) -> None:
         features = towers(args).image.penultimate(drawings.clip_pixels(x))
     adapter = new_adapter(unet, "full-face")
     place(adapter, unet, empty, latents[:48], features[:48], steps=400)
-    adapter.attach(unet)
     with torch.no_grad():  # on drawings that the keys were not made of
         tokens = adapter.image_proj(features[48:])
         for layer, q in zip(unet.cross_attentions(), collect_queries(unet, empty, latents[48:]), strict=True):
@@ -63,6 +62,6 @@ def test_patches_are_looked_at_from_where_they_are(args: Namespace) -> None:
             assert (looks * there).sum(-1).mean() > 2 / positions  # chance is 1 / positions
         t = torch.full((16,), 900)
         assert torch.equal(
-            unet(latents[48:], t, Prompt(empty.expand(16, -1, -1), (ImagePrompt(tokens),))),
+            unet(latents[48:], t, Prompt(empty.expand(16, -1, -1), (adapter.prompt(tokens),))),
             unet(latents[48:], t, Prompt(empty.expand(16, -1, -1))),
         )

@@ -20,7 +20,7 @@ from counterparts import diffusers_unet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ipadapter import ImagePrompt, Prompt
+from ipadapter import Prompt
 from training.cache import Cache
 from training.features import KEYS
 from training.pairs import open_pairs
@@ -128,11 +128,10 @@ def test_the_adapter_is_read_by_sample_and_by_diffusers(run, tmp_path):
         part, name = key.split(".", 1)
         state[part][name] = value.float()
     theirs._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
-    adapter.attach(unet)
     torch.manual_seed(0)
     x, text, patches = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64), torch.randn(1, 65, 128)
     with torch.no_grad():
-        ours = unet(x, torch.tensor(500), Prompt(text, (ImagePrompt(adapter.image_proj(patches)),)))
+        ours = unet(x, torch.tensor(500), Prompt(text, (adapter.prompt(adapter.image_proj(patches)),)))
         wanted = theirs(x, 500, text, added_cond_kwargs={"image_embeds": [patches[:, None]]}).sample
     assert (ours - wanted).norm() / wanted.norm() < 1e-5
     script = [sys.executable, ROOT / "sample.py", "--adapter", run / "adapter.safetensors", "--image"]

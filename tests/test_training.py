@@ -9,9 +9,9 @@ import torch
 from counterparts import diffusers_unet_with, rel
 from torch.nn.functional import mse_loss
 
-from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler
+from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
-from sampler import add_noise, alphas_cumprod
+from sampler import SD, add_noise
 from training.order import draws, pair_at, places
 from training.ranks import Ranks
 from training.trainer import Trainer
@@ -51,7 +51,6 @@ def trainer(unet: UNet, kind: str = "base", **recipe) -> Trainer:
     torch.manual_seed(0)
     unet = copy.deepcopy(unet)
     adapter = new(kind, unet)
-    adapter.attach(unet)
     null = {"text": torch.ones(77, 64), "image": torch.zeros(KINDS[kind])}
     return Trainer(adapter, unet, null, Ranks(torch.device("cpu")), **RECIPE | recipe)
 
@@ -96,7 +95,7 @@ def test_the_v_loss_is_the_error_of_v(unet):
     ours = trainer(unet, loss="v", drop=(0, 0, 0))
     place = next(place for place in range(100) if 300 < draws(0, [place], ())[1] < 700)  # where nothing is clipped
     noisy, noise, t, text, image, weight = ours.noised([place], features("base", [place]))
-    a = alphas_cumprod()[t].double()
+    a = SD.alphas_cumprod[t].double()
     eps = ours.objective.frozen[0](noisy, t, Prompt(text, (ImagePrompt(ours.adapter.image_proj(image)),))).double()
 
     def v_of(eps: torch.Tensor) -> torch.Tensor:
@@ -175,7 +174,6 @@ def test_a_step_is_adamw_on_the_mean_loss(unet):
     ours = trainer(unet, weight_decay=0.1)
     plain = copy.deepcopy(ours.adapter)
     plain_unet = copy.deepcopy(unet)
-    plain.attach(plain_unet)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.1)
     for batch_places in ([0, 1, 2, 3], [4, 5, 6, 7]):
         batch = features("base", batch_places)
@@ -189,9 +187,8 @@ def test_a_step_is_adamw_on_the_mean_loss(unet):
             if no_image[i]:
                 batch["image"][i] = 0
         optimizer.zero_grad()
-        wanted = adapter_loss(
-            plain_unet, add_noise(x, noise, t), noise, t, batch["text"], plain.image_proj(batch["image"])
-        )
+        prompt = Prompt(batch["text"], (plain.prompt(plain.image_proj(batch["image"])),))
+        wanted = adapter_loss(plain_unet, add_noise(x, noise, t), noise, t, prompt)
         wanted.backward()
         optimizer.step()
         assert loss == pytest.approx(wanted.item(), rel=1e-5)
@@ -297,7 +294,6 @@ def test_the_image_projection_is_computed_in_fp32_beside_a_half_precision_unet(u
     seen = []
     ours.image_proj.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     half = copy.deepcopy(unet).to(torch.bfloat16)
-    ours.attach(half)
     batch = features("plus", [0])
     x = batch["mean"].to(torch.bfloat16)
     Objective(ours, half, torch.bfloat16)(x, batch["std"], torch.tensor([5]), batch["text"].bfloat16(), batch["image"])

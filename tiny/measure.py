@@ -21,7 +21,7 @@ from clip import CLIPImage, CLIPText, tokenize
 from files.pictures import save_png, to_pil
 from files.sheets import sheet
 from ipadapter import ImagePrompt, IPAdapter, Prompt
-from sampler import ddim, guided, noise
+from sampler import SD, ddim, ddim_levels, guided, noise
 from tiny import drawings, presets
 from tiny.trainer import BASE, ENCODER, WEIGHTS
 from unet import UNet
@@ -86,11 +86,10 @@ def main() -> None:
     rows = [to_pil(x[:20])]
     for kind in args.adapters:
         adapter = load_adapter(args.weights / f"{ADAPTERS[kind]}.safetensors" if kind in ADAPTERS else kind)
-        number = adapter.attach(unet)
         tokens, null = image_tokens(adapter, encoder, x)
         for run in args.runs:
             scale, beside = RUNS[run]
-            images, null_images = ((ImagePrompt(t, scale or 0.0, adapter=number),) for t in (tokens, null))
+            images, null_images = ((adapter.prompt(t, scale or 0.0),) for t in (tokens, null))
             y = pictures(unet, vae, Prompt(words[beside], images), Prompt(empty, null_images), args)
             made = image_embeds(encoder, y)
             found[f"{kind}: {run}"] = {
@@ -142,7 +141,7 @@ def pictures(unet: UNet, vae: VAE, prompt: Prompt, null: Prompt, args: argparse.
     starts = noise(0, len(prompt.text), presets.SIZE, presets.SIZE).split(25)
     parts = zip(starts, rows(prompt, 25), rows(null, 25), strict=True)
     for start, some, none in tqdm(parts, total=len(starts), desc="pictures"):
-        for z in ddim(guided(unet, some, none, args.guidance_scale), start, args.steps):
+        for z in ddim(guided(unet, some, none, args.guidance_scale), start, ddim_levels(SD, args.steps)):
             pass
         done.append(vae.decode(z))
     return torch.cat(done)
@@ -151,7 +150,10 @@ def pictures(unet: UNet, vae: VAE, prompt: Prompt, null: Prompt, args: argparse.
 def rows(prompt: Prompt, size: int) -> Iterator[Prompt]:
     """Cut a prompt along the batch."""
     for i in range(0, len(prompt.text), size):
-        images = tuple(ImagePrompt(p.tokens[i : i + size], p.scale, adapter=p.adapter) for p in prompt.images)
+        images = tuple(
+            ImagePrompt([(k[i : i + size], v[i : i + size]) for k, v in image.key_values], image.scale)
+            for image in prompt.images
+        )
         yield Prompt(prompt.text[i : i + size], images)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
+from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import adapter_loss, drops
 from sampler import add_noise, v_weight
 from tiny import drawings, presets
@@ -65,7 +65,6 @@ def main() -> None:
     elif args.kind == "full-face" and not (args.runs / f"adapter-{args.kind}.pt").exists():
         torch.manual_seed(args.seed)
         place(adapter, unet, captions.features[:1], latents[0], images[0])
-    adapter.attach(unet)
     batch = args.batch_size
 
     def loss() -> Tensor:
@@ -78,7 +77,8 @@ def main() -> None:
         noise = torch.randn_like(latents[0, :1].expand(batch, -1, -1, -1))
         noisy = add_noise(latents[view, i], noise, t).contiguous(memory_format=torch.channels_last)
         weight = v_weight(t) if args.loss == "v" else 1.0
-        return adapter_loss(unet, noisy, noise, t, captions.draw(i, drop_text), adapter.image_proj(image), weight)
+        prompt = Prompt(captions.draw(i, drop_text), (adapter.prompt(adapter.image_proj(image)),))
+        return adapter_loss(unet, noisy, noise, t, prompt, weight)
 
     train(f"adapter-{args.kind}", adapter, loss, args)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ipadapter.attention import Prompt
-from sampler import add_noise, alphas_cumprod
+from sampler import SD, add_noise
 from tiny import drawings, presets
 from tiny.latents import Captions, scaled_vae, towers, views
 from tiny.trainer import arguments, train
@@ -31,7 +31,7 @@ def main() -> None:
         latents = torch.stack([view[0] for view in views(scaled_vae(args, data), data, args.device)])
         captions = Captions(towers(args).text, data, args.device)
     model = new_unet().to(args.device, memory_format=torch.channels_last)
-    snr = (a := alphas_cumprod(args.device)) / (1 - a)
+    snr = (a := SD.alphas_cumprod.to(args.device)) / (1 - a)
     weights = (5 / snr).clamp(max=1)
     batch = args.batch_size
 

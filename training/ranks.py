@@ -1,6 +1,7 @@
 """The processes of one run, as `torchrun` starts them."""
 
 import os
+import signal
 import sys
 from datetime import timedelta
 
@@ -57,3 +58,20 @@ class Ranks:
     def close(self) -> None:
         if self.size > 1:
             distributed.destroy_process_group()
+
+
+class Stop:
+    """Turns Ctrl-C and a scheduler's SIGTERM into an end behind the step that is being made, on all ranks at once."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.asked = ranks, False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.ask)
+
+    def ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __bool__(self) -> bool:
+        return self.ranks.mean(float(self.asked)) > 0

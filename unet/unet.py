@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import gelu, interpolate, linear, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from ipadapter.attention import DecoupledCrossAttention, Prompt
+from ipadapter.attention import DecoupledCrossAttention, Prompt, number
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ class UNet(nn.Module):
                 self.output_blocks[-1].append(Upsample(ch))
 
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, config.out_channels, 3, padding=1))
-        for i, attn2 in enumerate(self.cross_attentions()):
-            attn2.layer = i
+        number(self.cross_attentions())
 
     def forward(self, x: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
         """x (batch, 4, H/8, W/8), t (batch,) or () in 0..999 -> (batch, 4, H/8, W/8)."""
@@ -241,7 +240,7 @@ class SpatialTransformer(nn.Module):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (batch, C, H, W) -> (batch, H*W, C)
         h = linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)  # a 1x1 convolution is a matrix too
         for block in self.transformer_blocks:
-            h = block(h, prompt)
+            h = block(h, prompt, tuple(x.shape[2:]))
         h = linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # (batch, H*W, C) -> (batch, C, H, W)
 
@@ -258,9 +257,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, prompt: Prompt) -> Tensor:
+    def forward(self, x: Tensor, prompt: Prompt, grid: tuple[int, int]) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), prompt)
+        x = x + self.attn2(self.norm2(x), prompt, grid)
         return x + self.ff(self.norm3(x))
 
 

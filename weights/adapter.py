@@ -18,8 +18,8 @@ from weights.kinds import adapter_base, what_is
 def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> IPAdapter:
     """A released IP-Adapter (.safetensors or .bin), or a trainer's checkpoint; the kind is read from its tensors.
 
-    Base, light, plus, plus-face, full-face, FaceID, FaceID-plus (version 1; version 2 is asked for by
-    `image_proj.structure_scale`) and FaceID-portrait, for any base.
+    Base, light, plus, plus-face, full-face, FaceID, FaceID-plus (no tensor tells version 1 from 2: `IPAdapter.tokens` is
+    told) and FaceID-portrait, for any base.
 
     Raises:
         WeightsError: unreadable, another kind of file, or keys missing or left over.

@@ -89,7 +89,7 @@ class Base:
         part = parts(gather(self.path, self.vae_file, self.text_files), self.family)[name]
         model = fill(part.make, part.state, self.path, dtype or self.dtype, self.device)
         if self.loras and name in LORA_PARTS:
-            merge(model, self.loras, LORA_PARTS[name])
+            merge(model, self.loras, LORA_PARTS[name], keep=False)
         return model
 
 

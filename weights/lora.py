@@ -1,4 +1,4 @@
-"""LoRAs for the base model (arXiv 2106.09685): W + weight * scale * up @ down, added when the model is loaded.
+"""LoRAs for the base model as files: what their names mean, and whether they fit.
 
 Read are the names of kohya-ss (`lora_unet_*`, `lora_te*_*`) and those of diffusers and peft (`unet.*`, `text_encoder*.*`),
 for linear layers and convolutions (LoCon).
@@ -12,11 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from files.tensors import State, WeightsError, read
+from ipadapter import low_rank
+from ipadapter.low_rank import LowRank
 from weights.diffusers_names import unet_key, unet_shape
 from weights.kinds import what_is
 
@@ -39,30 +40,6 @@ OTHERS = {
     r"\.(diff|diff_b)$": "whole differences of weights",
 }
 WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of the tokens that a UNet reads
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What is added to one weight."""
-
-    down: Tensor  # (rank, in), or (rank, in, height, width) of a convolution
-    up: Tensor  # (out, rank), or (out, rank, 1, 1)
-    mid: Tensor | None  # (rank, rank, height, width): a convolution between two of 1x1
-    scale: float  # alpha / rank
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight that it fits."""
-        kernel = (self.down if self.mid is None else self.mid).shape[2:]
-        return self.up.shape[0], self.down.shape[1], *kernel
-
-    def delta(self, device: torch.device | str = "cpu") -> Tensor:
-        """(out, in) or (out, in, height, width), fp32."""
-        down, up = self.down.to(device, torch.float32), self.up.to(device, torch.float32).flatten(1)
-        if self.mid is not None:
-            mid = self.mid.to(device, torch.float32)
-            return self.scale * torch.einsum("or, rshw, si -> oihw", up, mid, down.flatten(1))
-        return self.scale * (up @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -101,49 +78,30 @@ def read_lora(path: str | Path) -> LoRA:
     for (part, name), layer in found.items():
         rank = layer["down"].shape[0]
         scale = layer["alpha"].item() / rank if "alpha" in layer else peft_scale(config, part, name, rank)
-        low_rank = LowRank(layer["down"], layer["up"], layer.get("mid"), scale)
-        parts.setdefault(part, {})[name.replace(".", "_")] = low_rank
+        change = LowRank(layer["down"], layer["up"], layer.get("mid"), scale)
+        parts.setdefault(part, {})[name.replace(".", "_")] = change
     return LoRA(Path(path), parts)
 
 
-def merge(model: nn.Module, loras: list[tuple[LoRA, float]], part: str) -> Callable[[], None]:
-    """Add LoRAs, each times its weight, to a model's tensors; computed in fp32 and rounded once.
+def merge(model: nn.Module, loras: list[tuple[LoRA, float]], part: str, keep: bool = True) -> Callable[[], None]:
+    """Add LoRAs, each times its weight, to a model.
 
     Args:
         model: a UNet or a text tower, filled.
         part: what it is of the base: "unet", "text" (the first text tower) or "text_2".
+        keep: as in `low_rank.merge`: False merges for good.
 
     Returns:
-        A function that takes the LoRAs out again, bit for bit; as long as it is kept, so are the tensors of before.
+        A function that takes the LoRAs out again.
 
     Raises:
         WeightsError: a layer of a LoRA fits none of the model; then nothing was changed.
     """
-    additions: dict[str, list[tuple[float, LowRank]]] = {}
+    changes: dict[str, list[tuple[float, LowRank]]] = {}
     for lora, weight in loras:
-        for name, low_rank in targets(lora, part, model).items():
-            additions.setdefault(name, []).append((weight, low_rank))
-    merged = {}
-    for name, pairs in additions.items():
-        w = model.get_parameter(name).detach()
-        total = sum((weight * low_rank.delta(w.device).reshape(w.shape) for weight, low_rank in pairs), start=w.float())
-        merged[name] = total.to(w.dtype)
-    return swap(model, merged)
-
-
-def swap(model: nn.Module, tensors: State) -> Callable[[], None]:
-    """Give parameters other values; the function returned puts back the very tensors that were there before.
-
-    Of several swaps the last is to be undone first.
-    """
-    before = {name: model.get_parameter(name).data for name in tensors}
-
-    def put(values: State) -> None:
-        for name, value in values.items():
-            model.get_parameter(name).data = value
-
-    put(tensors)
-    return lambda: put(before)
+        for name, change in targets(lora, part, model).items():
+            changes.setdefault(name, []).append((weight, change))
+    return low_rank.merge(model, changes, keep)
 
 
 def check(lora: LoRA, models: dict[str, nn.Module]) -> None:
@@ -171,13 +129,13 @@ def targets(lora: LoRA, part: str, model: nn.Module) -> dict[str, LowRank]:
     flat = {flat_text(name.removesuffix(".weight").replace(".", "_")): name for name in shapes}
     shape = unet_shape(shapes) if part == "unet" else None
     found, strangers = {}, []
-    for name, low_rank in lora.parts.get(part, {}).items():
+    for name, change in lora.parts.get(part, {}).items():
         ours = flat.get(flat_unet(name, shape) if shape else flat_text(name))
         wanted = tuple(shapes.get(ours, ()))
-        if low_rank.shape[:2] == wanted[:2] and math.prod(low_rank.shape) == math.prod(wanted):  # (1, 1) or no kernel
-            found[ours] = low_rank
+        if change.shape[:2] == wanted[:2] and math.prod(change.shape) == math.prod(wanted):  # (1, 1) or no kernel
+            found[ours] = change
         else:
-            strangers.append(f"{name} {low_rank.shape}" + f" for {wanted}" * bool(wanted))
+            strangers.append(f"{name} {change.shape}" + f" for {wanted}" * bool(wanted))
     if strangers:
         raise WeightsError(
             f"{lora.path}: {len(strangers)} of its {len(lora.parts[part])} layers for {WHAT[part]} fit none of this base: "
@@ -191,7 +149,7 @@ def made_for(lora: LoRA) -> str:
     unet = lora.parts.get("unet", {})
     if any(re.search("(double|single|joint)_blocks|^transformer|single_transformer", name) for name in unet):
         return "a transformer (FLUX, SD 3 or another), not a UNet"
-    widths = {low_rank.down.shape[1] for name, low_rank in unet.items() if name.endswith("attn2_to_k")}
+    widths = {change.shape[1] for name, change in unet.items() if name.endswith("attn2_to_k")}
     if len(widths) == 1:
         width = widths.pop()
         return f"{WIDTHS.get(width, 'another base')} (its UNet reads tokens of {width})"

@@ -1,0 +1,197 @@
+"""Opens the models of a run: names or files in, what follows from them brought along, what does not fit refused."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clip import CLIPImage, TextEncoder, TwoTowerEncoder
+from files.errors import UserError
+from ipadapter import IPAdapter
+from unet import UNet
+from vae import VAE
+from weights import Base, check_fit, load_adapter, load_image_encoder, load_vae, open_base
+from weights.hub import cached, fetch
+from weights.lora import LoRA, read_lora
+from weights.presets import PRESETS, Preset, check_together, find, resolve
+from weights.storage import STORAGES, store
+
+ROLES = ("base", "adapter", "image_encoder", "vae")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Named = str | Path  # a file, or the name of a published one
+
+
+@dataclass(frozen=True)
+class Models:
+    """All that pictures are made with. A part is built when it is asked for; with `keep` it is then held."""
+
+    files: dict[str, Path]  # what they are read from, by role: "base", "adapter", "image_encoder", "vae"
+    base: Base
+    loras: tuple[tuple[LoRA, float], ...]  # merged into the base, each with its weight
+    adapter_kind: IPAdapter | None  # the adapter without its weights (on `meta`): what it reads
+    faceid_v2: bool
+    bundled: bool  # the tiny model that lies in the tree
+    side: int  # pixels along the side of a picture where none is asked for
+    dtype: torch.dtype  # what is computed in
+    storage: str | None  # what large weights lie in, if not in `dtype`
+    low_memory: bool  # one picture and one half of the guidance at a time, decoded in strips
+    device: torch.device
+    keep: bool
+    held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
+
+    def adapter(self) -> IPAdapter:
+        """With its image projection in `dtype` (a Resampler is small), its keys and values as they are stored."""
+
+        def build() -> IPAdapter:
+            adapter = load_adapter(self.files["adapter"], self.loaded, self.device)
+            adapter.image_proj.to(self.dtype)
+            self.stored(adapter.ip_adapter)
+            return adapter
+
+        return self.part("adapter", build)
+
+    def image_encoder(self) -> CLIPImage | None:
+        """None where the adapter reads face embeddings alone."""
+        if "image_encoder" not in self.files:
+            return None
+        file = self.files["image_encoder"]
+        return self.part("image encoder", lambda: self.stored(load_image_encoder(file, self.loaded, self.device)))
+
+    def text_encoder(self) -> TextEncoder | TwoTowerEncoder:
+        return self.part("text encoder", lambda: self.stored(self.base.text_encoder()))
+
+    def unet(self, face: bool = False) -> UNet:
+        """`face`: with the changes to its own attention that a FaceID adapter brings, which are merged for good."""
+
+        def build() -> UNet:
+            unet = self.base.unet()
+            if face:
+                load_adapter(self.files["adapter"], self.loaded, self.device).merge(unet, keep=False)
+            return self.stored(unet)
+
+        face = face and bool(self.adapter_kind and self.adapter_kind.lora_rank)
+        self.held.pop("unet" if face else "unet for a face", None)  # one of the two is enough
+        return self.part("unet for a face" if face else "unet", build)
+
+    def vae(self, dtype: torch.dtype | None = None) -> VAE:
+        """`dtype`: another than the usual one, where that has overflowed; such a one is not held."""
+        decoding = replace(self.base, dtype=dtype or self.dtype)  # the storage is not for the autoencoder
+
+        def build() -> VAE:
+            if "vae" not in self.files:
+                return decoding.vae()
+            return load_vae(self.files["vae"], dtype or decoding.vae_dtype, self.device, self.base.family.latent_scale)
+
+        return build() if dtype else self.part("vae", build)
+
+    def part(self, name: str, build: Callable[[], nn.Module]) -> nn.Module:
+        found = self.held.get(name) or build()
+        if self.keep:
+            self.held[name] = found
+        return found
+
+    @property
+    def loaded(self) -> torch.dtype:
+        """What weights are read in: stored in fewer bits, they are never held in more."""
+        return {None: self.dtype, "bfloat16": torch.bfloat16}.get(self.storage, torch.float16)
+
+    def stored(self, model: nn.Module) -> nn.Module:
+        return store(model, STORAGES[self.storage], self.dtype) if self.storage else model
+
+
+def open_models(
+    # The base model: SD 1.x, SD 2.x or SDXL; nothing named: the tiny model of the tree.
+    base: Named | None = None,
+    # The IP-Adapter; a published base brings the base adapter of its family.
+    adapter: Named | None = None,
+    # The CLIP image tower that the adapter reads; a published adapter brings it.
+    image_encoder: Named | None = None,
+    # Another autoencoder than the base's own.
+    vae: Named | None = None,
+    # LoRAs for the base, each alone or with its weight.
+    loras: Sequence[Named | tuple[Named, float]] = (),
+    # Whether there will be image prompts; without any, no adapter and no image encoder is wanted.
+    image: bool = True,
+    # Whether an adapter is to be made: then none is brought, only the image encoder that it will read.
+    new_adapter: bool = False,
+    # Whether the adapter's file is FaceID-plus version 2: no tensor tells.
+    faceid_v2: bool = False,
+    # What the UNet predicts, "eps" or "v", where the file tells it wrongly or not at all.
+    prediction: str | None = None,
+    # Where to compute: by default on the fastest device here.
+    device: torch.device | str | None = None,
+    # What to compute in, a dtype or its name: by default fp16 on cuda, fp32 elsewhere.
+    dtype: torch.dtype | str | None = None,
+    # "float16", "bfloat16" or "float8": keep large weights in it, and bring each up to `dtype` when it is used.
+    storage: str | None = None,
+    # Less memory, more time: fp16 storage, one picture at a time, guidance in two passes, decoded in strips.
+    low_memory: bool = False,
+    # Hold the parts once they are built, for the next picture; otherwise each is freed when it has done its work.
+    keep: bool = True,
+    # Told in a line what is about to be downloaded.
+    tell: Callable[[str], object] = lambda line: None,
+) -> Models:
+    """Find, fetch and check the models of a run. Large weights are not read yet.
+
+    Raises:
+        UserError: a name that is unknown, a file that is missing, damaged or of another kind, parts that do not fit
+            together, what cannot be downloaded; the message says what would fit.
+    """
+    device = torch.device(device or default_device())
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype or default_dtype(device)
+    given = {"base": base, "adapter": adapter, "image_encoder": image_encoder, "vae": vae}
+    pairs = [(*lora, 1.0)[:2] if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
+    wanted = [(find("lora", str(name)), weight) for name, weight in pairs]
+    ready = {found: read_lora(found) for found, _ in wanted if isinstance(found, Path)}  # before anything is fetched
+    found = resolve({role: name and str(name) for role, name in given.items()}, image, new_adapter)
+    for lora, _ in wanted:
+        check_together({"base": found["base"], "lora": lora})
+    files = {role: file(value, tell) for role, value in found.items() if value}
+    merged = tuple((ready.get(lora) or read_lora(file(lora, tell)), weight) for lora, weight in wanted)
+    storage = storage or ("float16" if low_memory else None)
+    loaded = {None: dtype, "bfloat16": torch.bfloat16}.get(storage, torch.float16)
+    opened = open_base(files["base"], loaded, device, prediction, merged)
+    if "vae" in files:
+        load_vae(files["vae"], device="meta")  # read when it is wanted, but refused before the work
+    kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
+    if kind:
+        encoder = load_image_encoder(files["image_encoder"], device="meta") if kind.reads_clip else None
+        check_fit(kind, files["adapter"], opened, encoder, files.get("image_encoder"))
+        if not kind.reads_clip:
+            files.pop("image_encoder", None)
+        if faceid_v2 and not (kind.image_proj.faces and kind.image_proj.patches):
+            raise UserError(f"`faceid_v2`: for FaceID-plus adapters; {files['adapter']} is another kind")
+    preset = found["adapter"] if isinstance(found["adapter"], Preset) else None
+    return Models(
+        files=files,
+        base=opened,
+        loras=merged,
+        adapter_kind=kind,
+        faceid_v2=faceid_v2 or bool(preset and preset.faceid_v2),
+        bundled=found["base"] == PRESETS["base", "tiny"],
+        side=(found["base"].side if isinstance(found["base"], Preset) else None) or opened.side,
+        dtype=dtype,
+        storage=storage,
+        low_memory=low_memory,
+        device=device,
+        keep=keep,
+    )
+
+
+def file(found: Path | Preset, tell: Callable[[str], object]) -> Path:
+    if isinstance(found, Path):
+        return found
+    if not cached(found):
+        tell(f"fetching {found.name} ({found.megabytes:g} MB) from {found.repo}")
+    return fetch(found)
+
+
+def default_device() -> str:
+    """The fastest here."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32

@@ -1,0 +1,123 @@
+"""From prompts to pictures: the one loop. Whoever calls it owns the progress bar."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from files.errors import UserError
+from files.pictures import to_pil
+from generate.models import Models
+from generate.prompt import sized
+from ipadapter import Prompt
+from sampler import SAMPLERS, Level, Predict, Sampler, guided, noise_and_generators
+from vae import VAE
+
+BATCH = 4  # pictures that go through the UNet together
+ROWS = 64  # of a picture that are decoded at once in little memory
+
+
+@torch.no_grad()
+def pictures(
+    models: Models,
+    # What the pictures should show, as `prompts` makes it; several: `count` pictures of each. One that is stacked of
+    # several (`Prompt.cat`) has a row for each seed: then all are made together.
+    prompt: Prompt | Sequence[Prompt],
+    # Its absence, or the negative prompt; as many as there are prompts, or one for all.
+    null: Prompt | Sequence[Prompt],
+    # Picture j is made from the noise of seed + j. Several seeds: a picture of each, instead of `count`.
+    seed: int | Sequence[int] = 0,
+    # How many pictures of each prompt.
+    count: int = 1,
+    # None: what suits the sampler (DDIM 50).
+    steps: int | None = None,
+    # How far to follow the prompt: 1 is off, and so is less; None: 7.5, with lcm 1.
+    guidance_scale: float | None = None,
+    # One of sampler.SAMPLERS.
+    sampler: str = "ddim",
+    # Pixels, multiples of 8; None: what the base was made for.
+    height: int | None = None,
+    width: int | None = None,
+    # Pictures that go through the UNet together.
+    batch: int = BATCH,
+    # Called after each step of each batch.
+    on_step: Callable[[], object] = lambda: None,
+) -> Iterator[Image.Image]:
+    """Make pictures, each handed out as soon as it is done: seeds in turn, prompts in turn.
+
+    Raises:
+        UserError: a setting out of its range; a UNet whose prediction is not finite.
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"`sampler`: {sampler!r} given, one of {', '.join(SAMPLERS)} is wanted")
+    height, width = height or models.side, width or models.side
+    if height % 8 or width % 8:
+        raise UserError(f"`height` and `width`: {height} and {width} given, multiples of 8 are wanted")
+    row, schedule = SAMPLERS[sampler], models.base.schedule
+    steps = row.steps if steps is None else steps
+    if not 1 <= steps <= row.max_steps:
+        raise UserError(f"`steps` {steps}: 1 to {row.max_steps} with {sampler}")
+    levels = row.levels(schedule, steps)
+    guidance_scale = row.guidance_scale if guidance_scale is None else max(1.0, guidance_scale)
+    prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
+    nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
+    seeds = range(seed, seed + count) if isinstance(seed, int) else seed
+    size = 1 if models.low_memory else max(batch, *(len(p.text) for p in prompts), 1)
+    parts = [
+        (sized(p, models, height, width), sized(n, models, height, width), seeds[i : i + size])
+        for p, n in zip(prompts, nulls, strict=True)
+        for i in range(0, len(seeds), size)
+    ]
+    unet = models.unet(face=any(p.images for p in prompts))
+    for number, (p, n, some) in enumerate(parts, 1):
+        p, n = rows(p, len(some)), rows(n, len(some))
+        predict = guided(unet, p, n, guidance_scale, schedule.prediction, apart=models.low_memory)
+        start, generators = noise_and_generators(some, height, width)
+        start = row.start(start.to(models.device), schedule, levels[0])
+        x = denoise(row, predict, start, levels, generators, on_step)
+        if number == len(parts):
+            del unet, predict  # unless it is kept, before the autoencoder takes its place
+        if not x.isfinite().all():
+            raise UserError(f"the UNet's prediction is not finite in {models.dtype}; try another `dtype`")
+        yield from decode(models, x)
+
+
+def denoise(
+    sampler: Sampler,
+    predict: Predict,
+    noise: Tensor,
+    levels: Sequence[Level],
+    generators: Sequence[torch.Generator] | None = None,
+    on_step: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """From noise to latents, both (batch, 4, height/8, width/8)."""
+    for latents in sampler.run(predict, noise, levels, generators):
+        on_step()
+    return latents
+
+
+def rows(prompt: Prompt, count: int) -> Prompt:
+    """A prompt for so many pictures: one that all share, or one row for each as it is."""
+    return prompt if len(prompt.text) == count else Prompt.cat([prompt] * count)
+
+
+@torch.no_grad()
+def decode(models: Models, latents: Tensor) -> Iterator[Image.Image]:
+    """Latents (batch, 4, height/8, width/8) to pictures, one at a time: nothing needs more memory per pixel.
+
+    An autoencoder that overflows in half precision is taken again in fp32: that gives a picture, not a black one.
+    """
+    rows, vae = ROWS if models.low_memory else None, models.vae()
+    for x in latents.split(1):
+        pixels = decoded(vae, x, rows)
+        if not pixels.isfinite().all() and next(vae.parameters()).dtype != torch.float32:
+            vae = models.vae(torch.float32)
+            pixels = decoded(vae, x, rows)
+        if not pixels.isfinite().all():
+            raise UserError("the autoencoder's picture is not finite: a damaged base, or settings far out of range")
+        yield to_pil(pixels)[0]
+
+
+def decoded(vae: VAE, x: Tensor, rows: int | None) -> Tensor:
+    return vae.decode(x.to(next(vae.parameters()).dtype), rows)

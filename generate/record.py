@@ -1,0 +1,137 @@
+"""What a picture tells of how it was made, and the way back: the files of a run found again by their hashes."""
+
+import os
+from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+
+import torch
+
+from files.errors import UserError
+from files.hashes import recall, sha256
+from files.pictures import read_settings
+from generate.models import ROLES, Models
+from weights.diffusers import model_sha256
+from weights.hub import cached
+from weights.presets import PRESETS
+
+NEARBY = 1000  # files of a folder that are looked through at most
+
+
+class Hashes:
+    """SHA-256 of all files that a run's pictures depend on, computed on a thread of its own while the models work.
+
+    Args:
+        brought: pictures and face embeddings.
+        known: hashes of what was no file: pictures out of pipes.
+    """
+
+    def __init__(self, models: Models, brought: Sequence[str | Path] = (), known: Mapping[str, str] | None = None):
+        self.known = dict(known or {})
+        files = [*models.files.values(), *brought, *(lora.path for lora, _ in models.loras)]
+        self.found: dict[Path, Future] = {Path(path): Future() for path in files if str(path) not in self.known}
+        Thread(target=self.work, daemon=True).start()  # a daemon: nobody waits for it when the run ends early
+
+    def work(self) -> None:
+        for path, future in self.found.items():
+            try:
+                future.set_result(model_sha256(os.path.expanduser(path)))
+            except Exception as error:  # noqa: BLE001, raised where the hash is asked for; else that would wait for ever
+                future.set_exception(error)
+
+    def result(self) -> dict[str, str]:
+        """By the files' names as `public` has them; waits for what is not done yet."""
+        return {public(path): future.result() for path, future in self.found.items()} | self.known
+
+
+def record(models: Models, hashes: Hashes, **settings: object) -> dict:
+    """All that makes a picture again: the settings, what each file was, its hash."""
+    return {
+        **{role: public(models.files[role]) if role in models.files else None for role in ROLES},
+        **settings,
+        **{name: [public(path) for path in settings.get(name, ())] for name in ("image", "face_embedding")},
+        "prediction": models.base.schedule.prediction,
+        "faceid_v2": models.faceid_v2,
+        "lora": [[public(lora.path), weight] for lora, weight in models.loras],
+        "dtype": str(models.dtype).removeprefix("torch."),
+        "storage": models.storage,
+        "low_memory": models.low_memory,
+        "device": str(models.device),
+        "torch": torch.__version__,
+        "sha256": hashes.result(),
+    }
+
+
+def public(path: str | Path) -> str:
+    """A file's name as it may be shown to others: the home folder, which bears its owner's name, is `~`."""
+    text, home = os.fspath(path), os.path.expanduser("~")
+    inside = (
+        os.path.isabs(text) and home != os.sep and os.path.realpath(text).startswith(os.path.realpath(home) + os.sep)
+    )
+    return os.path.join("~", os.path.relpath(os.path.realpath(text), os.path.realpath(home))) if inside else text
+
+
+def again(picture: Path, given: Container[str] = ()) -> dict:
+    """The arguments that made a picture, its files found again.
+
+    Args:
+        given: arguments that are given anew: their files are not looked for.
+
+    Raises:
+        UserError: no picture of ours, one that does not say what each file was, or a file that is nowhere.
+    """
+    settings = read_settings(picture)
+    if not settings or not {"base", "sha256", "seed", "scale"} <= settings.keys():
+        raise UserError(f"`again` {picture}: holds no settings that make it again")
+    hashes, beside = settings["sha256"], picture.parent
+
+    def found(name: str) -> str:
+        return str(find_again(name, hashes.get(name), beside))
+
+    arguments = {
+        name: settings.get(name) for name in ("prompt", "negative_prompt", "structure_scale", "sampler", "steps")
+    }
+    arguments |= {name: settings.get(name) for name in ("guidance_scale", "height", "width", "prediction", "storage")}
+    arguments |= {name: bool(settings.get(name)) for name in ("faceid_v2", "low_memory")}
+    scale = settings["scale"]
+    arguments |= {"seed": settings["seed"], "dtype_name": settings.get("dtype")}
+    arguments |= {role: found(settings[role]) for role in ROLES if settings.get(role) and role not in given}
+    if "adapter" in given:  # another adapter brings its own
+        arguments.pop("image_encoder", None)
+    for name in ("image", "face_embedding"):
+        arguments |= {name: [found(path) for path in settings.get(name, ())]} if name not in given else {}
+    if "lora" not in given:
+        arguments["lora"] = [(found(path), weight) for path, weight in settings.get("lora", ())]
+    if arguments.get("image") or arguments.get("face_embedding"):
+        arguments["scale"] = scale if isinstance(scale, list) else [scale]
+    return arguments
+
+
+def find_again(name: str, wanted: str | None, beside: Path) -> Path:
+    """The file that a picture was made with: under its old name, or wherever its content is.
+
+    Looked for are the old place, the published file of that hash, large files hashed before (`files.hashes`), and the
+    folder of the picture and the current one.
+
+    Args:
+        name, wanted: as `record` wrote them: the file's name and its SHA-256; None where none was written.
+        beside: the folder of the picture.
+
+    Raises:
+        UserError: nothing with that content is there.
+    """
+    old = Path(os.path.expanduser(name))
+    if old.exists() and (wanted is None or model_sha256(old) == wanted):
+        return old
+    published = (preset for preset in PRESETS.values() if preset.sha256 == wanted and wanted)
+    places = [path for preset in published if (path := cached(preset))]
+    places += [Path(path) for path, entry in recall().items() if entry[-1] == wanted]
+    for folder in dict.fromkeys((beside, Path())):
+        near = sorted(path for path in folder.iterdir() if path.suffix == old.suffix) if folder.is_dir() else []
+        places += near[:NEARBY]
+    for path in places:
+        if path.is_file() and sha256(path) == wanted:
+            return path
+    found = "has another content now" if old.exists() else "is not there"
+    raise UserError(f"{name}: {found}, and no file with its SHA-256 ({(wanted or 'unknown')[:10]}...) was found")

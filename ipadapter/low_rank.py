@@ -1,0 +1,100 @@
+"""Changes of a model's weights that can be taken out again, above all LoRAs (arXiv 2106.09685): W + scale * up @ down.
+
+A change is a small value with `delta(weight)`: what is to be added to a weight, of its shape, on its device, in fp32.
+`merge` adds changes to the weights themselves, so they cost nothing per step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Change(Protocol):
+    def delta(self, weight: Tensor) -> Tensor:
+        """What is to be added to a weight, given in fp32: of its shape, on its device."""
+
+
+Weighted = Sequence[tuple[float, Change]]  # each change with its weight
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA: a change of a matrix as the product of a tall and a wide one; of a convolution, one behind the other."""
+
+    down: Tensor  # (rank, in), or (rank, in, height, width) of a convolution
+    up: Tensor  # (out, rank), or (out, rank, 1, 1)
+    mid: Tensor | None = None  # (rank, rank, height, width): a convolution between two of 1x1
+    scale: float = 1.0  # alpha / rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it fits."""
+        kernel = (self.down if self.mid is None else self.mid).shape[2:]
+        return self.up.shape[0], self.down.shape[1], *kernel
+
+    def delta(self, weight: Tensor) -> Tensor:
+        down, up = self.down.to(weight).flatten(1), self.up.to(weight).flatten(1)
+        if self.mid is None:
+            return self.scale * (up @ down).view_as(weight)
+        return self.scale * torch.einsum("or, rshw, si -> oihw", up, self.mid.to(weight), down).view_as(weight)
+
+
+@dataclass
+class Merged:
+    """What a parameter was, and the changes that are in it now, by the call of `merge` that brought them."""
+
+    base: Tensor
+    changes: dict[object, Weighted] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, changes: Mapping[str, Weighted], keep: bool = True) -> Callable[[], None]:
+    """Add changes, each times its weight, to a model's parameters, in place; summed in fp32 and rounded once.
+
+    What a parameter was is kept beside it (as its attribute `merged`), and with each change that comes or goes the sum is
+    made anew from that. So changes come and go in any order, and without them the parameter is what it was, bit for bit.
+
+    Args:
+        changes: by the names of the parameters.
+        keep: False merges for good, and keeps nothing in memory.
+
+    Returns:
+        A function that takes these changes out again. It raises RuntimeError if they were merged for good.
+    """
+    call, parameters = object(), {name: model.get_parameter(name) for name in changes}
+    for name, p in parameters.items():
+        merged = vars(p).get("merged")
+        if keep:
+            p.merged = merged or Merged(p.detach().clone())
+            p.merged.changes[call] = changes[name]
+        else:
+            base = merged.base if merged else p
+            base.copy_(total(base, changes[name]))
+        write(p)
+
+    @torch.no_grad()
+    def undo() -> None:
+        if not keep:
+            raise RuntimeError("these changes were merged for good (keep=False)")
+        for p in parameters.values():
+            if merged := vars(p).get("merged"):
+                merged.changes.pop(call, None)
+                write(p)
+
+    return undo
+
+
+def write(p: nn.Parameter) -> None:
+    """Give a parameter the sum of what it was and the changes that are in it."""
+    if merged := vars(p).get("merged"):
+        p.copy_(total(merged.base, [pair for pairs in merged.changes.values() for pair in pairs]))
+        if not merged.changes:
+            del p.merged
+
+
+def total(base: Tensor, changes: Weighted) -> Tensor:
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    return sum((weight * change.delta(wide) for weight, change in changes), start=wide)

@@ -1,0 +1,120 @@
+"""What conditions a denoising step: a text and any number of image prompts, as plain values.
+
+An image prompt brings its adapter: the keys and values that the adapter makes of its tokens, for every layer. So nothing
+of an adapter lives in the model, and what does not change from step to step is computed once.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Scale = float | Tensor  # one number, or one for each row of the batch: (batch,)
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """One image prompt: what it says, how loudly, and where. `IPAdapter.prompt` makes it of tokens.
+
+    Args:
+        key_values: K' and V' of each cross-attention layer, in the order of the adapter's keys; each (batch, num_tokens,
+            heads * head_dim).
+        scale: the weight of the image prompt, one for all layers or a sequence with one for each. Where it is the
+            number 0 the prompt is silent, and the model is the base model, bit for bit.
+        mask: (1 or batch, 1, H, W) in [0, 1] at any resolution, where the prompt acts; None: everywhere.
+
+    Raises:
+        ValueError: not as many scales as layers.
+    """
+
+    key_values: Sequence[tuple[Tensor, Tensor]]
+    scale: Scale | Sequence[Scale] = 1.0
+    mask: Tensor | None = None
+
+    def __post_init__(self):
+        if isinstance(self.scale, Sequence) and len(self.scale) != len(self.key_values):
+            raise ValueError(f"`scale`: {len(self.scale)} given, one for each of {len(self.key_values)} layers wanted")
+
+    @property
+    def rows(self) -> int:
+        """How many rows of a batch it is for."""
+        return len(self.key_values[0][0])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """All that conditions a denoising step. It passes through the model untouched; cross-attention reads it."""
+
+    text: Tensor  # (batch, 77, context_dim), out of the text tower
+    images: tuple[ImagePrompt, ...] = ()
+    vector: Tensor | None = None  # (batch, vector_dim), for bases with a `label_emb` (SDXL); None for SD 1.x
+
+    @staticmethod
+    def cat(prompts: Sequence["Prompt"]) -> "Prompt":
+        """Stack prompts along the batch: the unconditional one and the conditional one, or those of several pictures.
+
+        Their image prompts may differ in scale and in mask; each row keeps its own.
+
+        Raises:
+            ValueError: they differ in what a batch has in common, such as the number of image prompts or of tokens.
+        """
+        same("the number of image prompts", (len(prompt.images) for prompt in prompts))
+        images = tuple(cat_images(row) for row in zip(*(prompt.images for prompt in prompts), strict=True))
+        vector = stack("the vector", [prompt.vector for prompt in prompts])
+        return Prompt(stack("the text (tokens, width)", [prompt.text for prompt in prompts]), images, vector)
+
+
+def cat_images(row: Sequence[ImagePrompt]) -> ImagePrompt:
+    """One image prompt of several, stacked along the batch."""
+    same("the number of layers", (len(image.key_values) for image in row))
+    key_values = [
+        tuple(stack("an image prompt (tokens, width)", tensors) for tensors in zip(*pairs, strict=True))
+        for pairs in zip(*(image.key_values for image in row), strict=True)
+    ]
+    return ImagePrompt(key_values, cat_scales(row), cat_masks(row))
+
+
+def cat_scales(row: Sequence[ImagePrompt]) -> Scale | list[Scale]:
+    """Numbers that agree stay a number: where all rows are silent, so is the batch."""
+
+    def of_rows(scales: Sequence[Scale]) -> Scale:
+        if not any(isinstance(scale, Tensor) for scale in scales) and len(set(scales)) == 1:
+            return scales[0]
+        device = row[0].key_values[0][0].device
+        scales = (torch.as_tensor(scale, dtype=torch.float32, device=device) for scale in scales)
+        return torch.cat([scale.expand(image.rows) for scale, image in zip(scales, row, strict=True)])
+
+    scales = [image.scale for image in row]
+    if not any(isinstance(scale, Sequence) for scale in scales):
+        return of_rows(scales)
+    layers = len(row[0].key_values)
+    scales = [scale if isinstance(scale, Sequence) else [scale] * layers for scale in scales]
+    return [of_rows(layer) for layer in zip(*scales, strict=True)]
+
+
+def cat_masks(row: Sequence[ImagePrompt]) -> Tensor | None:
+    """A mask that all rows share serves them as it is; a row without one is heard everywhere."""
+    masks = [image.mask for image in row]
+    first = next((mask for mask in masks if mask is not None), None)
+    if first is None or all(mask is first and len(mask) == 1 for mask in masks):
+        return first
+    masks = [torch.ones_like(first[:1]) if mask is None else mask for mask in masks]
+    return stack(
+        "a mask (1, height, width)",
+        [mask.expand(image.rows, -1, -1, -1) for mask, image in zip(masks, row, strict=True)],
+    )
+
+
+def stack(what: str, tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Along the batch; None where nobody has any."""
+    shape = same(what, (None if x is None else tuple(x.shape[1:]) for x in tensors))
+    return None if shape is None else torch.cat(tensors)
+
+
+def same(what: str, values: Iterable[Hashable]) -> Hashable:
+    """What the rows of a batch have in common."""
+    first, *others = dict.fromkeys(values)
+    if others:
+        raise ValueError(f"prompts that differ in {what} do not stack: {' and '.join(map(str, (first, *others)))}")
+    return first

@@ -1,0 +1,62 @@
+"""The loop of a training run. Whoever calls it owns the progress bar."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from training.cache import deaf
+from training.order import Places, places, stack
+from training.ranks import Stop
+from training.ready import Ready
+from training.run import Run
+from training.trainer import Trainer
+
+
+def training(
+    trainer: Trainer,
+    run: Run,
+    ready: Ready,
+    # Of the whole run, those before it was resumed among them.
+    steps: int,
+    # Pairs to a batch, of each process.
+    batch_size: int,
+    # Batches to a step.
+    accumulation: int = 1,
+    # Processes that read pairs.
+    workers: int = 0,
+    # Steps from checkpoint to checkpoint, and from validation to validation; 0: no validation.
+    save_every: int = 1000,
+    validate_every: int = 1000,
+    # Makes the pictures of a validation.
+    draw: Callable[[], list[Image.Image]] = list,
+) -> Iterator[int]:
+    """Train from where the trainer is, yielding the number of each finished step; the run's folder is kept up to date.
+
+    A signal to stop (Ctrl-C, SIGTERM) ends it behind the step that is being made, with a checkpoint.
+
+    Raises:
+        UserError: too many steps in a row without a finite loss.
+    """
+    ranks, stop = trainer.ranks, Stop(trainer.ranks)
+    order = places(trainer.place, (steps - trainer.step) * accumulation, batch_size, ranks.rank, ranks.size)
+    drawn = Places(ready.source, trainer.seed)
+    batches = iter(DataLoader(drawn, 1, None, None, order, workers, stack, worker_init_fn=deaf))
+    while trainer.step < steps and not stop:
+        parts = []
+        for at, pairs_or_features, bad in islice(batches, accumulation):
+            parts.append((at, ready.encode(pairs_or_features)))
+            run.skipped += bad
+        run.log(trainer.update(parts))
+        yield trainer.step
+        if trainer.step % save_every == 0 or trainer.step == steps:
+            run.save()
+        if ready.prompts and validate_every and trainer.step % validate_every == 0:
+            run.show(ready.prompts, draw())
+    if trainer.step < steps:
+        run.save()
+        return
+    if ready.prompts and not run.shown():  # also where a run was killed between its last step and here
+        run.show(ready.prompts, draw())
+    run.close()
