@@ -29,7 +29,7 @@ from clip import CLIPText, tokenize
 from unet import SD15, SD21, SDXL, UNet, UNetConfig, size_vector
 from vae import SD_VAE, VAE
 from weights import WeightsError, open_base
-from weights.base import predicts, sd2_predicts_noise
+from weights.base import Base, predicts, sd2_predicts_noise, text_state
 from weights.configs import unet_config
 from weights.families import FAMILIES, SD2, SD2_BASE
 from weights.fill import on_meta
@@ -214,9 +214,115 @@ def test_a_folder_of_diffusers_is_the_same_base(twin, tmp_path):
             part.save_pretrained(tmp_path / name)
     base = open_base(tmp_path)
     assert replace(base, path=twin.base.path) == twin.base
+    assert same_parts(base, twin)
+
+
+# Other people's layouts, and parts from elsewhere
+
+
+def same_parts(base: Base, twin: Twin) -> bool:
+    """Whether all tensors are those of the twin's own file."""
     for found, wanted in zip((base.text_encoder(), base.unet(), base.vae()), twin.parts, strict=True):
         found, wanted = found.state_dict(), wanted.state_dict()
-        assert found.keys() == wanted.keys() and all(torch.equal(w, wanted[key]) for key, w in found.items())
+        if found.keys() != wanted.keys() or not all(torch.equal(w, wanted[key]) for key, w in found.items()):
+            return False
+    return True
+
+
+TEXT = {  # where each family's text towers stand
+    "sd1": ["cond_stage_model.transformer."],
+    "sd2": ["cond_stage_model.model."],
+    "sdxl": ["conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."],
+}
+
+
+def part_of(state: State, prefix: str) -> State:
+    return {key.removeprefix(prefix): w for key, w in state.items() if key.startswith(prefix)}
+
+
+def test_sd2_with_its_unused_layer_left_out_is_the_same(sd2, tmp_path):
+    """As files are that were made of folders: all of their layers are used."""
+
+    def change(state: State) -> None:
+        without("cond_stage_model.model.transformer.resblocks.2.")(state)
+        del state["cond_stage_model.model.text_projection"]
+
+    assert same_parts(open_base(rewritten(sd2, tmp_path / "x.safetensors", change)), sd2)
+
+
+@pytest.mark.parametrize("layers, used", [(24, 23), (23, 23)])
+def test_of_a_full_tower_of_sd2_the_first_23_layers_are_used(layers, used):
+    """Also where the projection that tells a whole tower was pruned away."""
+    state = {f"transformer.resblocks.{i}.ln_1.weight": torch.ones(4) for i in range(layers)}
+    found = text_state(state | {"positional_embedding": torch.ones(77, 4)}, FAMILIES["SD 2.x"].text[0])
+    assert len([key for key in found if "layer_norm1" in key]) == used
+
+
+def test_sd_turbo_has_its_text_tower_elsewhere(sd2, tmp_path):
+    def change(state: State) -> None:
+        for key in [key for key in state if key.startswith("cond_stage_model.model.")]:
+            state[key.replace("cond_stage_model.model.", "conditioner.embedders.0.model.")] = state.pop(key)
+        state["denoiser.sigmas"] = torch.ones(1000)
+
+    base = open_base(rewritten(sd2, tmp_path / "x.safetensors", change))
+    assert same_parts(base, sd2) and base.family == sd2.base.family
+
+
+def test_sdxl_with_its_projection_as_diffusers_converter_writes_it(sdxl, tmp_path):
+    def change(state: State) -> None:
+        key = "conditioner.embedders.1.model.text_projection"
+        state[f"{key}.weight"] = state.pop(key).T.contiguous()
+
+    assert same_parts(open_base(rewritten(sdxl, tmp_path / "x.safetensors", change)), sdxl)
+
+
+@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("layout", ["original", "bare", "diffusers", "folder"])
+def test_a_unet_alone_with_its_other_parts_from_elsewhere(request, name, layout, tmp_path):
+    twin: Twin = request.getfixturevalue(name)
+    state, unet = load_file(twin.base.path), tmp_path / "unet.safetensors"
+    own = {key: w for key, w in state.items() if key.startswith(UNET)}
+    if layout == "folder":
+        twin.pipeline.unet.save_pretrained(unet := tmp_path / "unet")
+    elif layout == "diffusers":
+        save_file(twin.pipeline.unet.state_dict(), unet)
+    else:
+        save_file({key if layout == "original" else key.removeprefix(UNET): w for key, w in own.items()}, unet)
+    save_file(part_of(state, "first_stage_model."), tmp_path / "vae.safetensors")
+    texts = []
+    for i, prefix in enumerate(TEXT[name]):
+        texts.insert(0, tmp_path / f"text_{i}.safetensors")  # SDXL's in the wrong order
+        save_file(part_of(state, prefix) | {"logit_scale": torch.ones(())}, texts[0])
+    base = open_base(unet, vae=tmp_path / "vae.safetensors", text_encoder=texts)
+    assert same_parts(base, twin)
+    assert (base.family.name, base.layers, base.sinusoids) == (
+        *(twin.base.family.name, twin.base.layers, twin.base.sinusoids),
+    )
+
+
+def test_text_towers_out_of_a_folder_of_diffusers(twin, tmp_path):
+    texts = [getattr(twin.pipeline, n) for n in ("text_encoder", "text_encoder_2") if hasattr(twin.pipeline, n)]
+    for i, text in enumerate(texts):
+        text.save_pretrained(tmp_path / str(i))
+    files = [tmp_path / str(i) for i in range(len(texts))]
+    assert same_parts(open_base(twin.base.path, text_encoder=files), twin)
+
+
+def test_a_folder_of_diffusers_may_lack_what_comes_from_elsewhere(sd1, tmp_path):
+    sd1.pipeline.unet.save_pretrained(tmp_path / "unet")
+    sd1.pipeline.text_encoder.save_pretrained(tmp_path / "text")
+    base = open_base(tmp_path, vae=sd1.base.path, text_encoder=[tmp_path / "text"])
+    assert same_parts(base, sd1)
+    assert "no vae/; found" in refused(tmp_path, lambda path: open_base(path, text_encoder=[tmp_path / "text"]))
+
+
+def test_text_towers_that_are_none_or_too_few(sd1, sdxl, tmp_path):
+    save_file(part_of(load_file(sd1.base.path), UNET), unet := tmp_path / "unet.safetensors")
+    assert refused(unet, lambda path: open_base(sd1.base.path, text_encoder=[path])).startswith(
+        "a CLIP text tower is wanted here; this is a UNet alone, without autoencoder and text tower, of SD 1.x (it has "
+    )
+    with pytest.raises(WeightsError, match="^`text_encoder`: 1 given, SDXL has 2 text towers$"):
+        open_base(sdxl.base.path, text_encoder=[unet])
 
 
 # What the UNet predicts
@@ -313,20 +419,41 @@ def unclip(state: State) -> None:
     state["noise_augmentor.data_mean"] = torch.ones(1, 4)
 
 
-def inpainting(state: State) -> None:
+def inpainting(state: State, channels: int = 9) -> None:
     weight = state[f"{UNET}input_blocks.0.0.weight"]
-    state[f"{UNET}input_blocks.0.0.weight"] = torch.ones(len(weight), 9, 3, 3)
+    state[f"{UNET}input_blocks.0.0.weight"] = torch.ones(len(weight), channels, 3, 3)
 
 
 REFUSED = {
     "SDXL refiner": ("sdxl", refiner, WANTED + "SDXL refiner checkpoint"),
     "SD 2.x unCLIP": ("sd2", unclip, WANTED + "SD 2.x unCLIP checkpoint"),
-    "SD 1.x inpainting": ("sd1", inpainting, "its UNet takes 9 channels (an inpainting or depth model?), 4 are wanted"),
-    "SD 2.x inpainting": ("sd2", inpainting, "its UNet takes 9 channels (an inpainting or depth model?), 4 are wanted"),
-    "SDXL inpainting": ("sdxl", inpainting, "its UNet takes 9 channels (an inpainting or depth model?), 4 are wanted"),
+    "SD 1.x inpainting": ("sd1", inpainting, "its UNet takes 9 channels (an inpainting model), 4 are wanted"),
+    "SD 2.x inpainting": ("sd2", inpainting, "its UNet takes 9 channels (an inpainting model), 4 are wanted"),
+    "SDXL inpainting": ("sdxl", inpainting, "its UNet takes 9 channels (an inpainting model), 4 are wanted"),
+    "SD 1.x for depth": ("sd1", lambda state: inpainting(state, 5), "its UNet takes 5 channels (a depth model), 4 are"),
+    "SD 1.x without its autoencoder": (
+        *("sd1", without("first_stage_model.")),
+        "the autoencoder (first_stage_model.*) is missing; a whole SD 1.x checkpoint has: UNet, autoencoder, text tower; "
+        + "`vae` can bring it",
+    ),
     "SD 2.x without its text tower": (
         *("sd2", without("cond_stage_model.")),
-        "the text tower (cond_stage_model.model.*) is missing; a whole SD 2.x checkpoint has: UNet, autoencoder, text tower",
+        "the text tower (cond_stage_model.model.*) is missing; a whole SD 2.x checkpoint has: UNet, autoencoder, text tower"
+        + "; `text_encoder` can bring it",
+    ),
+    "the UNet of SDXL": (
+        *("sdxl", without("first_stage_model.", "conditioner.")),
+        "the autoencoder (first_stage_model.*) and the text tower (conditioner.embedders.0.transformer.*) and the second "
+        + "text tower (conditioner.embedders.1.model.*) are missing; a whole SDXL checkpoint has: UNet, autoencoder, text "
+        + "tower, second text tower; `vae` and `text_encoder` can bring them",
+    ),
+    "Kolors": (
+        *("sdxl", lambda state: state.update({f"{UNET}encoder_hid_proj.weight": torch.ones(96, 64)})),
+        "an SD 1.x, SD 2.x or SDXL checkpoint is wanted here; this is a Kolors checkpoint (it has model.diffusion_model.",
+    ),
+    "SDXL without the projection of its second text tower": (
+        *("sdxl", without("conditioner.embedders.1.model.text_projection")),
+        "the second text tower has no text_projection, which this UNet reads",
     ),
     "SDXL without its first text tower": (
         *("sdxl", without("conditioner.embedders.0.")),
@@ -357,6 +484,45 @@ def test_a_text_tower_of_another_width_is_refused(sd2, tmp_path):
 
     message = refused(rewritten(sd2, tmp_path / "x.safetensors", change))
     assert message == "its UNet reads tokens of 64, its text towers give 32"
+
+
+def test_a_text_tower_of_another_vocabulary_is_refused(sd1, tmp_path):
+    def change(state: State) -> None:
+        key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+        state[key] = state[key][:32000].clone()
+
+    assert refused(rewritten(sd1, tmp_path / "x.safetensors", change)) == (
+        "a text tower for CLIP's tokenizer is wanted, 49408 words and 77 tokens; this one has 32000 words and 77 tokens"
+    )
+
+
+STRANGERS = {  # one key of each is enough
+    "a FLUX checkpoint": "single_transformer_blocks.0.attn.to_q.weight",
+    "an SD 3 checkpoint": "transformer_blocks.0.ff_context.net.2.weight",
+    "an AuraFlow checkpoint": "double_layers.0.attn.w1q.weight",
+    "a PixArt checkpoint": "caption_projection.linear_1.weight",
+    "a Stable Cascade checkpoint": "clip_txt_pooled_mapper.weight",
+    "a TAESD, an approximation of an autoencoder": "decoder.layers.3.conv.0.weight",
+    "a decoder alone": "decoder.up_blocks.0.resnets.0.conv1.weight",
+    "an autoencoder": "first_stage_model.encoder.conv_in.weight",
+    "a CLIP text tower": "transformer.resblocks.0.ln_1.weight",
+    "a T5 encoder": "encoder.block.0.layer.0.SelfAttention.q.weight",
+}
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_what_is_no_base_model_is_told_by_name(tmp_path, what):
+    save_file({STRANGERS[what]: torch.ones(4, 4)}, tmp_path / "x.safetensors")
+    assert refused(tmp_path / "x.safetensors") == (
+        "a base model is wanted here (SD 1.x, SD 2.x or SDXL, a checkpoint in the original layout or a folder of "
+        f"diffusers); this is {what} (it has {STRANGERS[what]})"
+    )
+
+
+def test_a_folder_made_for_another_pipeline_says_which(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert refused(tmp_path).endswith("found: model_index.json, transformer/; it is made for FluxPipeline")
 
 
 def test_the_autoencoder_of_sdxl_is_never_in_fp16(sd1, sdxl):

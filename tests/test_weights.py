@@ -25,7 +25,7 @@ from weights.kinds import what_is
 State = dict[str, Tensor]
 UNET_CONFIG = SD15.__class__(**{**vars(SD15), "channels": (32, 32, 64, 64), "context_dim": 64})
 VAE_CONFIG = VAEConfig(channels=(32, 32, 32, 32), res_blocks=2, latent_channels=4)
-TEXT_CONFIG = CLIPTextConfig(64, 2, 4, 128, quick_gelu=True, projection=None, vocabulary=100, context=77)
+TEXT_CONFIG = CLIPTextConfig(64, 2, 4, 128, quick_gelu=True, projection=None)
 IMAGE_CONFIG = CLIPImageConfig(128, 3, 2, 256, quick_gelu=False, projection=96, image_size=32, patch_size=16)
 
 # Models and states, made once
@@ -376,7 +376,7 @@ def kinds(models, base_state) -> dict[str, State]:
     adapter, plus = models["adapter"].state_dict(), models["plus"].state_dict()
     return {
         "SDXL refiner": base_state
-        | {"model.diffusion_model.label_emb.0.0.weight": torch.ones(8, 8), "conditioner.embedders.0.x": one},
+        | {"model.diffusion_model.label_emb.0.0.weight": torch.ones(8, 8), "conditioner.embedders.0.model.x": one},
         "SD 2": {k: v for k, v in base_state.items() if not k.startswith("cond_stage")}
         | {"cond_stage_model.model.ln_final.weight": one},
         "SD 2 unCLIP": base_state | {"model.diffusion_model.label_emb.0.0.weight": torch.ones(8, 8)},
@@ -425,8 +425,8 @@ WRONG = [  # loader, file, what the message says was found
     ),
     ("base", "SD 2", "the key 'text_model.embeddings.token_embedding.weight' is missing"),
     ("base", "SD 2 unCLIP", "this is a whole SD 2.x unCLIP checkpoint"),
-    ("base", "SD 3", "this is a whole SD 3 checkpoint (it has model.diffusion_model.joint_blocks.0.x)"),
-    ("base", "FLUX in a checkpoint", "this is a whole FLUX checkpoint"),
+    ("base", "SD 3", "this is an SD 3 checkpoint (it has model.diffusion_model.joint_blocks.0.x)"),
+    ("base", "FLUX in a checkpoint", "this is a FLUX checkpoint"),
     ("base", "FLUX", "a base model is wanted here (SD 1.x, SD 2.x or SDXL, a checkpoint in the original layout or a"),
     ("base", "FLUX", "this is a FLUX checkpoint (it has double_blocks.0.img_attn.proj.weight)"),
     ("base", "kohya LoRA", "this is a LoRA"),
@@ -436,7 +436,12 @@ WRONG = [  # loader, file, what the message says was found
     ("base", "plus", "this is an IP-Adapter (plus, reads 128 wide patch features"),
     ("base", "FaceID", "IP-Adapter (FaceID, reads faces, for SD 1.x)"),
     ("base", "VAE", "this is an autoencoder"),
-    ("base", "UNet", "this is a UNet alone"),
+    (
+        "base",
+        "UNet",
+        "autoencoder (first_stage_model.*) and the text tower (cond_stage_model.transformer.*) are missing; ",
+    ),
+    ("base", "UNet", "has: UNet, autoencoder, text tower; `vae` and `text_encoder` can bring them"),
     ("base", "diffusers UNet", "this is a UNet of a diffusers folder"),
     ("base", "ControlNet", "this is a ControlNet"),
     ("base", "bare ControlNet", "this is a ControlNet"),
@@ -451,7 +456,7 @@ WRONG = [  # loader, file, what the message says was found
     ("encoder", "adapter", "a CLIP image encoder is wanted here; this is an IP-Adapter"),
     ("encoder", "text tower", "this is a CLIP text tower"),
     ("encoder", "VAE", "this is an autoencoder"),
-    ("encoder", "SD 3", "this is a whole SD 3 checkpoint"),
+    ("encoder", "SD 3", "this is an SD 3 checkpoint"),
     ("adapter", "image encoder", "an IP-Adapter is wanted here; this is a CLIP image encoder"),
     ("adapter", "kohya LoRA", "this is a LoRA"),
     ("adapter", "VAE", "this is an autoencoder"),
@@ -486,7 +491,7 @@ def test_checkpoint_without_one_of_its_parts_is_refused(tmp_path, base_state, pa
 def test_inpainting_checkpoint_is_refused(tmp_path, base_state):
     path = tmp_path / "x.safetensors"
     save_file(base_state | {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}, path)
-    assert "takes 9 channels (an inpainting or depth model?)" in refused(path, lambda: open_base(path))
+    assert "takes 9 channels (an inpainting model), 4 are wanted" in refused(path, lambda: open_base(path))
 
 
 def test_autoencoder_of_16_channels_is_refused(tmp_path):

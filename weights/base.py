@@ -10,20 +10,28 @@ import torch
 from torch import nn
 
 from clip import CLIPText, TextEncoder, TwoTowerEncoder
+from clip.tokenizer import CONTEXT, END
 from files.tensors import State, WeightsError, read
 from sampler import Schedule
 from unet import UNet
 from vae import VAE
 from weights.configs import count, text_config, unet_config, vae_config
-from weights.diffusers import prediction_type, read_folder
+from weights.diffusers import prediction_type, read_folder, read_part
 from weights.diffusers_names import from_diffusers
 from weights.families import FAMILIES, SD2, SD2_BASE, Family, Tower
 from weights.fill import IGNORED, build, fill, under
 from weights.kinds import UNET, family, what_is
+from weights.load import vae_state
 from weights.lora import LoRA, check, merge
 from weights.openclip import text_from_openclip
 
 AUTOENCODER = "first_stage_model."
+CHANNELS = {
+    5: "a depth",
+    7: "an upscaling",
+    8: "an instruction-editing",
+    9: "an inpainting",
+}  # models that take so many
 LORA_PARTS = {"UNet": "unet", "text tower": "text", "second text tower": "text_2"}  # what LoRAs call them
 
 
@@ -48,6 +56,8 @@ class Base:
     device: torch.device | str
     sinusoids: int = 0  # that stand for each size of a picture in `Prompt.vector`: 256 in SDXL, none elsewhere
     loras: Sequence[tuple[LoRA, float]] = ()  # merged into each part as it is built, each with its weight
+    vae_file: Path | None = None  # where the autoencoder is, if not in `path`
+    text_files: tuple[Path, ...] = ()  # where the text towers are, if not in `path`
 
     @property
     def schedule(self) -> Schedule:
@@ -81,7 +91,7 @@ class Base:
 
     def part(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
         # Read anew each time: a mapped file costs nothing to open, and its pages can go when the model is built.
-        part = parts(open_state(self.path), self.family)[name]
+        part = parts(gather(self.path, self.vae_file, self.text_files), self.family)[name]
         model = fill(part.make, part.state, self.path, dtype or self.dtype, self.device)
         if self.loras and name in LORA_PARTS:
             merge(model, self.loras, LORA_PARTS[name], keep=False)
@@ -94,17 +104,57 @@ def open_base(
     device: torch.device | str = "cpu",
     prediction: str | None = None,
     loras: Sequence[tuple[LoRA, float]] = (),
+    vae: str | Path | None = None,
+    text_encoder: Sequence[str | Path] = (),
 ) -> Base:
     """An SD 1.x, SD 2.x or SDXL base model: a checkpoint in the original layout (.safetensors, .ckpt), or a folder.
+
+    It may be a UNet alone, in either layout, if the other parts are given.
 
     Args:
         prediction: "eps" or "v", where it is not what the file tells.
         loras: with their weights; they are merged into the parts when these are built.
+        vae: a file with another autoencoder.
+        text_encoder: files or folders with other text towers, as many as the family has; SDXL's in any order.
 
     Raises:
         WeightsError: unreadable, another kind or family of file, keys missing or left over, or a LoRA that does not fit.
     """
-    state = open_state(path)
+    vae, text_encoder = vae and Path(vae), tuple(map(Path, text_encoder))
+    state = gather(path, vae, text_encoder)
+    kind = FAMILIES[family(state)]
+    if kind is SD2 and sd2_predicts_noise(state):
+        kind = SD2_BASE
+    if "ztsnr" in state:
+        raise WeightsError(f"{path}: made for a noise schedule that ends in pure noise (its key ztsnr); not supported")
+    found = parts(state, kind)
+    check_whole(path, found, kind)
+    used = (*(part.prefix for part in found.values()), *(prefix for tower in kind.text for prefix in tower.prefixes))
+    left = [key for key in state if not key.startswith(used) and not IGNORED.match(key)]
+    unet, _, *texts = (
+        build(part.make, part.state, path, left if name == "UNet" else None) for name, part in found.items()
+    )
+    check_texts(path, unet, texts)
+    layers = [(layer.to_k.out_features, layer.to_k.in_features) for layer in unet.cross_attentions()]
+    for lora, _ in loras:
+        check(lora, dict(zip(LORA_PARTS.values(), (unet, *texts), strict=False)))
+    prediction = prediction or predicts(path, state, kind)
+    vector_dim = unet.config.vector_dim
+    sinusoids = (vector_dim - texts[-1].config.projection) // 6 if vector_dim else 0
+    return Base(Path(path), kind, prediction, layers, dtype, device, sinusoids, loras, vae, text_encoder)
+
+
+def gather(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -> State:
+    """A whole checkpoint: what is in a file or a folder, and parts from elsewhere in the place of its own.
+
+    Raises:
+        WeightsError: no base model of a family that is known here.
+    """
+    elsewhere = (*["vae"] * bool(vae), *["text_encoder", "text_encoder_2"] * bool(text_encoder))
+    state = read_folder(path, elsewhere) if os.path.isdir(path) else read(path)
+    named = from_diffusers(state)
+    if any(key.startswith("output_blocks.") for key in named):  # a UNet alone
+        state = {UNET + key: w for key, w in named.items()}
     if not any(key.startswith(UNET) for key in state):
         raise WeightsError(
             f"{path}: a base model is wanted here (SD 1.x, SD 2.x or SDXL, a checkpoint in the original layout or a "
@@ -112,38 +162,62 @@ def open_base(
         )
     if family(state) not in FAMILIES:
         raise WeightsError(f"{path}: an SD 1.x, SD 2.x or SDXL checkpoint is wanted here; this is {what_is(state)}")
-    if "ztsnr" in state:
-        raise WeightsError(f"{path}: made for a noise schedule that ends in pure noise (its key ztsnr); not supported")
-    kind = SD2_BASE if FAMILIES[family(state)] is SD2 and sd2_predicts_noise(state) else FAMILIES[family(state)]
-    found = parts(state, kind)
-    for name, part in found.items():
-        if not part.state:
+    if vae:
+        state = {key: w for key, w in state.items() if not key.startswith(AUTOENCODER)}
+        state |= {AUTOENCODER + key: w for key, w in vae_state(vae).items()}
+    if text_encoder:
+        towers = FAMILIES[family(state)].text
+        if len(text_encoder) != len(towers):
             raise WeightsError(
-                f"{path}: the {name} ({part.prefix}*) is missing; a whole {kind.name} checkpoint has: {', '.join(found)}"
+                f"`text_encoder`: {len(text_encoder)} given, {family(state)} has {len(towers)} text towers"
             )
-    used = (*(part.prefix for part in found.values()), *(prefix for tower in kind.text for prefix in tower.prefixes))
-    left = [key for key in state if not key.startswith(used) and not IGNORED.match(key)]
-    unet, vae, *texts = (
-        build(part.make, part.state, path, left if name == "UNet" else None) for name, part in found.items()
-    )
-    if unet.config.in_channels != vae.config.latent_channels:
+        state = {key: w for key, w in state.items() if not any(key.startswith(tower.prefixes) for tower in towers)}
+        found = sorted(map(read_text, text_encoder), key=text_width)
+        for tower, inner in zip(towers, found, strict=True):
+            state |= {tower.prefixes[0] + key: w for key, w in inner.items()}
+    return state
+
+
+def read_text(path: Path) -> State:
+    """A text tower in a file or a folder of its own, in the transformers layout or in OpenCLIP's; of a whole CLIP its half."""
+    state = read_part(path) if path.is_dir() else read(path)
+    if not any(key.endswith("token_embedding.weight") for key in state):
+        raise WeightsError(f"{path}: a CLIP text tower is wanted here; this is {what_is(state)}")
+    return {key: w for key, w in state.items() if not key.startswith(("visual", "vision_model.", "logit_"))}
+
+
+def text_width(state: State) -> int:
+    return next(w.shape[-1] for key, w in state.items() if key.endswith("token_embedding.weight") and w.ndim)
+
+
+def check_whole(path: str | Path, found: dict[str, Part], kind: Family) -> None:
+    """Refuse a UNet that is made for something else, and a checkpoint without one of its parts."""
+    first = found["UNet"].state.get("input_blocks.0.0.weight")
+    if first is not None and first.ndim == 4 and (channels := first.shape[1]) != 4:
+        what = f" ({CHANNELS[channels]} model)" if channels in CHANNELS else ""
+        raise WeightsError(f"{path}: its UNet takes {channels} channels{what}, 4 are wanted")
+    missing = {name: part.prefix for name, part in found.items() if not part.state}
+    if missing:
+        parts = " and ".join(f"the {name} ({prefix}*)" for name, prefix in missing.items())
+        bring = dict.fromkeys("`vae`" if name == "autoencoder" else "`text_encoder`" for name in missing)
         raise WeightsError(
-            f"{path}: its UNet takes {unet.config.in_channels} channels (an inpainting or depth model?), "
-            f"{vae.config.latent_channels} are wanted"
+            f"{path}: {parts} {'are' if len(missing) > 1 else 'is'} missing; a whole {kind.name} checkpoint has: "
+            f"{', '.join(found)}; {' and '.join(bring)} can bring {'them' if len(missing) > 1 else 'it'}"
         )
+
+
+def check_texts(path: str | Path, unet: UNet, texts: list[CLIPText]) -> None:
+    """Refuse text towers that the UNet cannot read, and those of another tokenizer."""
     if (width := sum(text.config.width for text in texts)) != unet.config.context_dim:
         raise WeightsError(f"{path}: its UNet reads tokens of {unet.config.context_dim}, its text towers give {width}")
-    layers = [(layer.to_k.out_features, layer.to_k.in_features) for layer in unet.cross_attentions()]
-    for lora, _ in loras:
-        check(lora, dict(zip(LORA_PARTS.values(), (unet, *texts), strict=False)))
-    prediction = prediction or predicts(path, state, kind)
-    vector_dim = unet.config.vector_dim
-    sinusoids = (vector_dim - (texts[-1].config.projection or 0)) // 6 if vector_dim else 0
-    return Base(Path(path), kind, prediction, layers, dtype, device, sinusoids, loras)
-
-
-def open_state(path: str | Path) -> State:
-    return read_folder(path) if os.path.isdir(path) else read(path)
+    for text in texts:
+        if text.config.vocabulary <= END or text.config.context < CONTEXT:
+            raise WeightsError(
+                f"{path}: a text tower for CLIP's tokenizer is wanted, {END + 1} words and {CONTEXT} tokens; this one has "
+                f"{text.config.vocabulary} words and {text.config.context} tokens"
+            )
+    if unet.config.vector_dim and not texts[-1].config.projection:
+        raise WeightsError(f"{path}: the second text tower has no text_projection, which this UNet reads")
 
 
 def parts(state: State, kind: Family) -> dict[str, Part]:
@@ -162,16 +236,17 @@ def parts(state: State, kind: Family) -> dict[str, Part]:
 
 def text_state(state: State, tower: Tower) -> State:
     """A text tower's tensors in transformers' names."""
-    if "positional_embedding" not in state:
-        return from_diffusers(state)  # many early fine-tuned models have no `text_model.`
-    state = text_from_openclip(state)
-    if not tower.penultimate:
-        return state
-    # The last layer is not used, and folders come without it.
-    last = count(state, r"text_model\.encoder\.layers\.(\d+)\.") - 1
-    return {
-        k: w for k, w in state.items() if not k.startswith((f"text_model.encoder.layers.{last}.", "text_projection"))
-    }
+    if "positional_embedding" in state:
+        if "text_projection.weight" in state:  # as diffusers' converter writes it
+            state = state | {"text_projection": state["text_projection.weight"].mT}
+        state = text_from_openclip(state)
+    state = from_diffusers(state)  # many early fine-tuned models have no `text_model.`
+    # A whole tower of SD 2.x has 24 layers and a projection; folders, and files made of them, come without the last.
+    layers = count(state, r"text_model\.encoder\.layers\.(\d+)\.")
+    if tower.penultimate and (layers == 24 or "text_projection.weight" in state):
+        unused = (f"text_model.encoder.layers.{layers - 1}.", "text_projection")
+        state = {key: w for key, w in state.items() if not key.startswith(unused)}
+    return state
 
 
 def predicts(path: str | Path, state: State, kind: Family) -> str:

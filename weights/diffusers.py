@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from files.hashes import sha256, sha256_of_several
@@ -23,8 +24,13 @@ WEIGHTS = re.compile(
 )
 
 
-def read_folder(path: str | Path) -> State:
+def read_folder(path: str | Path, elsewhere: Collection[str] = ()) -> State:
     """All models of a diffusers folder (SD 1.x, SD 2.x, SDXL and what is distilled from them), as one checkpoint.
+
+    Of a sub-folder alone its one model, as its file has it but for the names.
+
+    Args:
+        elsewhere: the sub-folders that are not looked at, as what they hold comes from elsewhere.
 
     Returns:
         `model.diffusion_model.*` and `first_stage_model.*` in the original names, and the text towers in the
@@ -35,10 +41,19 @@ def read_folder(path: str | Path) -> State:
         WeightsError: a part or a shard is missing, or a file cannot be read.
     """
     path = Path(path)
+    if not (path / "unet").is_dir() and any(map(WEIGHTS.fullmatch, listed(path))):
+        return from_diffusers(read_part(path))
     places = PLACES | (TWO_TOWERS if (path / "text_encoder_2").is_dir() else {})
+    places = {part: place for part, place in places.items() if part not in elsewhere}
     if missing := [f"{part}/" for part in places if not (path / part).is_dir()]:
         wanted = ", ".join(f"{part}/" for part in places)
-        raise WeightsError(f"{path}: not a whole diffusers folder ({wanted}): no {', '.join(missing)}; {listing(path)}")
+        made = (
+            read_json(path / "model_index.json").get("_class_name") if (path / "model_index.json").is_file() else None
+        )
+        raise WeightsError(
+            f"{path}: not a whole diffusers folder ({wanted}): no {', '.join(missing)}; {listing(path)}"
+            + f"; it is made for {made}" * bool(made)
+        )
     parts = {place: from_diffusers(read_part(path / part)) for part, place in places.items()}
     return {place + key: w for place, part in parts.items() for key, w in part.items()}
 

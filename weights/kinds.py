@@ -3,6 +3,7 @@
 import re
 
 from files.tensors import State
+from weights.diffusers_names import from_diffusers
 from weights.families import of_width
 
 UNET = "model.diffusion_model."  # where a whole checkpoint has its UNet
@@ -22,37 +23,77 @@ def clip_is(state: State) -> str:
     return f"a CLIP {'model' if text else 'image encoder'} of width {clip_width(state)}"
 
 
-SIGNS = (  # the first that a key matches decides
-    (lambda state: f"an IP-Adapter ({adapter_is(state)})", r"^(module\.)?(ip_adapter|image_proj|adapter_modules)"),
-    ("a LoRA", r"lora_down|lora_up|lora_A|lora_B|\.lora\."),
-    (lambda state: f"a whole {family(state)} checkpoint", r"^model\.diffusion_model\."),
-    ("part of an SDXL checkpoint", r"^conditioner\.embedders\."),
-    ("a ControlNet", r"^(control_model\.|controlnet_|input_hint_block\.)"),
-    ("a FLUX checkpoint", r"^double_blocks\."),
-    ("a UNet alone, without autoencoder and text tower", r"^input_blocks\."),
-    ("a UNet of a diffusers folder", r"^down_blocks\."),
-    (clip_is, r"^(vision_model|visual)\."),
-    ("a CLIP text tower", r"^text_model\."),
-    ("an autoencoder", r"^(first_stage_model\.|decoder\.)"),
-)
+def checkpoint_is(state: State) -> str:
+    """Whole, or what it lacks: many files hold a UNet alone."""
+    name = family(state)
+    parts = {"autoencoder": "first_stage_model.", "text tower": ("cond_stage_model.", "conditioner.")}
+    lacks = [part for part, prefix in parts.items() if not any(key.startswith(prefix) for key in state)]
+    if name in OTHERS:
+        return named(name)
+    return f"a checkpoint of {name} without {' and '.join(lacks)}" if lacks else f"a whole {name} checkpoint"
+
+
+def named(name: str) -> str:
+    return f"{'an' if name.startswith(('A', 'SD')) else 'a'} {name} checkpoint"
+
+
+OTHERS = {  # no UNets, or UNets that read something else than CLIP's texts
+    "FLUX": r"double_blocks\.|^single_transformer_blocks\.",
+    "SD 3": r"joint_blocks\.|^transformer_blocks\.\d+\.ff_context\.",
+    "AuraFlow": r"double_layers\.",
+    "PixArt": r"y_embedder\.y_proj\.|^caption_projection\.",
+    "Stable Cascade": r"clip_txt(_pooled)?_mapper\.",
+    "Kolors": r"encoder_hid_proj\.",
+    "Stable Video Diffusion": r"time_stack\.|temporal_transformer_blocks\.",
+}
 
 
 def family(state: State) -> str:
-    """'SD 1.x', 'SD 2.x', 'SDXL' or another word for the base model that a whole checkpoint or folder holds."""
+    """'SD 1.x', 'SD 2.x', 'SDXL' or another name for the base model that a checkpoint, a folder or a UNet belongs to."""
 
     def starts(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in state)
 
-    if starts(f"{UNET}joint_blocks."):
-        return "SD 3"
-    if starts(f"{UNET}double_blocks."):
-        return "FLUX"
-    if f"{UNET}label_emb.0.0.weight" in state:
-        if starts("conditioner.embedders.1.", "conditioner.embedders.0.transformer."):
-            return "SDXL"
-        return "SDXL refiner" if starts("conditioner.embedders.") else "SD 2.x unCLIP"
-    linear = any(w.ndim == 2 for key, w in state.items() if key.startswith(UNET) and key.endswith(".1.proj_in.weight"))
+    for name, sign in OTHERS.items():
+        if any(re.search(sign, key.removeprefix(UNET)) for key in state):
+            return name
+    unet = unet_state(state)
+    if "label_emb.0.0.weight" in unet:
+        first, second = "conditioner.embedders.0.", "conditioner.embedders.1."
+        if starts(first) and not starts(second, first + "transformer.") or context_width(unet) == 1280:
+            return "SDXL refiner"
+        return "SD 2.x unCLIP" if "input_blocks.1.1.proj_in.weight" in unet else "SDXL"  # SDXL has no attention there
+    linear = any(w.ndim == 2 for key, w in unet.items() if key.endswith(".1.proj_in.weight"))
     return "SD 2.x" if linear or starts("cond_stage_model.model.") else "SD 1.x"
+
+
+def unet_state(state: State) -> State:
+    """Of a checkpoint, or of a file that is a UNet alone, in the original names."""
+    return {key.removeprefix(UNET): w for key, w in state.items() if key.startswith(UNET)} or from_diffusers(state)
+
+
+def context_width(unet: State) -> int:
+    return next((w.shape[-1] for key, w in unet.items() if key.endswith("attn2.to_k.weight") and w.ndim), 0)
+
+
+SIGNS = (  # the first that a key matches decides
+    (lambda state: f"an IP-Adapter ({adapter_is(state)})", r"^(module\.)?(ip_adapter|image_proj|adapter_modules)"),
+    ("a LoRA", r"lora_down|lora_up|lora_A|lora_B|\.lora\."),
+    (checkpoint_is, r"^model\.diffusion_model\."),
+    ("part of an SDXL checkpoint", r"^conditioner\.embedders\."),
+    ("a ControlNet", r"^(control_model\.|controlnet_|input_hint_block\.)"),
+    *((named(name), sign) for name, sign in OTHERS.items()),
+    (lambda state: f"a UNet alone, without autoencoder and text tower, of {family(state)}", r"^input_blocks\."),
+    (lambda state: f"a UNet of a diffusers folder, of {family(state)}", r"^down_blocks\."),
+    (clip_is, r"^(vision_model|visual)\."),
+    ("a CLIP text tower", r"^(text_model|transformer\.resblocks)\."),
+    ("a T5 encoder", r"^(encoder\.)?block\.\d+\.layer\.\d+\."),
+    ("a TAESD, an approximation of an autoencoder", r"^((taesd_)?(en|de)coder\.(layers\.)?)?\d+\.conv\.\d+\.weight$"),
+    (
+        lambda state: "an autoencoder" if any("encoder." in key for key in state) else "a decoder alone",
+        r"^(first_stage_model\.|decoder\.)",
+    ),
+)
 
 
 def adapter_is(state: State) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from clip import CLIPImage
-from files.tensors import WeightsError, read
+from files.tensors import State, WeightsError, read
 from vae import SD_VAE, VAE
 from weights import configs
 from weights.diffusers_names import from_diffusers
@@ -30,13 +30,18 @@ def load_vae(
     Args:
         latent_scale: what the base's UNet expects (`Base.family.latent_scale`); no tensor tells.
     """
+    return fill(lambda state: VAE(configs.vae_config(state, latent_scale)), vae_state(path), path, dtype, device)
+
+
+def vae_state(path: str | Path) -> State:
+    """The tensors of an autoencoder of 4 latent channels, in the original names."""
     state = read(path)
     inner = under(VAE_, state) or {key: w for key, w in from_diffusers(state).items() if not IGNORED.match(key)}
     if not {"encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"} <= inner.keys():
         raise WeightsError(f"{path}: an autoencoder is wanted here; this is {what_is(state)}")
     if "post_quant_conv.weight" in inner and (channels := inner["post_quant_conv.weight"].shape[0]) != 4:
         raise WeightsError(f"{path}: an autoencoder of 4 latent channels is wanted here; this one has {channels}")
-    return fill(lambda state: VAE(configs.vae_config(state, latent_scale)), inner, path, dtype, device)
+    return inner
 
 
 def load_image_encoder(

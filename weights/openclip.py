@@ -58,7 +58,7 @@ def rename(state: State, names: dict[str, str]) -> State:
             for letter, part in zip("qkv", value.chunk(3), strict=True):
                 out[name.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = part
         elif key in ("visual.proj", "text_projection") and value.ndim > 1:  # x @ W there, W @ x in a Linear
-            out[name] = value.mT
+            out[name] = value.mT.contiguous()  # whichever way it lay, a product rounds alike
         else:
             out[name] = value
     return out
