@@ -56,7 +56,7 @@ def vae_state(path: str | Path) -> State:
 def check_scale(path: str | Path, latent_scale: float) -> None:
     """Refuse an autoencoder in whose folder it says that its latents are scaled otherwise than the base's."""
     config = Path(path) / CONFIG
-    said = read_json(config).get("scaling_factor", latent_scale) if config.is_file() else latent_scale
+    said = read_json(config).get("scaling_factor", latent_scale) if os.path.isfile(config) else latent_scale
     if said != latent_scale:
         raise WeightsError(
             f"{config}: its latents are scaled by {said}, the base's by {latent_scale}: another family's"
