@@ -246,7 +246,7 @@ def parse() -> argparse.Namespace:
         raise UserError(f"--output {args.output}: a name that ends in .json is wanted")
     if args.results and not args.results.is_dir():
         raise UserError(f"--results {args.results}: no such folder")
-    if args.clip_gelu and not os.path.isfile(args.clip or ""):
+    if args.clip_gelu and not os.path.exists(args.clip or ""):
         raise UserError(f"--clip-gelu {args.clip_gelu}: goes with --clip FILE")
     for name in (*MODELS, "pictures"):
         flag = f"--{name.replace('_', '-')}"

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -40,9 +39,9 @@ def read_embedding(path: str | Path) -> Tensor:
         else:
             values = np.load(path, allow_pickle=False)
         values = np.asarray(values, dtype=np.float32)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, FaceError):
-            raise
+    except FaceError:
+        raise
+    except Exception as error:  # noqa: BLE001, of a damaged header NumPy raises whatever Python's tokenizer does
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or another kind of file"
         raise FaceError(f"{path}: a face embedding, .npy or .safetensors, is wanted here ({reason})") from None
     if values.size == 0 or values.ndim > 2 or values.shape[-1:] != (FACE_DIM,):
