@@ -64,7 +64,7 @@ class Judge:
 
 def main() -> None:
     args = parse()
-    pairs = open_pairs(args.data)
+    pairs = open_pairs(args.data, args.data_root, uncaptioned=True, once=True)
     names = result_names(args, pairs)
     judge = open_judge(args)
     skipped = dict.fromkeys(pairs.skipped)  # a set of messages that keeps their order
@@ -149,7 +149,7 @@ def make(args: argparse.Namespace, pairs: Pairs, names: list[str], skipped: dict
 
 
 def open_folder(args: argparse.Namespace) -> dict:
-    """What the pictures in --pictures depend on, kept there as settings.json; pictures made otherwise are refused."""
+    """What the pictures in --pictures depend on, kept there as pictures.json; pictures made otherwise are refused."""
     settings = {name: getattr(args, name) for name in ("data", *MAKING)} | {"sampler": "ddim"}
     settings |= {name: path and model_sha256(path) for name in MODELS for path in [getattr(args, name)]}
     before = made_with(args)
@@ -157,7 +157,7 @@ def open_folder(args: argparse.Namespace) -> dict:
         if args.pictures.is_dir() and any(args.pictures.iterdir()):
             raise UserError(f"--pictures {args.pictures}: holds other files; a new or empty folder is wanted")
         args.pictures.mkdir(parents=True, exist_ok=True)
-        write_text(args.pictures / "settings.json", json.dumps(settings, indent=1))
+        write_text(args.pictures / "pictures.json", json.dumps(settings, indent=1))
     for name, value in settings.items():
         if before and before.get(name) != value:
             flag = "--dtype" if name == "dtype_name" else f"--{name.replace('_', '-')}"
@@ -170,7 +170,7 @@ def open_folder(args: argparse.Namespace) -> dict:
 
 def made_with(args: argparse.Namespace) -> dict | None:
     """The settings that lie beside the pictures; None for pictures made elsewhere."""
-    path = (args.results or args.pictures) / "settings.json"
+    path = (args.results or args.pictures) / "pictures.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     except (ValueError, TypeError):
@@ -242,6 +242,8 @@ def score(
 ) -> list[dict]:
     """Compare each pair with its results, means over them; what cannot be read, or has no result, is noted as skipped.
 
+    A picture without a caption has a CLIP-I alone.
+
     Returns one of {"number", "name", "samples", "clip_i", "clip_t", "clip_t_x2.5"} for each pair.
     """
 
@@ -256,10 +258,10 @@ def score(
     for batch in batches(readable(), args.batch_size):
         texts = judge.texts([args.caption_prefix + pair.text for _, pair, _ in batch])
         images = judge.images([picture for _, pair, made in batch for picture in (pair.image, *made)])
-        for (i, _, made), text, part in zip(batch, texts, images.split([1 + len(b[2]) for b in batch]), strict=True):
+        for (i, pair, made), text, part in zip(batch, texts, images.split([1 + len(b[2]) for b in batch]), strict=True):
             clip_i, clip_t = part[1:] @ part[0], part[1:] @ text
             means = clip_i.mean().item(), clip_t.mean().item(), 2.5 * clip_t.clamp_min(0).mean().item()
-            found = dict(zip(SCORES, means, strict=True))
+            found = dict(zip(SCORES, means if pair.texts else (means[0], None, None), strict=True))
             scored.append({"number": i, "name": names[i], "samples": len(made), **found})
     return scored
 
@@ -280,11 +282,14 @@ def results(args: argparse.Namespace, name: str) -> list[Path]:
 
 
 def summary(scored: list[dict]) -> dict:
-    """Means over pairs, each with the normal 95% interval of the mean (None: one pair has none)."""
+    """Means over pairs, each with the normal 95% interval of the mean (None: one pair has none).
+
+    CLIP-T is of the pairs that have captions; None without any.
+    """
     found = {"n": len(scored), "samples": sum(pair["samples"] for pair in scored)}
     for key in SCORES:
-        values = [pair[key] for pair in scored]
-        mean = found[key] = statistics.fmean(values)
+        values = [pair[key] for pair in scored if pair[key] is not None]
+        mean = found[key] = statistics.fmean(values) if values else None
         half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         found[f"{key}_interval"] = None if half is None else [mean - half, mean + half]
     return found
@@ -296,7 +301,11 @@ def best_and_worst(args: argparse.Namespace, pairs: Pairs, scored: list[dict], s
     rows = []
     for rank in sorted({*range(len(order))[:SHOWN], *range(len(order))[-SHOWN:]}):
         entry, pair = order[rank], pairs[order[rank]["number"]]
-        lines = [f"{rank + 1} of {len(order)}", *(f"{title} {entry[key]:.3f}" for key, title in SCORES.items()), ""]
+        lines = [
+            f"{rank + 1} of {len(order)}",
+            *(f"{title} {shown(entry[key], 3)}" for key, title in SCORES.items()),
+            "",
+        ]
         lines += textwrap.wrap(pair.name, 26)[:2] + textwrap.wrap(pair.text, 26)[:6]
         card = Image.new("RGB", (side, side), "white")
         font = ImageFont.load_default(side // 14)
@@ -308,11 +317,18 @@ def best_and_worst(args: argparse.Namespace, pairs: Pairs, scored: list[dict], s
     return sheet([row[:columns] for row in rows], titles[:columns], side)
 
 
+def shown(score: float | None, digits: int) -> str:
+    return "-" if score is None else f"{score:.{digits}f}"
+
+
 def report(args: argparse.Namespace, found: dict) -> None:
     print(f"{'':<12}   mean     95% interval")
     for key, title in SCORES.items():
         bounds = found[f"{key}_interval"] or []
-        print(f"{title:<12} {found[key]:>7.4f}   ", " to ".join(f"{b:.4f}" for b in bounds) or "of one pair: none")
+        interval = " to ".join(f"{b:.4f}" for b in bounds) or (
+            "no captions" if found[key] is None else "of one pair: none"
+        )
+        print(f"{title:<12} {shown(found[key], 4):>7}   ", interval)
     gelu = found["settings"]["clip_gelu"]
     judge = f"{args.clip or 'the tiny CLIP'}{f' ({gelu} GELU)' if gelu else ''}"
     print(f"{found['n']} pairs, {found['samples']} results, by {judge}")
@@ -335,6 +351,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     bundled = str(TINY / "data/unseen-drawings-*.tar.gz")
     add("--data", nargs="+", default=[bundled], help="pairs: folder, shards or list (default: bundled unseen drawings)")
+    add("--data-root", metavar="DIR", help="where relative paths in lists start (default: each list's own folder)")
     add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     add("--results", type=Path, metavar="R", help="score the pictures in this folder; make none")
     add("--pictures", type=Path, metavar="P", help="where the made pictures go (default: --output without .json)")

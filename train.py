@@ -33,7 +33,7 @@ from files.errors import UserError
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, PatchProjection, Prompt, Resampler
 from sample import TINY, TINY_FILES, decode, resolve_names
 from sampler import ddim, guided, noise
-from training.cache import SHARD, Cache, Readable, deaf
+from training.cache import Cache, Readable, deaf
 from training.features import Encoders, Features, Prepared
 from training.order import Places, places, stack
 from training.pairs import DataError, Pairs, open_pairs
@@ -79,7 +79,7 @@ TINY_RUN = {
 }
 MODELS = ("base", "image_encoder", "vae")
 # Another run, if one of these differs.
-IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed", "data", "limit")
+IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed", "data (pairs)", "data (sha256)")
 SHOWN = 6  # image prompts of the validation
 VALIDATION_STEPS = 30  # DDIM
 
@@ -93,8 +93,10 @@ def main() -> None:
             f"--base {args.base}: {base.family.name}, predicting {base.prediction}; training is for SD 1.x, predicting eps"
         )
     hashes = {f"{name} (sha256)": model_sha256(path) for name in MODELS if (path := getattr(args, name))}
-    run = Run(args.output, ranks, settings(args, ranks) | hashes, IDENTITY, args.resume)
-    pairs = open_pairs(args.data)
+    pairs = open_pairs(args.data, args.data_root, uncaptioned=True)
+    run = Run(args.output, ranks, settings(args, ranks) | hashes | identity(args, ranks, pairs), IDENTITY, args.resume)
+    if pairs.told():
+        ranks.say(pairs.told())
     seen = look(args, ranks, base, pairs, hashes)
 
     torch.manual_seed(args.seed)  # for the image projection of a new adapter
@@ -159,6 +161,14 @@ def settings(args: argparse.Namespace, ranks: Ranks) -> dict:
     return given | {"processes": ranks.size, "torch": torch.__version__}
 
 
+def identity(args: argparse.Namespace, ranks: Ranks, pairs: Pairs) -> dict:
+    """What the data are, wherever they lie. Raises DataError where processes see different data."""
+    found = {"data (pairs)": min(len(pairs), args.limit or len(pairs)), "data (sha256)": pairs.digest(args.limit)}
+    if len(set(ranks.gather([found["data (sha256)"]]))) > 1:
+        raise DataError(f"--data {' '.join(args.data)}: not the same on all processes; do they share the disk?")
+    return found
+
+
 @dataclass
 class Seen:
     """What is left of data and encoders when the training begins."""
@@ -207,25 +217,26 @@ def fill(
 ) -> Cache:
     """Make what is missing of the cache, each process its share of the files."""
     features = {"features": "patches" if encoders.patches else "embedding", "resolution": args.resolution}
-    fingerprint = hashes | features | {"dtype": args.dtype_name, "data (sha256)": prepared.pairs.digest()}
-    cache = Cache(args.cache, fingerprint, len(prepared))
+    cache = Cache(args.cache, hashes | features | {"dtype": args.dtype_name}, prepared.identities())
     mine = cache.missing()[ranks.rank :: ranks.size]  # before any process has begun to fill it
     ranks.wait()
     if ranks.first and mine:
-        cache.begin(null, args.resolution)
+        cache.begin(prepared, null)
     ranks.wait()
     if mine:
-        total = min(len(mine) * SHARD, len(prepared))
-        with tqdm(total=total, desc="features", unit="pair", disable=not ranks.first) as bar:
+        with tqdm(total=sum(map(len, mine)), desc="features", unit="pair", disable=not ranks.first) as bar:
             for _ in cache.fill(mine, encoders, prepared, args.workers):
                 bar.update()
     ranks.wait()
+    cache.find()
     return cache
 
 
 def validation_prompts(args: argparse.Namespace, pairs: Pairs) -> list[Image.Image]:
     """The image prompts that are drawn now and then: the first readable pairs of --validation, or else of --data."""
-    found, readable = [], Readable(open_pairs(args.validation) if args.validation else pairs)
+    found, readable = [], Readable(pairs)
+    if args.validation:
+        readable = Readable(open_pairs(args.validation, args.data_root, uncaptioned=True))
     for i in range(len(readable.source)):
         pair, bad = readable[i]
         found += [] if bad else [pair.image]
@@ -300,14 +311,18 @@ def parse() -> argparse.Namespace:
         "--data",
         nargs="+",
         metavar="D",
-        help="pairs: tar shards (globs and {000..099} work), folders of pictures with .txt or .json beside them, "
-        'or .json and .jsonl lists of {"image_file", "text"}',
+        help="pairs: tar shards (globs and {000..099} work) or a folder of them; folders of pictures with .txt, .json or "
+        ".caption beside them, with metadata.jsonl or COCO's annotations, or without captions; "
+        '.json, .jsonl and .csv lists of {"image_file", "text"}',
     )
     files.add_argument(
         "--validation",
         nargs="+",
         metavar="D",
         help="pairs whose pictures are drawn now and then (default: from --data)",
+    )
+    files.add_argument(
+        "--data-root", metavar="DIR", help="where relative paths in lists start (default: each list's own folder)"
     )
     files.add_argument("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     files.add_argument(
