@@ -6,7 +6,6 @@ import os
 import runpy
 import subprocess
 import sys
-from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -24,7 +23,8 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from clip import preprocess
-from evaluate import centre, result_names
+from evaluate import result_names
+from measures import centre
 from training.pairs import open_pairs
 from weights import WeightsError
 from weights.clip import load_clip
@@ -358,7 +358,7 @@ def test_names_of_results_cannot_leave_the_folder(tmp_path):
     names = ["/etc/x.jpg", "../../y", "a/b.c", "z.png"]
     entries = [{"image_file": name, "text": ""} for name in names]
     (tmp_path / "list.json").write_text(json.dumps(entries))
-    found = result_names(Namespace(limit=None), open_pairs(tmp_path / "list.json"))
+    found = result_names(open_pairs(tmp_path / "list.json"), None)
     assert found == ["etc/x", "y", "a/b.c", "z"]
 
 
