@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from files.errors import UserError
 
 FACE_DIM = 512
+MOST = 1 << 26  # bytes of a file: 32768 faces
 DETECT = (640, 448, 320, 192)  # pixels, one after the other: the detector misses a face that fills a large square
 
 
@@ -31,6 +32,8 @@ def read_embedding(path: str | Path) -> Tensor:
     """
     path = Path(path)
     try:
+        if path.stat().st_size > MOST:
+            raise FaceError(f"{path}: larger than {MOST >> 20} MB; a face embedding is {FACE_DIM} numbers")
         if path.suffix == ".safetensors":
             tensors = load_file(path)
             if len(tensors) != 1:
