@@ -40,8 +40,8 @@ from transformers import (
 
 from clip import CLIPImage, CLIPText, preprocess
 from files.pictures import to_pil
-from ipadapter import FacePlusProjection, ImagePrompt, IPAdapter, Prompt
-from sampler import SD, ddim, ddim_levels, guided, noise
+from ipadapter import ImagePrompt, IPAdapter, Prompt
+from sampler import ddim, ddim_levels, guided, noise
 from unet import UNet, size_vector
 from vae import VAE
 from weights import Base
@@ -323,8 +323,9 @@ def our_picture(
             sinusoids = (unet.config.vector_dim - pooled.shape[1]) // 6
             vector = size_vector(pooled, order.height, order.width, sinusoids)
         prompts.append(Prompt(text, image, vector))
-    predict = guided(unet, *prompts, order.guidance_scale, twin.base.prediction)
-    *_, x = ddim(predict, noise(order.seed, 1, order.height, order.width), ddim_levels(SD, order.steps))
+    predict = guided(unet, *prompts, order.guidance_scale, twin.base.schedule.prediction)
+    levels = ddim_levels(twin.base.schedule, order.steps)
+    *_, x = ddim(predict, noise(order.seed, 1, order.height, order.width), levels)
     if adapter:
         take_out()
     return x, np.asarray(to_pil(vae.decode(x))[0])
