@@ -123,12 +123,12 @@ def warn(line: str) -> None:
 
 
 @contextmanager
-def patient(bar: tqdm) -> Iterator[Callable[[], None]]:
-    """For the loop of a run: yields what counts a step. Ctrl-C ends the run at the next one, a second Ctrl-C at once.
+def steps(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """A bar for the loop of a run; yields what counts a step. Ctrl-C ends the run at the next one, a second at once.
 
     So what was finished before it can be saved.
     """
-    asked, before = False, signal.getsignal(signal.SIGINT)
+    bar, asked, before = tqdm(total=total, desc=what, unit="step"), False, signal.getsignal(signal.SIGINT)
     obeyed = before is signal.default_int_handler and current_thread() is main_thread()
 
     def ask(number: int, frame: object) -> None:
@@ -139,7 +139,6 @@ def patient(bar: tqdm) -> Iterator[Callable[[], None]]:
 
     def step() -> None:
         if asked:
-            bar.close()
             raise KeyboardInterrupt
         bar.update()
 
@@ -148,6 +147,7 @@ def patient(bar: tqdm) -> Iterator[Callable[[], None]]:
     try:
         yield step
     finally:
+        bar.close()
         if obeyed:
             signal.signal(signal.SIGINT, before)
 

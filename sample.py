@@ -23,7 +23,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 import cli
 from files.errors import UserError
@@ -77,8 +76,7 @@ def main() -> None:
         texts, faces = (args.prompt, args.negative_prompt), (args.face_embedding, args.structure_scale)
         prompt, null = prompts(models, *texts, images, args.scale[0] if brought else None, *faces)
         batches = -(-args.num_images // (1 if args.low_memory else BATCH))
-        bar = tqdm(total=args.steps * batches * len(args.scale), desc="denoising", unit="step")
-        with cli.patient(bar) as step:
+        with cli.steps(args.steps * batches * len(args.scale), "denoising") as step:
             made = pictures(
                 models,
                 [scaled(prompt, scale) for scale in args.scale],
@@ -96,7 +94,6 @@ def main() -> None:
                 scale, seed = args.scale[len(done) // args.num_images], args.seed + len(done) % args.num_images
                 save_picture(picture, name, record(models, hashes, **how, scale=scale, seed=seed))
                 done.append(picture)
-        bar.close()
         if args.grid:
             titles = [f"scale {scale:g}" for scale in args.scale] if brought else [args.prompt]
             page = grid(done, args.num_images, titles, images, min(size["width"], 256))

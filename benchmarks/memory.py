@@ -21,7 +21,7 @@ from benchmarks.command import ROOT, Cost, cost
 from benchmarks.reference import FULL, NARROW, randomize
 from clip import CLIPImage, CLIPText, CLIPTextConfig, preprocess
 from files.pictures import open_picture
-from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt
+from ipadapter import ImageProjection, IPAdapter, Prompt
 from sampler import SD, ddim, ddim_levels, guided, noise
 from unet import SDXL, UNet, UNetConfig, size_vector
 from vae import SD_VAE, VAE, VAEConfig
@@ -81,7 +81,7 @@ def run(family: str, folder: Path, name: str, side: int, steps: int) -> None:
     prompt, null = prompts
     predict = guided(unet, prompt, null, GUIDANCE, apart=setting.apart)
     *_, latents = ddim(predict, noise(7, 1, side, side), ddim_levels(SD, steps))
-    del unet, adapter, predict
+    del unet, predict
     vae = replace(base, dtype=COMPUTE).vae()
     assert vae.decode(latents, setting.rows).isfinite().all()
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reference import diffusers_unet, randomize
-from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt
+from ipadapter import ImageProjection, IPAdapter, Prompt
 from sampler import SD, guided
 from unet import SD15, UNet
 
@@ -68,7 +68,7 @@ def main() -> None:
             text, embeds = torch.randn(2, 77, config.context_dim, dtype=dtype), torch.randn(2, EMBED_DIM, dtype=dtype)
             x = torch.randn(1, 4, size // 8, size // 8)
             tokens = adapter.image_proj(embeds)
-            null, prompt = (Prompt(text[i : i + 1], (ImagePrompt(tokens[i : i + 1], SCALE),)) for i in (0, 1))
+            null, prompt = (Prompt(text[i : i + 1], (adapter.prompt(tokens[i : i + 1], SCALE),)) for i in (0, 1))
             predict = guided(unet, prompt, null, GUIDANCE)
             added = {"image_embeds": [embeds[:, None]]}
 

@@ -74,15 +74,15 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
     """
     if not isinstance(source, (str, os.PathLike)):
         name = str(getattr(source, "name", "the picture")).replace("<stdin>", "standard input")
-        return read_picture(from_pipe(source), name, mend=True)
+        return read_some(io.BytesIO(source.read(MOST)), name)
     if re.match(r"\w\w+:/", str(source)):
         raise PictureError(f"{source}: a URL, not a file; download the picture first")
     if os.path.isdir(source):
         raise PictureError(f"{source}: a folder, not a picture")
     try:
         with open(source, "rb") as file:
-            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            return read_picture(file if regular else from_pipe(file), source, mend=True)
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)  # else a pipe: it cannot be sought in
+            return read_some(file if regular else io.BytesIO(file.read(MOST)), source)
     except FileNotFoundError:
         raise PictureError(f"{source}: no such picture") from None
     except (OSError, ValueError) as error:
@@ -92,8 +92,10 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
         raise PictureError(f"{source}: cannot be read ({reason})") from None
 
 
-def from_pipe(stream: BinaryIO) -> BinaryIO:
-    return io.BytesIO(stream.read(MOST))
+def read_some(source: BinaryIO, name: str | Path) -> Image.Image:
+    if not source.seek(0, io.SEEK_END):
+        raise PictureError(f"{name}: the file is empty")
+    return read_picture(source, name, mend=True)
 
 
 def read_picture(source: BinaryIO, name: str | Path, mend: bool = False) -> Image.Image:
@@ -106,8 +108,6 @@ def read_picture(source: BinaryIO, name: str | Path, mend: bool = False) -> Imag
         PictureError: the bytes are cut short, or no picture.
     """
     try:
-        if not source.seek(0, io.SEEK_END):
-            raise PictureError(f"{name}: the file is empty")
         with decoded(source, name, mend) as image:
             turn = UPRIGHT.get(orientation(image))
             check_profile(image, name)

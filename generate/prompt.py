@@ -15,7 +15,7 @@ from files.errors import Notice, UserError
 from files.faces import find_faces, read_embedding
 from files.pictures import open_picture
 from generate.models import Models
-from ipadapter import Prompt
+from ipadapter import IPAdapter, Prompt
 from unet import size_vector
 
 Picture = str | Path | Image.Image
@@ -32,8 +32,9 @@ def prompts(
     images: Sequence[Picture] = (),
     # The weight of the image prompt: one number, or one for each cross-attention layer; None: 1, beside a text 0.6.
     scale: float | Sequence[float] | None = None,
-    # Face embeddings for FaceID adapters, files; without, the faces are read off the images (insightface).
-    faces: Sequence[str | Path] = (),
+    # Face embeddings for FaceID adapters, files or tensors (faces, 512); without any, the faces are read off the images
+    # (insightface).
+    faces: Sequence[str | Path | Tensor] = (),
     # How far FaceID-plus version 2 follows the picture of the face, beside the embedding; None: 1.
     structure_scale: float | None = None,
 ) -> tuple[Prompt, Prompt]:
@@ -42,11 +43,18 @@ def prompts(
     Raises:
         UserError: a picture or embedding that cannot be used, or that the adapter does not read.
     """
-    pair = [text_prompt(models, text), text_prompt(models, negative, null=True)]
+    encode, pair = models.text_encoder(), []
+    for name, given in (("prompt", text), ("negative_prompt", negative)):
+        if rest := cut(given):
+            warnings.warn(Notice(f"`{name}` is longer than 75 tokens; cut off: {rest!r}"), stacklevel=2)
+        features, pooled = encode(given) if name == "prompt" else encode.null(given)
+        pair.append(sized(Prompt(features, vector=pooled), models, models.side, models.side, pooled))
+    del encode  # unless it is kept, before the image encoder takes its place
     if images or faces:
-        scale = default_scale(text) if scale is None else scale
-        tokens = image_tokens(models, images, faces, structure_scale)
-        adapter = models.adapter()
+        if models.adapter_kind is None:
+            raise UserError("`image`: no adapter was opened, which an image prompt wants")
+        adapter, scale = models.adapter(), default_scale(text) if scale is None else scale
+        tokens = image_tokens(models, adapter, images, faces, structure_scale)
         pair = [replace(p, images=(adapter.prompt(t, scale),)) for p, t in zip(pair, tokens, strict=True)]
     elif scale is not None:
         raise UserError("`scale` is the weight of an image prompt: it goes with `image`")
@@ -62,16 +70,6 @@ def scaled(prompt: Prompt, scale: float | Sequence[float]) -> Prompt:
     return replace(prompt, images=tuple(replace(image, scale=scale) for image in prompt.images))
 
 
-def text_prompt(models: Models, text: str, null: bool = False) -> Prompt:
-    """A prompt without images."""
-    if rest := cut(text):
-        name = "negative_prompt" if null else "prompt"
-        warnings.warn(Notice(f"`{name}` is longer than 75 tokens; cut off: {rest!r}"), stacklevel=2)
-    encode = models.text_encoder()
-    features, pooled = encode.null(text) if null else encode(text)
-    return sized(Prompt(features, vector=pooled), models, models.side, models.side, pooled)
-
-
 def sized(prompt: Prompt, models: Models, height: int, width: int, pooled: Tensor | None = None) -> Prompt:
     """The same prompt for a picture of another size, in pixels: SDXL is told of it beside the text."""
     if prompt.vector is None:
@@ -83,17 +81,16 @@ def sized(prompt: Prompt, models: Models, height: int, width: int, pooled: Tenso
 
 def image_tokens(
     models: Models,
+    adapter: IPAdapter,
     images: Sequence[Picture],
-    faces: Sequence[str | Path] = (),
+    faces: Sequence[str | Path | Tensor] = (),
     structure_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The tokens of the image prompt and those of its absence, both (1, pictures * num_tokens, context_dim).
 
     An image encoder that is not kept is freed on return.
     """
-    if models.adapter_kind is None:
-        raise UserError("`image`: no adapter was opened, which an image prompt wants")
-    adapter, encoder = models.adapter(), models.image_encoder()
+    encoder = models.image_encoder()
     if faces and not adapter.image_proj.faces:
         raise UserError(f"`face_embedding`: for FaceID adapters; {models.files['adapter']} reads pictures (`image`)")
     if structure_scale is not None and not models.faceid_v2:
@@ -104,7 +101,7 @@ def image_tokens(
         if faces and images and not encoder:
             raise UserError(f"`image`: {models.files['adapter']} reads the face alone, which `face_embedding` gives")
         if faces:
-            embeddings = torch.cat([read_embedding(path) for path in faces])
+            embeddings = torch.cat([x if isinstance(x, Tensor) else read_embedding(x) for x in faces])
         else:
             embeddings, seen = find_faces(seen, [str(image) for image in images])
         embeddings = embeddings.to(models.device, models.dtype)

@@ -47,11 +47,11 @@ class Sampler:
     """
 
     run: Run
-    visit: Callable[[Schedule, int], list[Level]]
+    visit: Callable[[Schedule, int], list[Level]]  # as `levels`, for steps that there can be
     steps: int = 50  # as many as usual
     max_steps: int = 1000
     guidance_scale: float = 7.5  # as large as usual
-    begin: Callable[[Tensor, Schedule, Level], Tensor] | None = None
+    begin: Callable[[Tensor, Schedule, Level], Tensor] | None = None  # as `start`; None: with the noise itself
 
     def levels(self, schedule: Schedule, steps: int) -> list[Level]:
         """steps + 1 noise levels, from noise to picture; ValueError unless steps is 1 to `max_steps`."""

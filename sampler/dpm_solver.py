@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sampler.guidance import Predict
-from sampler.schedule import HIGHEST, Level, Schedule, unit
+from sampler.schedule import INFINITY, STEPS, Level, Schedule, unit
 
 RHO = 7  # how much shorter the steps get where there is little noise
 
@@ -47,6 +47,6 @@ def karras_levels(schedule: Schedule, steps: int) -> list[Level]:
     They fall between timesteps, of which the UNet is told the nearest. `schedule.spacing` is of no effect: no timesteps
     are chosen here, and the highest level is always visited.
     """
-    high, low = min(schedule.sigmas[-1], HIGHEST) ** (1 / RHO), schedule.sigmas[0] ** (1 / RHO)
+    high, low = (schedule.level(t, INFINITY).sigma ** (1 / RHO) for t in (STEPS - 1, 0))
     sigmas = [(high + i / max(steps - 1, 1) * (low - high)) ** RHO for i in range(steps)]
     return [*(Level(round(schedule.timestep(sigma)), sigma) for sigma in sigmas), Level(0, 0.0)]

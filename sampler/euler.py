@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sampler.guidance import Predict
 from sampler.noise import noise_like
-from sampler.schedule import HIGHEST, Level, Schedule, timesteps, unit
+from sampler.schedule import INFINITY, Level, Schedule, timesteps, unit
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def euler_ancestral(
 
 def euler_levels(schedule: Schedule, steps: int) -> list[Level]:
     """DDIM's timesteps, with "linspace" unrounded; the last step ends at sigma = 0."""
-    return [*(schedule.level(t, HIGHEST) for t in timesteps(schedule, steps)), Level(0, 0.0)]
+    return [*(schedule.level(t, INFINITY) for t in timesteps(schedule, steps)), Level(0, 0.0)]
 
 
 def euler_start(noise: Tensor, schedule: Schedule, level: Level) -> Tensor:

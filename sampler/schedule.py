@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 STEPS = 1000  # training steps of the diffusion process
-# Stands for the infinite noise level of a zero terminal SNR in those samplers that compute with sigma (here and elsewhere
-# the smallest alpha that fp16 knows, 2^-24).
-HIGHEST = 4096.0
+# Stands for the infinite noise level of a zero terminal SNR in those samplers that compute with sigma, here and
+# elsewhere: alpha is 2^-24, the smallest number that fp16 knows.
+INFINITY = 4096.0
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,8 @@ class Schedule:
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    # The betas grow evenly ("linear"), or their roots do ("scaled_linear"), or alpha falls as a squared cosine
-    # ("squaredcos_cap_v2": arXiv 2102.09672, equation 17; it has no use for the two numbers above).
-    beta_schedule: str = "scaled_linear"
-    # "eps", the noise, or "v" = sqrt(alpha) eps - sqrt(1 - alpha) x_0 (arXiv 2202.00512, appendix D).
-    prediction: str = "eps"
+    beta_schedule: str = "scaled_linear"  # or "linear" (PixArt, from 0.0001 to 0.02): what grows evenly, roots or betas
+    prediction: str = "eps"  # or "v" = sqrt(alpha) eps - sqrt(1 - alpha) x_0 (arXiv 2202.00512, appendix D)
     # "leading", "trailing" or "linspace" (arXiv 2305.08891, table 2); None: what a sampler is used to, see `timesteps`.
     spacing: str | None = None
     zero_snr: bool = False  # the last timestep is pure noise (arXiv 2305.08891, algorithm 1)
@@ -62,7 +59,7 @@ class Schedule:
     set_alpha_to_one: bool = False  # DDIM's last step ends at alpha 1, not at alphas_cumprod[0]
 
     def __post_init__(self) -> None:
-        check("beta_schedule", self.beta_schedule, ("scaled_linear", "linear", "squaredcos_cap_v2"))
+        check("beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
         check("prediction", self.prediction, ("eps", "v"))
         check("spacing", self.spacing, (None, "leading", "trailing", "linspace"))
         if self.zero_snr and self.prediction == "eps":
@@ -71,15 +68,9 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> Tensor:
         """(1000,) fp32 on the CPU: the share of signal in x_t; Stable Diffusion's falls from 0.9991 to 0.0047."""
-        if self.beta_schedule == "squaredcos_cap_v2":
-            cosine = (
-                torch.linspace(0, 1, STEPS + 1, dtype=torch.float64).add(0.008).div(1.008 / (math.pi / 2)).cos() ** 2
-            )
-            betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
-        else:
-            power = {"linear": 1, "scaled_linear": 2}[self.beta_schedule]
-            ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
-            betas = torch.linspace(*ends, STEPS, dtype=torch.float64, device="cpu") ** power
+        power = {"linear": 1, "scaled_linear": 2}[self.beta_schedule]
+        ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
+        betas = torch.linspace(*ends, STEPS, dtype=torch.float64, device="cpu") ** power
         alphas = torch.cumprod(1 - betas, dim=0)
         if self.zero_snr:
             roots = alphas.sqrt()
@@ -91,17 +82,17 @@ class Schedule:
         """The noise level at each of the 1000 timesteps; Stable Diffusion's rises from 0.029 to 14.6."""
         return ((1 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt().tolist()
 
-    def level(self, t: float, highest: float = math.inf) -> Level:
-        """The noise level at a timestep, no more than the highest; between two timesteps sigma is linear."""
+    def level(self, t: float, infinity: float = math.inf) -> Level:
+        """The noise level at a timestep, with a number for infinity; between two timesteps sigma is linear."""
         sigma = self.sigmas[int(t)]
         if t % 1:
             sigma += t % 1 * (self.sigmas[int(t) + 1] - sigma)
-        return Level(t, min(sigma, highest))
+        return Level(t, infinity if math.isinf(sigma) else sigma)
 
     def timestep(self, sigma: float) -> float:
         """Where the schedule has this noise level, 0 to 999: between two timesteps log sigma is linear."""
         above = min(max(bisect(self.sigmas, sigma), 1), STEPS - 1)
-        low, high = (min(found, HIGHEST) for found in self.sigmas[above - 1 : above + 1])
+        low, high = (self.level(t, INFINITY).sigma for t in (above - 1, above))
         return above - 1 + math.log(sigma / low) / math.log(high / low)
 
 
@@ -113,10 +104,11 @@ def timesteps(schedule: Schedule, steps: int) -> list[float]:
 
     "leading" goes up from the first one in whole strides, as Stable Diffusion always did, and what does not go into 1000 is
     left out at the top, where the noise is: 20 steps start at 951, 600 steps at 600, a single one at 1. So "trailing" is
-    taken where a further stride would have found room (60 steps, 150, 600; of what is usual none) and nothing is asked for.
-    That goes down from 999. "linspace" visits 999 and 0 and lies between timesteps: to be rounded, unless by Euler.
+    taken where a further stride would have found room (60 steps, 150, 600; of what is usual none), or where only 999 is pure
+    noise (zero_snr), if nothing is asked for: it goes down from 999. "linspace" visits 999 and 0 and lies between timesteps:
+    to be rounded, unless by Euler.
     """
-    lost = steps == 1 or STEPS % steps >= STEPS // steps
+    lost = schedule.zero_snr or steps == 1 or STEPS % steps >= STEPS // steps
     spacing = schedule.spacing or ("trailing" if lost else "leading")
     if spacing == "leading":
         return [min(i * (STEPS // steps) + schedule.steps_offset, STEPS - 1) for i in reversed(range(steps))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sampler.dpm_solver import step_size, toward
 from sampler.guidance import Predict
-from sampler.schedule import HIGHEST, STEPS, Level, Schedule, timesteps, unit
+from sampler.schedule import INFINITY, STEPS, Level, Schedule, timesteps, unit
 
 
 def corrector_weights(h_before: float, h: float) -> tuple[float, float]:
@@ -62,4 +62,4 @@ def unipc_levels(schedule: Schedule, steps: int) -> list[Level]:
         visit = [i * (STEPS // (steps + 1)) + schedule.steps_offset for i in range(steps, 0, -1)]
     else:
         visit = [round(i * ((STEPS - 1) / steps)) for i in range(steps, 0, -1)]
-    return [*(schedule.level(t, HIGHEST) for t in visit), Level(0, 0.0)]
+    return [*(schedule.level(t, INFINITY) for t in visit), Level(0, 0.0)]

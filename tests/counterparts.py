@@ -38,11 +38,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from clip import CLIPImage, CLIPText, preprocess
-from files.pictures import to_pil
-from ipadapter import ImagePrompt, IPAdapter, Prompt
-from sampler import ddim, ddim_levels, guided, noise
-from unet import UNet, size_vector
+from clip import CLIPImage, CLIPText
+from generate import Models, pictures, prompts
+from generate.picture import decode
+from ipadapter import IPAdapter
+from unet import UNet
 from vae import VAE
 from weights import Base
 
@@ -307,28 +307,34 @@ class Order:
 def our_picture(
     twin: Twin, order: Order, adapter: IPAdapter | None = None, encoder: CLIPImage | None = None
 ) -> tuple[Tensor, np.ndarray]:
-    """Latents, and pixels 0..255."""
+    """Latents, and pixels 0..255, by the line that everybody calls."""
     encode, unet, vae = twin.parts
-    texts = [encode(order.prompt), encode.null(order.negative_prompt)]
-    images: list[tuple[ImagePrompt, ...]] = [(), ()]
-    if adapter:
-        pixels = [preprocess(picture, encoder.config.image_size) for picture in order.pictures]
-        seen = encoder, torch.cat(pixels) if pixels else None, order.faces, order.structure_scale
-        images = [(adapter.prompt(tokens(*seen), order.scale),) for tokens in (adapter.tokens, adapter.null_tokens)]
-        take_out = adapter.merge(unet)
-    prompts = []
-    for (text, pooled), image in zip(texts, images, strict=True):
-        vector = None
-        if pooled is not None:
-            sinusoids = (unet.config.vector_dim - pooled.shape[1]) // 6
-            vector = size_vector(pooled, order.height, order.width, sinusoids)
-        prompts.append(Prompt(text, image, vector))
-    predict = guided(unet, *prompts, order.guidance_scale, twin.base.schedule.prediction)
-    levels = ddim_levels(twin.base.schedule, order.steps)
-    *_, x = ddim(predict, noise(order.seed, 1, order.height, order.width), levels)
-    if adapter:
-        take_out()
-    return x, np.asarray(to_pil(vae.decode(x))[0])
+    held = {"adapter": adapter, "image encoder": encoder, "text encoder": encode, "vae": vae}
+    models = Models(
+        files={"adapter": Path("adapter"), "image_encoder": Path("encoder")}
+        if encoder
+        else {"adapter": Path("adapter")},
+        base=twin.base,
+        loras=(),
+        adapter_kind=adapter,
+        faceid_v2=order.structure_scale is not None,
+        bundled=False,
+        side=order.height,
+        dtype=torch.float32,
+        storage=None,
+        low_memory=False,
+        device=torch.device("cpu"),
+        keep=True,
+        held=held | {"unet": unet, "unet for a face": unet},
+    )
+    faces, scale = ([order.faces] if order.faces is not None else []), order.scale if adapter else None
+    pair = prompts(models, order.prompt, order.negative_prompt, order.pictures, scale, faces, order.structure_scale)
+    take_out, latents = adapter.merge(unet) if adapter else lambda: None, []
+    with patch("generate.picture.decode", lambda models, x: latents.append(x) or decode(models, x)):
+        size = {"height": order.height, "width": order.width, "guidance_scale": order.guidance_scale}
+        (picture,) = pictures(models, *pair, order.seed, steps=order.steps, **size)
+    take_out()
+    return latents[0], np.asarray(picture)
 
 
 @torch.no_grad()

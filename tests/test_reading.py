@@ -1,17 +1,19 @@
 """How far it is from the script's loop to the paper's equation: one image-prompted step stays short to read."""
 
 import inspect
+import json
+import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from types import CodeType, FrameType
 
 import pytest
 import torch
 
+import generate.picture
 import ipadapter.attention
-import sample
-from ipadapter import DecoupledCrossAttention, Prompt
+from generate import open_models, pictures, prompts
+from ipadapter import DecoupledCrossAttention
 from sampler import ddim
 from unet import UNet
 from unet.unet import GEGLU, ResBlock, SelfAttention, TransformerBlock
@@ -37,52 +39,42 @@ def ours(code: CodeType) -> bool:
     return path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ROOMS
 
 
-class Bar:
-    """Stands in for the progress bar: the second step, and nothing before it, is watched."""
-
-    def __init__(self):
-        self.steps = 0
-        self.entered: set[CodeType] = set()
-
-    def update(self) -> None:
-        self.steps += 1
-        sys.setprofile(self.watch if self.steps == 1 else None)
-
-    def watch(self, frame: FrameType, event: str, arg: object) -> None:
-        if event == "call" and ours(frame.f_code):
-            self.entered.add(frame.f_code)
-
-
 @pytest.fixture(scope="module")
-def step(unet, base_adapter) -> tuple[list[CodeType], set[CodeType]]:
-    """The functions on the way from `sample.denoise` to the image prompt's attention, and all that a step enters."""
-    size = {"num_images": 1, "height": 64, "width": 64, "batch": 4}
-    args = Namespace(**size, seed=0, device="cpu", sampler="ddim", steps=2, guidance_scale=7.5, apart=False)
-    prompt, null = (Prompt(torch.randn(1, 77, 64), (base_adapter.prompt(torch.randn(1, 4, 64)),)) for _ in range(2))
-    kernel, stacks = ipadapter.attention.scaled_dot_product_attention, []
+def step() -> tuple[list[CodeType], set[CodeType]]:
+    """The functions on the way from `denoise` to the image prompt's attention, and all that a step enters."""
+    models = open_models(device="cpu")
+    prompt, null = prompts(models, "red apple", images=[ROOT / "tiny/example.png"])
+    kernel, stacks, entered, steps = ipadapter.attention.scaled_dot_product_attention, [], set(), []
 
     def watched(*inputs: torch.Tensor) -> torch.Tensor:
         frame, stack = sys._getframe(1), []
-        while frame:
+        while frame and frame.f_code is not generate.picture.denoise.__code__:
             if ours(frame.f_code):
                 stack.insert(0, frame.f_code)
             frame = frame.f_back
-        stacks.append(stack)
+        stacks.append([frame.f_code, *stack])
         return kernel(*inputs)
 
-    bar = Bar()
+    def watch(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and ours(frame.f_code):
+            entered.add(frame.f_code)
+
+    def on_step() -> None:
+        """The second step, and nothing before it, is watched."""
+        steps.append(1)
+        sys.setprofile(watch if len(steps) == 1 else None)
+
     ipadapter.attention.scaled_dot_product_attention = watched
     try:
-        sample.denoise(args, unet, "eps", prompt, null, bar)
+        list(pictures(models, prompt, null, steps=2, on_step=on_step))
     finally:
         ipadapter.attention.scaled_dot_product_attention = kernel
         sys.setprofile(None)
-    assert bar.steps == 2
+    assert len(steps) == 2
     assert len(stacks) == 2 * 2 * 16  # two steps, text and image, 16 layers
     longest = max(stacks, key=len)
-    assert longest[0] is sample.denoise.__code__
     assert longest[-1] is ipadapter.attention.DecoupledCrossAttention.forward.__code__
-    return longest, bar.entered | set(longest)
+    return longest, entered - {on_step.__code__} | set(longest)
 
 
 def lines(functions: set[CodeType]) -> set[tuple[str, int]]:
@@ -108,6 +100,44 @@ def test_one_step_enters_at_most_260_lines_in_5_files(step):
 
 def test_the_watched_step_is_the_whole_step(step):
     """Should the counting break, these would be missing."""
-    functions = [sample.denoise, inspect.unwrap(ddim), UNet.forward, ResBlock.forward, TransformerBlock.forward]
+    functions = [
+        generate.picture.denoise,
+        inspect.unwrap(ddim),
+        UNet.forward,
+        ResBlock.forward,
+        TransformerBlock.forward,
+    ]
     functions += [ipadapter.attention.heard, SelfAttention.forward, DecoupledCrossAttention.forward, GEGLU.forward]
     assert {function.__code__ for function in functions} <= step[1]
+
+
+def test_a_whole_run_stays_short_to_read(tmp_path):
+    """From `main` to the written picture, the functions of one image-prompted run of sample.py."""
+    code = """
+import sys
+entered = set()
+def watch(frame, event, arg):
+    if event == "call":
+        entered.add(frame.f_code)
+import sample, cli
+sys.setprofile(watch)
+try:
+    sample.main()
+finally:
+    sys.setprofile(None)
+    import json
+    print(json.dumps(sorted({(c.co_filename, c.co_firstlineno, c.co_name) for c in entered})))
+"""
+    flags = ["--image", str(ROOT / "tiny/example.png"), "--prompt", "red apple", "--steps", "2"]
+    command = [sys.executable, "-c", code, *flags, "--output", str(tmp_path / "x.png")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    counted = set()
+    for file, first, name in json.loads(run.stdout.splitlines()[-1]):
+        path = Path(file)
+        inside = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ROOMS
+        if inside and name not in ("<module>", "<lambda>") and not name.startswith("<"):
+            source = path.read_text().splitlines()
+            block = inspect.getblock([line + "\n" for line in source[first - 1 :]])
+            counted |= {(file, first + i) for i, line in enumerate(block) if line.strip()}
+    assert (str(ROOT / "sample.py"),) in {(file,) for file, _ in counted} and (tmp_path / "x.png").exists()
+    assert len(counted) <= 2200, len(counted)

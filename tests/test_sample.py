@@ -218,13 +218,16 @@ MISTAKES = {
     "huge": (["--height", "80000000000000000000"], "a whole number, 8 to 16384, is wanted"),
     "no steps": (["--steps", "0"], "--steps: '0' given, a whole number, 1 to 1000, is wanted"),
     "too many steps": (["--steps", "1001"], "--steps: '1001' given"),
-    "negative scale": (["--scale=-1"], "--scale: '-1' given, a number, 0 or more, is wanted"),
+    "no number": (["--scale", "one"], "--scale: 'one' given, a number is wanted"),
     "nan": (["--scale", "nan"], "--scale: 'nan' given"),
     "infinite guidance": (["--guidance-scale", "inf"], "--guidance-scale: 'inf' given"),
     "no pictures": (["--num-images", "0"], "--num-images: '0' given"),
     "device": (["--device", "tpu9"], "--device: 'tpu9' cannot be used here"),
     "scale of nothing": (["--prompt", "x", "--scale", "0.5"], "--scale is the weight of an image prompt"),
-    "output kind": (["--output", "x.jpg"], "--output x.jpg: a name that ends in .png, or a folder, is wanted"),
+    "output kind": (
+        ["--output", "x.gif"],
+        "--output x.gif: a name that ends in .png, .jpg, .jpeg, .webp, or a folder,",
+    ),
     "output under a file": (["--output", "text.png/x.png"], "--output text.png/x.png: cannot write there"),
     "unknown flag": (["--steeps", "3"], "unrecognized arguments: --steeps 3"),
 }

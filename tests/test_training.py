@@ -96,7 +96,9 @@ def test_the_v_loss_is_the_error_of_v(unet):
     place = next(place for place in range(100) if 300 < draws(0, [place], ())[1] < 700)  # where nothing is clipped
     noisy, noise, t, text, image, weight = ours.noised([place], features("base", [place]))
     a = SD.alphas_cumprod[t].double()
-    eps = ours.objective.frozen[0](noisy, t, Prompt(text, (ImagePrompt(ours.adapter.image_proj(image)),))).double()
+    eps = ours.objective.frozen[0](
+        noisy, t, Prompt(text, (ours.adapter.prompt(ours.adapter.image_proj(image)),))
+    ).double()
 
     def v_of(eps: torch.Tensor) -> torch.Tensor:
         return a.sqrt() * eps - (1 - a).sqrt() * (noisy - (1 - a).sqrt() * eps) / a.sqrt()

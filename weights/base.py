@@ -66,6 +66,10 @@ class Base:
     text_files: tuple[Path, ...] = ()  # where the text towers are, if not in `path`
 
     @property
+    def schedule(self) -> Schedule:
+        return Schedule(prediction=self.prediction)
+
+    @property
     def side(self) -> int:
         """Of a picture, in pixels, where none is asked for."""
         return self.family.side
