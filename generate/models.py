@@ -12,7 +12,7 @@ from files.errors import UserError
 from ipadapter import IPAdapter
 from unet import UNet
 from vae import VAE
-from weights import Base, check_fit, load_adapter, load_image_encoder, load_vae, open_base
+from weights import Base, check_fit, load_adapter, load_image_encoder, open_base
 from weights.hub import cached, fetch
 from weights.lora import LoRA, read_lora
 from weights.presets import PRESETS, Preset, check_together, find, resolve
@@ -77,13 +77,7 @@ class Models:
 
     def vae(self, dtype: torch.dtype | None = None) -> VAE:
         """`dtype`: another than the usual one, where that has overflowed; such a one is not held."""
-        decoding = replace(self.base, dtype=dtype or self.dtype)  # the storage is not for the autoencoder
-
-        def build() -> VAE:
-            if "vae" not in self.files:
-                return decoding.vae()
-            return load_vae(self.files["vae"], dtype or decoding.vae_dtype, self.device, self.base.family.latent_scale)
-
+        build = replace(self.base, dtype=dtype or self.dtype).vae  # the storage is not for the autoencoder
         return build() if dtype else self.part("vae", build)
 
     def part(self, name: str, build: Callable[[], nn.Module]) -> nn.Module:
@@ -112,6 +106,8 @@ def open_models(
     vae: Named | None = None,
     # LoRAs for the base, each alone or with its weight.
     loras: Sequence[Named | tuple[Named, float]] = (),
+    # Text towers for a base that has none, files or folders.
+    text_encoder: Sequence[str | Path] = (),
     # Whether there will be image prompts; without any, no adapter and no image encoder is wanted.
     image: bool = True,
     # Whether an adapter is to be made: then none is brought, only the image encoder that it will read.
@@ -120,6 +116,8 @@ def open_models(
     faceid_v2: bool = False,
     # What the UNet predicts, "eps" or "v", where the file tells it wrongly or not at all.
     prediction: str | None = None,
+    # Which timesteps are visited, "leading", "trailing" or "linspace", where the file tells it wrongly or not at all.
+    spacing: str | None = None,
     # Where to compute: by default on the fastest device here.
     device: torch.device | str | None = None,
     # What to compute in, a dtype or its name: by default fp16 on cuda, fp32 elsewhere.
@@ -152,9 +150,7 @@ def open_models(
     merged = tuple((ready.get(lora) or read_lora(file(lora, tell)), weight) for lora, weight in wanted)
     storage = storage or ("float16" if low_memory else None)
     loaded = {None: dtype, "bfloat16": torch.bfloat16}.get(storage, torch.float16)
-    opened = open_base(files["base"], loaded, device, prediction, merged)
-    if "vae" in files:
-        load_vae(files["vae"], device="meta")  # read when it is wanted, but refused before the work
+    opened = open_base(files["base"], loaded, device, prediction, merged, files.get("vae"), text_encoder, spacing)
     kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
     if kind:
         encoder = load_image_encoder(files["image_encoder"], device="meta") if kind.reads_clip else None

@@ -32,7 +32,7 @@ def pictures(
     count: int = 1,
     # None: what suits the sampler (DDIM 50).
     steps: int | None = None,
-    # How far to follow the prompt: 1 is off, and so is less; None: 7.5, with lcm 1.
+    # How far to follow the prompt: 1 is off, and so is less; None: 7.5, with lcm 1, or what a distilled base wants.
     guidance_scale: float | None = None,
     # One of sampler.SAMPLERS.
     sampler: str = "ddim",
@@ -59,7 +59,7 @@ def pictures(
     if not 1 <= steps <= row.max_steps:
         raise UserError(f"`steps` {steps}: 1 to {row.max_steps} with {sampler}")
     levels = row.levels(schedule, steps)
-    guidance_scale = row.guidance_scale if guidance_scale is None else max(1.0, guidance_scale)
+    guidance_scale = usual_guidance(models, sampler) if guidance_scale is None else max(1.0, guidance_scale)
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
@@ -81,6 +81,11 @@ def pictures(
         if not x.isfinite().all():
             raise UserError(f"the UNet's prediction is not finite in {models.dtype}; try another `dtype`")
         yield from decode(models, x)
+
+
+def usual_guidance(models: Models, sampler: str) -> float:
+    """What a distilled base wants, or else what the sampler is used to."""
+    return models.base.guidance_scale or SAMPLERS[sampler].guidance_scale
 
 
 def denoise(

@@ -1,6 +1,7 @@
 """What the model believes of a noisy latent, under classifier-free guidance (arXiv 2207.12598)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ def guided(
         apart: the two prompts one after the other, in less memory and more time.
     """
     check("prediction", prediction, ("eps", "v"))
+    if getattr(getattr(unet, "config", None), "guidance_dim", None):  # it is told the scale, and needs no second pass
+        unet, guidance_scale = partial(unet, guidance_scale=guidance_scale), 1
     both = None if apart or guidance_scale == 1 else Prompt.cat([null, prompt])
 
     def predict(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ from ipadapter import (
     Prompt,
     Resampler,
 )
+from sampler import SD
 from unet import SD15, SDXL, UNet, UNetConfig
 from weights import Base, WeightsError, check_fit, load_adapter, load_image_encoder
 from weights.adapter import build_adapter
@@ -386,7 +387,7 @@ def test_picture_equals_diffusers(request, base, kind, encoders, photos, by_text
 
 
 def base_of(family, config: UNetConfig) -> Base:
-    return Base("b", family, "eps", layers(config), torch.float32, "cpu")
+    return Base("b", family, SD, layers(config), torch.float32, "cpu")
 
 
 def adapter_on_meta(config: UNetConfig, make: Callable[[], nn.Module]) -> IPAdapter:

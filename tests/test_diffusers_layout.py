@@ -16,7 +16,7 @@ from ipadapter import Prompt
 from unet import UNet
 from vae import SD_VAE, VAE
 from weights.configs import unet_config, vae_config
-from weights.diffusers import prediction_type, read_folder, read_part
+from weights.diffusers import read_folder, read_part, schedule_said
 from weights.diffusers_names import from_diffusers, unet_key, unet_shape
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -287,19 +287,12 @@ def test_a_damaged_index_is_one_line(tmp_path, content):
         read_part(tmp_path)
 
 
-@pytest.mark.parametrize("config, found", [({"prediction_type": "v_prediction"}, "v_prediction"), ({}, None)])
+@pytest.mark.parametrize("config, found", [({"prediction_type": "v_prediction"}, {"prediction": "v"}), ({}, {})])
 def test_prediction_type(tmp_path, config, found):
-    assert prediction_type(tmp_path) is None
+    assert schedule_said(tmp_path) == {}
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config))
-    assert prediction_type(tmp_path) == found
-
-
-def test_an_unknown_prediction_type_is_refused(tmp_path):
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler/scheduler_config.json").write_text('{"prediction_type": "sample"}')
-    with pytest.raises(WeightsError, match="scheduler_config.json: the prediction_type is 'sample'; epsilon and"):
-        prediction_type(tmp_path)
+    assert schedule_said(tmp_path) == found
 
 
 def test_what_is_no_part_of_a_folder_stays_as_it_is(unet, vae):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -19,6 +20,13 @@ from counterparts import (
     their_picture,
     transformers_open_clip,
 )
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 from test_diffusers_layout import FAMILIES as PUBLISHED
@@ -26,10 +34,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from clip import CLIPText, tokenize
+from sampler import SD, Schedule
 from unet import SD15, SD21, SDXL, UNet, UNetConfig, size_vector
 from vae import SD_VAE, VAE
 from weights import WeightsError, open_base
-from weights.base import Base, predicts, sd2_predicts_noise, text_state
+from weights.base import Base, schedule_of, sd2_predicts_noise, text_state
 from weights.configs import unet_config
 from weights.families import FAMILIES, SD2, SD2_BASE
 from weights.fill import on_meta
@@ -108,7 +117,7 @@ def test_a_whole_checkpoint_of_full_size_is_opened(monkeypatch, name):
     state = whole_checkpoint(name)
     monkeypatch.setattr("weights.base.read", lambda path: dict(state))
     base = open_base("x.safetensors", device="meta")
-    assert (base.family.name, base.prediction, base.side) == (name, "eps", side)
+    assert (base.family.name, base.schedule, base.side, base.guidance_scale) == (name, SD, side, None)
     assert base.layers[0] == layer and len(base.layers) == count
     assert base.unet().config == config and base.vae().config == replace(SD_VAE, latent_scale=latent_scale)
     found = [m.config for m in base.text_encoder().modules() if isinstance(m, CLIPText)]
@@ -202,8 +211,8 @@ def test_picture_equals_diffusers(twin, negative_prompt):
 
 
 def test_picture_of_a_v_model_is_not_that_of_an_eps_model(sd2):
-    assert sd2.base.prediction == "v"
-    wrong = Twin(replace(sd2.base, prediction="eps"), sd2.pipeline)
+    assert sd2.base.schedule.prediction == "v"
+    wrong = Twin(replace(sd2.base, schedule=SD), sd2.pipeline)
     assert rel(our_picture(wrong, Order())[0], our_picture(sd2, Order())[0]) > 0.1
 
 
@@ -213,7 +222,11 @@ def test_a_folder_of_diffusers_is_the_same_base(twin, tmp_path):
         if part := getattr(twin.pipeline, name, None):
             part.save_pretrained(tmp_path / name)
     base = open_base(tmp_path)
-    assert replace(base, path=twin.base.path) == twin.base
+    assert base.schedule == replace(twin.base.schedule, spacing="leading")
+    assert base.latent_scale == twin.base.family.latent_scale and not base.half_vae
+    assert (
+        replace(base, path=twin.base.path, schedule=twin.base.schedule, latent_scale=None, half_vae=None) == twin.base
+    )
     assert same_parts(base, twin)
 
 
@@ -259,6 +272,8 @@ def test_of_a_full_tower_of_sd2_the_first_23_layers_are_used(layers, used):
 
 
 def test_sd_turbo_has_its_text_tower_elsewhere(sd2, tmp_path):
+    """And is made for pictures without guidance: no other file has it there."""
+
     def change(state: State) -> None:
         for key in [key for key in state if key.startswith("cond_stage_model.model.")]:
             state[key.replace("cond_stage_model.model.", "conditioner.embedders.0.model.")] = state.pop(key)
@@ -266,6 +281,7 @@ def test_sd_turbo_has_its_text_tower_elsewhere(sd2, tmp_path):
 
     base = open_base(rewritten(sd2, tmp_path / "x.safetensors", change))
     assert same_parts(base, sd2) and base.family == sd2.base.family
+    assert (base.guidance_scale, sd2.base.guidance_scale) == (1.0, None)
 
 
 def test_sdxl_with_its_projection_as_diffusers_converter_writes_it(sdxl, tmp_path):
@@ -345,11 +361,6 @@ def test_the_versions_of_a_distilled_sd2_are_told_by_the_last_block():
     assert sd2_predicts_noise(sd2_state(0.02, blocks=8))
 
 
-@pytest.mark.parametrize("family", [FAMILIES["SD 1.x"], FAMILIES["SDXL"]])
-def test_a_file_may_say_that_v_is_predicted(family):
-    assert predicts("x", {"v_pred": torch.zeros(0)}, family) == "v"
-
-
 def rewritten(twin: Twin, path, change: Callable[[State], None]):
     """The twin's file with something changed."""
     state = load_file(twin.base.path)
@@ -358,28 +369,201 @@ def rewritten(twin: Twin, path, change: Callable[[State], None]):
     return path
 
 
-def test_a_file_with_the_mark_of_v_is_opened(sdxl, tmp_path):
-    path = rewritten(sdxl, tmp_path / "x.safetensors", lambda state: state.update(v_pred=torch.zeros(1)))
-    assert open_base(path).prediction == "v" and sdxl.base.prediction == "eps"
+def marked(**marks: Tensor) -> Callable[[State], None]:
+    return lambda state: state.update(marks)
+
+
+V_PRED, ZTSNR = torch.zeros(0), torch.zeros(1)
+
+
+def test_a_file_with_the_mark_of_v_is_opened(sd1, sdxl, tmp_path):
+    for twin in (sd1, sdxl):
+        path = rewritten(twin, tmp_path / "x.safetensors", marked(v_pred=V_PRED))
+        assert open_base(path).schedule == Schedule(prediction="v") and twin.base.schedule == SD
+
+
+def test_a_file_that_ends_in_pure_noise(sdxl, tmp_path):
+    """NoobAI-XL: betas rescaled, and the timesteps trailing, or the last of them would never be visited."""
+    path = rewritten(sdxl, tmp_path / "x.safetensors", marked(v_pred=V_PRED, ztsnr=ZTSNR))
+    base = open_base(path)
+    assert base.schedule == Schedule(prediction="v", zero_snr=True, spacing="trailing")
+    assert base.guidance_scale is None  # as ever
+    rewritten(sdxl, path, marked(ztsnr=ZTSNR))
+    assert "where all is noise, eps tells nothing" in refused(path)
+    assert open_base(path, prediction="v").schedule == base.schedule
+
+
+@pytest.mark.parametrize("said, prediction", [("v", "v"), ("epsilon", "eps"), ("something", "v"), (None, "v")])
+def test_the_metadata_of_a_file_may_tell(sd2, tmp_path, said, prediction):
+    """sd-scripts writes them (SAI model spec)."""
+    path = tmp_path / "x.safetensors"
+    save_file(load_file(sd2.base.path), path, said and {"modelspec.prediction_type": said})
+    assert open_base(path).schedule.prediction == prediction
+
+
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
+def test_the_noise_levels_of_edm_are_refused(sdxl, tmp_path, mark):
+    path = rewritten(sdxl, tmp_path / "x.safetensors", lambda state: state.update({mark: torch.zeros(4)}))
+    assert refused(path) == f"made for the noise levels of EDM (its key {mark}), which are not supported"
 
 
 def test_what_is_asked_for_outweighs_what_the_file_tells(sd1, sd2, tmp_path):
-    assert open_base(sd1.base.path, prediction="v").prediction == "v"
-    assert open_base(sd2.base.path, prediction="eps").prediction == "eps"
+    assert open_base(sd1.base.path, prediction="v").schedule.prediction == "v"
+    assert open_base(sd2.base.path, prediction="eps").schedule.prediction == "eps"
+    assert open_base(sd1.base.path, spacing="trailing").schedule == Schedule(spacing="trailing")
     narrow = BIAS.format(11)
     path = rewritten(sd2, tmp_path / "x.safetensors", lambda state: state[narrow].mul_(0.1))
     base = open_base(path)
-    assert (base.prediction, base.side, sd2.base.prediction, sd2.base.side) == ("eps", 512, "v", 768)
+    assert (base.schedule.prediction, base.side) == ("eps", 512)
+    assert (sd2.base.schedule.prediction, sd2.base.side) == ("v", 768)
+
+
+def saved(twin: Twin, path: Path, scheduler: object = None, **settings: object) -> Path:
+    """The twin as a folder of diffusers; its scheduler with other settings, or another one."""
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if part := getattr(twin.pipeline, name, None):
+            part.save_pretrained(path / name)
+    config = twin.pipeline.scheduler.config
+    (scheduler or DDIMScheduler).from_config(config, **settings).save_pretrained(path / "scheduler")
+    return path
+
+
+SCHEDULES = {  # the scheduler, its settings, what they mean
+    "SD 1.5": ("sd1", PNDMScheduler, {"skip_prk_steps": True}, {"spacing": "leading"}),
+    "SD 2.1": ("sd2", DDIMScheduler, {}, {"spacing": "leading", "prediction": "v"}),
+    "SD 2.1 for 512 pixels": ("sd2", PNDMScheduler, {"prediction_type": "epsilon"}, {"spacing": "leading"}),
+    "SDXL": ("sdxl", EulerDiscreteScheduler, {"timestep_spacing": "leading"}, {"spacing": "leading"}),
+    "SDXL-Turbo": ("sdxl", EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}, {"spacing": "trailing"}),
+    "zero terminal SNR": (
+        *("sd2", DDIMScheduler, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+        {"prediction": "v", "zero_snr": True, "spacing": "trailing"},
+    ),
+    "other betas": (
+        *(
+            "sdxl",
+            EulerDiscreteScheduler,
+            {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "leading"},
+        ),
+        {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "spacing": "leading"},
+    ),
+    "to the end": ("sd1", DDIMScheduler, {"set_alpha_to_one": True}, {"set_alpha_to_one": True, "spacing": "leading"}),
+    "without an offset": ("sdxl", DDIMScheduler, {"steps_offset": 0}, {"steps_offset": 0, "spacing": "leading"}),
+    "corrected by diffusers": ("sd1", DDIMScheduler, {"steps_offset": 0}, {"spacing": "leading"}),
+    "linspace": ("sd1", EulerDiscreteScheduler, {"timestep_spacing": "linspace"}, {"spacing": "linspace"}),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_the_scheduler_of_a_folder_is_heeded(request, case, tmp_path):
+    """Its picture is the one that diffusers makes of that folder."""
+    name, scheduler, settings, meant = SCHEDULES[case]
+    twin: Twin = request.getfixturevalue(name)
+    base = open_base(saved(twin, tmp_path, scheduler, **settings))
+    assert base.schedule == Schedule(**meant)
+    assert base.guidance_scale == (1.0 if case == "SDXL-Turbo" else None)
+    config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    parts = {key: value for key, value in twin.pipeline.components.items() if key != "scheduler"}
+    theirs = type(twin.pipeline)(**parts, scheduler=DDIMScheduler.from_config(config))
+    theirs.set_progress_bar_config(disable=True)
+    order = Order(steps=3)
+    assert_same_picture(our_picture(found := Twin(base, theirs), order), their_picture(found, order))
+
+
+REFUSED_SCHEDULES = {
+    "prediction": (
+        {"prediction_type": "sample"},
+        "the prediction_type is 'sample'; epsilon and v_prediction supported",
+    ),
+    "steps": ({"num_train_timesteps": 500}, "the num_train_timesteps is 500; 1000 supported"),
+    "betas of its own": ({"trained_betas": [0.1]}, "the trained_betas is [0.1]; none supported"),
+    "EDM": ({"_class_name": "EDMEulerScheduler"}, "made for the noise levels of EDM (arXiv 2206.00364), which are not"),
+    "EDM in Euler": ({"timestep_type": "continuous"}, "made for the noise levels of EDM"),
+    "a flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "made for a flow, not for a diffusion"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_SCHEDULES)
+def test_a_schedule_that_is_not_supported_is_refused(tmp_path, case):
+    config, message = REFUSED_SCHEDULES[case]
+    file = tmp_path / "scheduler/scheduler_config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(config))
+    with pytest.raises(WeightsError) as error:
+        schedule_of(tmp_path, {}, FAMILIES["SD 1.x"])
+    assert str(error.value).startswith(f"{file}: {message}")
+
+
+@pytest.mark.parametrize(
+    "config", [{"beta_schedule": "sigmoid"}, {"timestep_spacing": "odd"}, {"rescale_betas_zero_snr": True}]
+)
+def test_what_no_schedule_can_be_is_refused(tmp_path, config):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="given"):
+        schedule_of(tmp_path, {}, FAMILIES["SD 1.x"])
 
 
 @pytest.mark.parametrize("config, said", [("epsilon", "eps"), ("v_prediction", "v"), (None, "eps")])
-def test_the_scheduler_of_a_folder_says_it(tmp_path, config, said):
-    """It outweighs the tensors, which tell where it is silent."""
+def test_the_scheduler_of_a_folder_outweighs_the_tensors(tmp_path, config, said):
     (tmp_path / "scheduler").mkdir()
     content = {"prediction_type": config} if config else {}
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(content))
     by_tensors = {"eps": SD2, "v": SD2_BASE}[said] if config else SD2_BASE
-    assert predicts(tmp_path, {}, by_tensors) == said
+    assert schedule_of(tmp_path, {}, by_tensors).prediction == said
+
+
+# What an autoencoder says
+
+
+def test_the_autoencoder_of_a_folder_says_its_scale_and_its_precision(sd1, sdxl, tmp_path):
+    for name, twin in (("sd1", sd1), ("sdxl", sdxl)):
+        file = saved(twin, tmp_path / name) / "vae/config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {"scaling_factor": 0.5, "force_upcast": False}))
+        base = open_base(tmp_path / name, torch.float16)
+        assert base.vae().config.latent_scale == 0.5 and base.vae_dtype == torch.float16
+        assert open_base(tmp_path / name, vae=twin.base.path).vae().config == twin.base.vae().config
+        file.write_text(json.dumps(config))
+        assert open_base(tmp_path / name, torch.float16).vae_dtype == (torch.float16 if twin is sd1 else torch.float32)
+        file.write_text(json.dumps(config | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}))
+        assert refused(file, lambda path, name=name: open_base(tmp_path / name)) == (
+            "has latents_mean; an autoencoder whose latents are scaled alone is wanted"
+        )
+
+
+# A UNet that is told the guidance scale
+
+
+@pytest.fixture(scope="module")
+def lcm(sd1) -> Twin:
+    """A full latent consistency model, as LCM_Dreamshaper_v7 is."""
+    theirs = UNet2DConditionModel.from_config(sd1.pipeline.unet.config, time_cond_proj_dim=256)
+    theirs.load_state_dict(sd1.pipeline.unet.state_dict(), strict=False)
+    generator = torch.Generator().manual_seed(20)
+    theirs.time_embedding.cond_proj.weight.data = torch.randn(32, 256, generator=generator) / 16
+    parts = {key: value for key, value in sd1.pipeline.components.items() if key != "unet"}
+    pipeline = type(sd1.pipeline)(**parts, unet=theirs.requires_grad_(False).eval(), requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return Twin(sd1.base, pipeline)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.5, 8.5])
+def test_a_unet_that_is_told_the_guidance_scale(lcm, tmp_path, guidance_scale):
+    base = open_base(saved(lcm, tmp_path))
+    assert base.guidance_scale == 8.5 and base.unet().config.guidance_dim == 256
+    order = Order(guidance_scale=guidance_scale)
+    ours = our_picture(Twin(base, lcm.pipeline), order)
+    assert_same_picture(ours, their_picture(lcm, order))
+    other = our_picture(Twin(base, lcm.pipeline), replace(order, guidance_scale=4.0))
+    assert rel(other[0], ours[0]) > 0.001
+
+
+def test_a_unet_that_is_told_the_guidance_scale_in_the_original_layout(lcm, sd1, tmp_path):
+    weight = lcm.pipeline.unet.time_embedding.cond_proj.weight
+    path = rewritten(
+        sd1, tmp_path / "x.safetensors", lambda state: state.update({f"{UNET}time_embed.cond_proj.weight": weight})
+    )
+    assert torch.equal(open_base(path).unet().cond_proj.weight, weight)
 
 
 # Files that are refused

@@ -34,6 +34,7 @@ class UNetConfig:
     head_dim: int | None  # channels per head (SD 2.x and SDXL: 64), or None
     linear_proj: bool  # proj_in and proj_out are Linear (SD 2.x, SDXL) instead of 1x1 convolutions (SD 1.x)
     vector_dim: int | None  # width of `Prompt.vector` (SDXL: 2816), or None
+    guidance_dim: int | None = None  # sinusoids of the guidance scale, in models that are told it (LCM: 256)
 
 
 SD15 = UNetConfig(
@@ -83,6 +84,8 @@ class UNet(nn.Module):
             return block
 
         self.time_embed = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        if config.guidance_dim:
+            self.cond_proj = nn.Linear(config.guidance_dim, width, bias=False)
         if config.vector_dim:
             vector_embed = nn.Sequential(nn.Linear(config.vector_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
             self.label_emb = nn.Sequential(vector_embed)
@@ -111,10 +114,16 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, config.out_channels, 3, padding=1))
         number(self.cross_attentions())
 
-    def forward(self, x: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
-        """x (batch, 4, H/8, W/8), t (batch,) or () in 0..999 -> (batch, 4, H/8, W/8)."""
+    def forward(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: float | None = None) -> Tensor:
+        """x (batch, 4, H/8, W/8), t (batch,) or () in 0..999 -> (batch, 4, H/8, W/8).
+
+        guidance_scale: only for a model that is told it (`UNetConfig.guidance_dim`).
+        """
         t = t.expand(len(x))
-        emb = self.time_embed(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
+        emb = timestep_embedding(t, self.config.channels[0]).to(x.dtype)
+        if guidance_scale is not None:
+            emb = emb + self.cond_proj(guidance_embedding(guidance_scale, self.config.guidance_dim).to(x))
+        emb = self.time_embed(emb)
         if prompt.vector is not None:
             emb = emb + self.label_emb(prompt.vector)
         x = self.input_blocks[0][0](x)
@@ -166,6 +175,12 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def guidance_embedding(scale: float, dim: int) -> Tensor:
+    """Sinusoids of the guidance scale, (dim,), fp32 (arXiv 2310.04378, appendix C; 1 is off: sines of 0)."""
+    angles = 1000 * (scale - 1) * torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2 - 1))
+    return torch.cat([angles.sin(), angles.cos()])
 
 
 class Conv3x3(nn.Conv2d):

@@ -3,10 +3,12 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from clip import CLIPText, TextEncoder, TwoTowerEncoder
@@ -16,9 +18,9 @@ from sampler import Schedule
 from unet import UNet
 from vae import VAE
 from weights.configs import count, text_config, unet_config, vae_config
-from weights.diffusers import prediction_type, read_folder, read_part
+from weights.diffusers import read_folder, read_part, schedule_said, vae_said
 from weights.diffusers_names import from_diffusers
-from weights.families import FAMILIES, SD2, SD2_BASE, Family, Tower
+from weights.families import FAMILIES, SD2, SD2_BASE, SDXL, TURBO, Family, Tower
 from weights.fill import IGNORED, build, fill, under
 from weights.kinds import UNET, family, what_is
 from weights.load import vae_state
@@ -26,12 +28,11 @@ from weights.lora import LoRA, check, merge
 from weights.openclip import text_from_openclip
 
 AUTOENCODER = "first_stage_model."
-CHANNELS = {
-    5: "a depth",
-    7: "an upscaling",
-    8: "an instruction-editing",
-    9: "an inpainting",
-}  # models that take so many
+# Models that take so many channels.
+CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an instruction-editing", 9: "an inpainting"}
+EMBEDDED = (
+    8.5  # the usual guidance scale of a UNet that is told it (diffusers, pipeline_latent_consistency_text2img.py)
+)
 LORA_PARTS = {"UNet": "unet", "text tower": "text", "second text tower": "text_2"}  # what LoRAs call them
 
 
@@ -50,18 +51,19 @@ class Base:
 
     path: Path
     family: Family
-    prediction: str  # what the UNet predicts: "eps", the noise, or "v"
+    schedule: Schedule
     layers: list[tuple[int, int]]  # (dim, context_dim) of each cross-attention, in the order of an adapter's keys
     dtype: torch.dtype
     device: torch.device | str
     sinusoids: int = 0  # that stand for each size of a picture in `Prompt.vector`: 256 in SDXL, none elsewhere
     loras: Sequence[tuple[LoRA, float]] = ()  # merged into each part as it is built, each with its weight
+    latent_scale: float | None = None  # None: the family's
+    half_vae: bool | None = (
+        None  # whether the autoencoder computes in fp16 without overflow; None: as the family's does
+    )
+    guidance_scale: float | None = None  # where none is asked for: 1, off, for a distilled model; None: the sampler's
     vae_file: Path | None = None  # where the autoencoder is, if not in `path`
     text_files: tuple[Path, ...] = ()  # where the text towers are, if not in `path`
-
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule(prediction=self.prediction)
 
     @property
     def side(self) -> int:
@@ -77,7 +79,8 @@ class Base:
     @property
     def vae_dtype(self) -> torch.dtype:
         """What to decode in: SDXL's autoencoder overflows in fp16."""
-        return self.dtype if self.family.half_vae or self.dtype != torch.float16 else torch.float32
+        half = self.family.half_vae if self.half_vae is None else self.half_vae
+        return torch.float32 if self.dtype == torch.float16 and not half else self.dtype
 
     def text(self) -> CLIPText:
         """The text tower; of two, the first."""
@@ -91,7 +94,7 @@ class Base:
 
     def part(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
         # Read anew each time: a mapped file costs nothing to open, and its pages can go when the model is built.
-        part = parts(gather(self.path, self.vae_file, self.text_files), self.family)[name]
+        part = parts(gather(self.path, self.vae_file, self.text_files), self.family, self.latent_scale)[name]
         model = fill(part.make, part.state, self.path, dtype or self.dtype, self.device)
         if self.loras and name in LORA_PARTS:
             merge(model, self.loras, LORA_PARTS[name], keep=False)
@@ -106,13 +109,14 @@ def open_base(
     loras: Sequence[tuple[LoRA, float]] = (),
     vae: str | Path | None = None,
     text_encoder: Sequence[str | Path] = (),
+    spacing: str | None = None,
 ) -> Base:
     """An SD 1.x, SD 2.x or SDXL base model: a checkpoint in the original layout (.safetensors, .ckpt), or a folder.
 
     It may be a UNet alone, in either layout, if the other parts are given.
 
     Args:
-        prediction: "eps" or "v", where it is not what the file tells.
+        prediction, spacing: as in `Schedule`, where it is not what the file tells or nothing tells.
         loras: with their weights; they are merged into the parts when these are built.
         vae: a file with another autoencoder.
         text_encoder: files or folders with other text towers, as many as the family has; SDXL's in any order.
@@ -125,12 +129,12 @@ def open_base(
     kind = FAMILIES[family(state)]
     if kind is SD2 and sd2_predicts_noise(state):
         kind = SD2_BASE
-    if "ztsnr" in state:
-        raise WeightsError(f"{path}: made for a noise schedule that ends in pure noise (its key ztsnr); not supported")
+    schedule = schedule_of(path, state, kind, prediction=prediction, spacing=spacing)
+    said = vae_said(path) if os.path.isdir(path) and not vae else {}
     found = parts(state, kind)
     check_whole(path, found, kind)
     used = (*(part.prefix for part in found.values()), *(prefix for tower in kind.text for prefix in tower.prefixes))
-    left = [key for key in state if not key.startswith(used) and not IGNORED.match(key)]
+    left = [key for key in state if not key.startswith((*used, *MARKS)) and not IGNORED.match(key)]
     unet, _, *texts = (
         build(part.make, part.state, path, left if name == "UNet" else None) for name, part in found.items()
     )
@@ -138,10 +142,24 @@ def open_base(
     layers = [(layer.to_k.out_features, layer.to_k.in_features) for layer in unet.cross_attentions()]
     for lora, _ in loras:
         check(lora, dict(zip(LORA_PARTS.values(), (unet, *texts), strict=False)))
-    prediction = prediction or predicts(path, state, kind)
+    trailing = not spacing and schedule.spacing == "trailing" and not schedule.zero_snr
+    turbo = trailing or any(key.startswith(TURBO) for key in state)
     vector_dim = unet.config.vector_dim
-    sinusoids = (vector_dim - texts[-1].config.projection) // 6 if vector_dim else 0
-    return Base(Path(path), kind, prediction, layers, dtype, device, sinusoids, loras, vae, text_encoder)
+    return Base(
+        Path(path),
+        kind,
+        schedule,
+        layers,
+        dtype,
+        device,
+        sinusoids=(vector_dim - texts[-1].config.projection) // 6 if vector_dim else 0,
+        loras=loras,
+        latent_scale=said.get("scaling_factor"),
+        half_vae=None if kind.half_vae or "force_upcast" not in said else not said["force_upcast"],
+        guidance_scale=EMBEDDED if unet.config.guidance_dim else 1.0 if turbo else None,
+        vae_file=vae,
+        text_files=text_encoder,
+    )
 
 
 def gather(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -> State:
@@ -220,11 +238,12 @@ def check_texts(path: str | Path, unet: UNet, texts: list[CLIPText]) -> None:
         raise WeightsError(f"{path}: the second text tower has no text_projection, which this UNet reads")
 
 
-def parts(state: State, kind: Family) -> dict[str, Part]:
+def parts(state: State, kind: Family, latent_scale: float | None = None) -> dict[str, Part]:
     """The parts of a base model by their names, the UNet and the autoencoder first."""
-    scale = kind.latent_scale
+    scale = latent_scale or kind.latent_scale
+    unet = {key.replace("time_embed.cond_proj.", "cond_proj."): w for key, w in under(UNET, state).items()}
     found = {
-        "UNet": Part(UNET, under(UNET, state), lambda part: UNet(unet_config(part))),
+        "UNet": Part(UNET, unet, lambda part: UNet(unet_config(part))),
         "autoencoder": Part(AUTOENCODER, under(AUTOENCODER, state), lambda part: VAE(vae_config(part, scale))),
     }
     for name, tower in zip(("text tower", "second text tower"), kind.text, strict=False):
@@ -249,11 +268,36 @@ def text_state(state: State, tower: Tower) -> State:
     return state
 
 
-def predicts(path: str | Path, state: State, kind: Family) -> str:
-    """What the UNet predicts, as a folder's scheduler says, or the mark of a file, or the family."""
-    if os.path.isdir(path) and (said := prediction_type(path)):
-        return {"epsilon": "eps", "v_prediction": "v"}[said]
-    return "v" if "v_pred" in state else kind.prediction
+MARKS = ("v_pred", "ztsnr")  # keys that say something of the schedule
+PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}  # as metadata and schedulers call them
+
+
+def schedule_of(path: str | Path, state: State, kind: Family, **asked: str | None) -> Schedule:
+    """The family's noise schedule, changed by what a folder's scheduler or the marks in a file say, and that by what is asked.
+
+    Raises:
+        WeightsError: it cannot be used.
+    """
+    if mark := next((key for key in state if key.startswith("edm_")), None):
+        raise WeightsError(f"{path}: made for the noise levels of EDM (its key {mark}), which are not supported")
+    said = schedule_said(path) if os.path.isdir(path) else {}
+    if kind is not SDXL:  # diffusers' pipelines correct it too
+        said.pop("steps_offset", None)
+    if told := PREDICTIONS.get(metadata(path).get("modelspec.prediction_type")):
+        said["prediction"] = told
+    said |= {"prediction": "v"} if "v_pred" in state else {}
+    said |= {"zero_snr": True, "spacing": "trailing"} if "ztsnr" in state else {}
+    try:
+        return replace(kind.schedule, **said | {name: value for name, value in asked.items() if value})
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """What a .safetensors file says beside its tensors; of any other file nothing."""
+    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+    return {}
 
 
 def sd2_predicts_noise(state: State) -> bool:

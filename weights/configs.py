@@ -49,7 +49,7 @@ def unet_config(state: State) -> UNetConfig:
     context = next(w.shape[1] for key, w in state.items() if key.endswith("attn2.to_k.weight"))
     proj_in = next(w for key, w in state.items() if key.endswith(".1.proj_in.weight"))
     linear = proj_in.ndim == 2
-    vector = state.get("label_emb.0.0.weight")
+    vector, guidance = state.get("label_emb.0.0.weight"), state.get("cond_proj.weight")
     return UNetConfig(
         in_channels=state["input_blocks.0.0.weight"].shape[1],
         out_channels=state["out.2.weight"].shape[0],
@@ -62,6 +62,7 @@ def unet_config(state: State) -> UNetConfig:
         head_dim=64 if linear else None,
         linear_proj=linear,
         vector_dim=None if vector is None else vector.shape[1],
+        guidance_dim=None if guidance is None else guidance.shape[1],
     )
 
 

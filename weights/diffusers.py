@@ -21,7 +21,7 @@ TWO_TOWERS = {
     "text_encoder_2": "conditioner.embedders.1.transformer.",
 }
 CONFIG = "config.json"
-SCHEDULER = Path("scheduler/scheduler_config.json")
+SCHEDULER, VAE_CONFIG = Path("scheduler/scheduler_config.json"), Path("vae/config.json")
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model|open_clip_model|open_clip_pytorch_model)\.(fp16\.)?(safetensors|bin)"
     r"(\.(fp16\.)?index(\.fp16)?\.json)?"
@@ -90,10 +90,10 @@ def part_files(folder: str | Path) -> list[Path]:
 def folder_files(path: str | Path) -> list[Path]:
     """All files that are read of a diffusers folder, or of a folder of one model."""
     path = Path(path)
-    found = [file for part in PLACES | TWO_TOWERS if (path / part).is_dir() for file in part_files(path / part)]
-    if not found:  # of one model
-        return part_files(path) + [file for file in (path / CONFIG,) if file.exists()]
-    return found + [file for file in (path / SCHEDULER,) if file.exists()]
+    parts = [path / part for part in PLACES | TWO_TOWERS if (path / part).is_dir()]
+    settings = (path / SCHEDULER, path / VAE_CONFIG) if parts else (path / CONFIG,)
+    found = [file for part in parts or [path] for file in part_files(part)]
+    return found + [file for file in settings if file.exists()]
 
 
 def model_sha256(path: str | Path) -> str:
@@ -104,17 +104,51 @@ def model_sha256(path: str | Path) -> str:
     return sha256_of_several(path, folder_files(path)) if path.is_dir() else sha256(path)
 
 
-def prediction_type(path: str | Path) -> str | None:
-    """What the folder's UNet predicts, "epsilon" or "v_prediction", which no tensor tells; None: the folder does not say.
+def schedule_said(path: str | Path) -> dict[str, object]:
+    """What a folder's scheduler says of the noise schedule, as arguments of `Schedule`.
 
     Raises:
-        WeightsError: the scheduler's config cannot be read, or has another value.
+        WeightsError: the file cannot be read, or it says what no schedule here can be.
     """
     file = Path(path) / SCHEDULER
-    found = read_json(file).get("prediction_type") if file.exists() else None
-    if found not in (None, "epsilon", "v_prediction"):
-        raise WeightsError(f"{file}: the prediction_type is {found!r}; epsilon and v_prediction are supported")
-    return found
+    config = read_json(file) if file.exists() else {}
+    if "EDM" in config.get("_class_name", "") or config.get("timestep_type") == "continuous":
+        raise WeightsError(f"{file}: made for the noise levels of EDM (arXiv 2206.00364), which are not supported")
+    if "Flow" in config.get("_class_name", ""):
+        raise WeightsError(f"{file}: made for a flow, not for a diffusion; that is not supported")
+    for name, allowed in ONLY.items():
+        if (found := config.get(name)) not in (None, *allowed):
+            raise WeightsError(
+                f"{file}: the {name} is {found!r}; {' and '.join(map(str, allowed)) or 'none'} supported"
+            )
+    said = {ours: config[theirs] for theirs, ours in NAMED.items() if config.get(theirs) is not None}
+    if "prediction" in said:
+        said["prediction"] = {"epsilon": "eps", "v_prediction": "v"}[said["prediction"]]
+    return said
+
+
+# What is read of a scheduler's config, by its names and ours; and what else it may say.
+NAMED = {name: name for name in ("beta_start", "beta_end", "beta_schedule", "steps_offset", "set_alpha_to_one")}
+NAMED |= {
+    "prediction_type": "prediction",
+    "timestep_spacing": "spacing",
+    "rescale_betas_zero_snr": "zero_snr",
+}
+ONLY = {"prediction_type": ("epsilon", "v_prediction"), "num_train_timesteps": (1000,), "trained_betas": ()}
+
+
+def vae_said(path: str | Path) -> dict[str, object]:
+    """What a folder's autoencoder says beside its tensors: `scaling_factor` and `force_upcast`, where it does.
+
+    Raises:
+        WeightsError: the file cannot be read, or its latents are shifted too.
+    """
+    file = Path(path) / VAE_CONFIG
+    config = read_json(file) if file.exists() else {}
+    for name in ("latents_mean", "latents_std", "shift_factor"):
+        if config.get(name):
+            raise WeightsError(f"{file}: has {name}; an autoencoder whose latents are scaled alone is wanted")
+    return config
 
 
 def read_json(path: Path) -> dict:

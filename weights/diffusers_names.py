@@ -24,6 +24,7 @@ OUTSIDE = {
     "conv_out": "out.2",
     "time_embedding[._]linear_1": "time_embed.0",
     "time_embedding[._]linear_2": "time_embed.2",
+    "time_embedding[._]cond_proj": "cond_proj",
     "add_embedding[._]linear_1": "label_emb.0.0",
     "add_embedding[._]linear_2": "label_emb.0.2",
 }

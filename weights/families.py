@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from clip.tokenizer import END
+from sampler import SD, Schedule
 from vae import SD_VAE
 
 
@@ -27,13 +28,15 @@ class Family:
     side: int  # of the pictures that it was trained on, in pixels
     latent_scale: float = SD_VAE.latent_scale
     half_vae: bool = True  # its autoencoder computes in fp16 without overflow
-    prediction: str = "eps"  # what its UNet predicts: the noise, or "v"
+    schedule: Schedule = SD
 
 
-SD1 = Family("SD 1.x", "sd15", 768, (Tower(("cond_stage_model.transformer.",), True, END),), 512)
-SD2_TEXT = ("cond_stage_model.model.", "cond_stage_model.transformer.", "conditioner.embedders.0.model.")  # last: Turbo
-SD2 = Family("SD 2.x", "sd21", 1024, (Tower(SD2_TEXT, False, 0, penultimate=True),), 768, prediction="v")
-SD2_BASE = replace(SD2, base="sd21-base", side=512, prediction="eps")  # the same tensors, but for one bias
+CLIP_L = Tower(("cond_stage_model.transformer.",), True, END)
+SD1 = Family("SD 1.x", "sd15", 768, (CLIP_L,), 512)
+TURBO = "conditioner.embedders.0.model."  # SD-Turbo's text tower, and nobody else's
+VIT_H = Tower(("cond_stage_model.model.", "cond_stage_model.transformer.", TURBO), False, 0, penultimate=True)
+SD2 = Family("SD 2.x", "sd21", 1024, (VIT_H,), 768, schedule=Schedule(prediction="v"))
+SD2_BASE = replace(SD2, base="sd21-base", side=512, schedule=SD)  # the same tensors, but for one bias
 SDXL_TEXT = (
     Tower(("conditioner.embedders.0.transformer.",), True, END),
     Tower(("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."), False, 0),

@@ -45,6 +45,7 @@ OTHERS = {  # no UNets, or UNets that read something else than CLIP's texts
     "PixArt": r"y_embedder\.y_proj\.|^caption_projection\.",
     "Stable Cascade": r"clip_txt(_pooled)?_mapper\.",
     "Kolors": r"encoder_hid_proj\.",
+    "AltDiffusion": r"^cond_stage_model\.roberta\.",
     "Stable Video Diffusion": r"time_stack\.|temporal_transformer_blocks\.",
 }
 SMALL = (  # what is trained beside a base model, and is no adapter of ours
