@@ -193,14 +193,11 @@ def parse() -> argparse.Namespace:
     args.steps = args.steps or sampler.steps
     if args.steps > sampler.max_steps:
         raise UserError(f"--steps {args.steps}: 1 to {sampler.max_steps} with --sampler {args.sampler}")
-    if args.guidance_scale is None:
-        args.guidance_scale = sampler.guidance_scale
-    elif args.guidance_scale <= 1:
-        cli.warn(
-            f"guidance is off at --guidance-scale {args.guidance_scale:g}: 1 and less follow the prompt as trained"
-        )
-    if args.negative_prompt and args.guidance_scale <= 1:
-        cli.warn(f"--negative-prompt has no effect at --guidance-scale {args.guidance_scale:g}")
+    guidance = sampler.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    if args.guidance_scale is not None and guidance <= 1:
+        cli.warn(f"guidance is off at --guidance-scale {guidance:g}: 1 and less follow the prompt as trained")
+    if args.negative_prompt and guidance <= 1:
+        cli.warn(f"--negative-prompt has no effect at --guidance-scale {guidance:g}")
     if args.adapter and not prompted:
         cli.warn("--adapter has no effect without --image or --face-embedding")
     return args

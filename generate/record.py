@@ -47,6 +47,8 @@ class Hashes:
 
 def record(models: Models, hashes: Hashes, **settings: object) -> dict:
     """All that makes a picture again: the settings, what each file was, its hash."""
+    if models.faceid_v2 and settings.get("structure_scale") is None:
+        settings["structure_scale"] = 1.0
     return {
         **{role: public(models.files[role]) if role in models.files else None for role in ROLES},
         **settings,
