@@ -102,7 +102,7 @@ def tell(message: Warning, category: type[Warning], *where: object) -> None:
 
 def flagged(message: str) -> str:
     """`image_encoder`, an argument's name in Python, as the flag that gives it."""
-    return re.sub(r"`([a-z]+(?:_[a-z]+)*)`", lambda match: f"--{match[1].replace('_', '-')}", message)
+    return re.sub(r"`([a-z][a-z0-9]*(?:_[a-z0-9]+)*)`", lambda match: f"--{match[1].replace('_', '-')}", message)
 
 
 def counter(what: str, unit: str, shown: bool = True) -> Callable[[int], None]:

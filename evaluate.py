@@ -36,7 +36,7 @@ from files.pictures import PictureError, open_picture, save_picture
 from files.whole import write_text
 from generate import Models, open_models, pictures, prompts
 from ipadapter import Prompt
-from measures import SCORES, SHOWN, batches, best_and_worst, open_judge, scores, summary
+from measures import SCORES, SHOWN, batches, best_and_worst, open_judge, scores, shown, summary
 from training.pairs import PICTURES, BadSample, Pair, Pairs, open_pairs
 from training.recipes import TINY
 from weights import WeightsError
@@ -48,7 +48,7 @@ MAKING = ("steps", "guidance_scale", "scale", "seed", "height", "width", "text",
 
 def main() -> None:
     args = parse()
-    pairs = open_pairs(args.data)
+    pairs = open_pairs(args.data, args.data_root, uncaptioned=True, once=True)
     names = result_names(pairs, args.limit)
     judge = open_judge(args.clip, args.device, args.clip_gelu)
     skipped = dict.fromkeys(pairs.skipped)  # a set of messages that keeps their order
@@ -80,8 +80,8 @@ def main() -> None:
     found = summary(scored) | {"skipped": list(skipped), "skipped_count": skips, "settings": settings, "pairs": scored}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     order = sorted(scored, key=lambda row: -row["clip_i"])
-    shown = sorted({*range(len(order))[:SHOWN], *range(len(order))[-SHOWN:]})  # of the best and of the worst
-    rows = [(order[rank] | {"rank": rank}, pairs[order[rank]["number"]]) for rank in shown]
+    ranks = sorted({*range(len(order))[:SHOWN], *range(len(order))[-SHOWN:]})  # of the best and of the worst
+    rows = [(order[rank] | {"rank": rank}, pairs[order[rank]["number"]]) for rank in ranks]
     rows = [(row, pair, [open_picture(path) for path in pictures_of(row["name"])[:SHOWN]]) for row, pair in rows]
     save_picture(best_and_worst(rows, len(order)), args.output.with_suffix(".png"))
     write_text(args.output, json.dumps(found, indent=1))
@@ -149,7 +149,7 @@ def make(
 
 
 def open_folder(folder: Path, settings: dict, files: Mapping[str, Path]) -> dict:
-    """What the pictures in a folder depend on, kept there as settings.json; pictures made otherwise are refused."""
+    """What the pictures in a folder depend on, kept there as pictures.json; pictures made otherwise are refused."""
     settings = settings | {"sampler": "ddim"}
     settings |= {name: model_sha256(files[name]) if name in files else None for name in MODELS}
     before = made_with(folder)
@@ -157,7 +157,7 @@ def open_folder(folder: Path, settings: dict, files: Mapping[str, Path]) -> dict
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"`pictures` {folder}: holds other files; a new or empty folder is wanted")
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "settings.json", json.dumps(settings, indent=1))
+        write_text(folder / "pictures.json", json.dumps(settings, indent=1))
     for name, value in settings.items():
         if before and before.get(name) != value:
             raise UserError(
@@ -169,7 +169,7 @@ def open_folder(folder: Path, settings: dict, files: Mapping[str, Path]) -> dict
 
 def made_with(folder: Path) -> dict | None:
     """The settings that lie beside the pictures; None for pictures made elsewhere."""
-    path = folder / "settings.json"
+    path = folder / "pictures.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     except (ValueError, TypeError):
@@ -205,7 +205,8 @@ def report(output: Path, clip: str | None, found: dict) -> None:
     print(f"{'':<12}   mean     95% interval")
     for key, title in SCORES.items():
         bounds = found[f"{key}_interval"] or []
-        print(f"{title:<12} {found[key]:>7.4f}   ", " to ".join(f"{b:.4f}" for b in bounds) or "of one pair: none")
+        none = "no captions" if found[key] is None else "of one pair: none"
+        print(f"{title:<12} {shown(found[key], 4):>7}   ", " to ".join(f"{b:.4f}" for b in bounds) or none)
     gelu = found["settings"]["clip_gelu"]
     judge = f"{clip or 'the tiny CLIP'}{f' ({gelu} GELU)' if gelu else ''}"
     print(f"{found['n']} pairs, {found['samples']} results, by {judge}")
@@ -222,6 +223,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     bundled = str(TINY / "data/unseen-drawings-*.tar.gz")
     add("--data", nargs="+", default=[bundled], help="pairs: folder, shards or list (default: bundled unseen drawings)")
+    root = "where relative paths in lists start (default: each list's own folder)"
+    add("--data-root", type=cli.path, metavar="DIR", help=root)
     add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     add("--results", type=cli.path, metavar="R", help="score the pictures in this folder; make none")
     add("--pictures", type=cli.path, metavar="P", help="where the made pictures go (default: --output without .json)")
@@ -246,7 +249,7 @@ def parse() -> argparse.Namespace:
         raise UserError(f"--output {args.output}: a name that ends in .json is wanted")
     if args.results and not args.results.is_dir():
         raise UserError(f"--results {args.results}: no such folder")
-    if args.clip_gelu and not os.path.isfile(args.clip or ""):
+    if args.clip_gelu and not os.path.exists(args.clip or ""):
         raise UserError(f"--clip-gelu {args.clip_gelu}: goes with --clip FILE")
     for name in (*MODELS, "pictures"):
         flag = f"--{name.replace('_', '-')}"

@@ -108,23 +108,31 @@ def named_judge(name: str, device: torch.device) -> Judge:
 def scores(
     judge: Judge, batch: Sequence[tuple[Pair, Sequence[Image.Image]]], caption_prefix: str = ""
 ) -> list[dict[str, float]]:
-    """Compare each pair with the pictures made of it: means over them, by the names in SCORES."""
+    """Compare each pair with the pictures made of it: means over them, by the names in SCORES.
+
+    A picture without a caption has a CLIP-I alone.
+    """
     texts = judge.texts([caption_prefix + pair.text for pair, _ in batch])
     images = judge.images([picture for pair, made in batch for picture in (pair.image, *made)])
     found = []
-    for (_, made), text, part in zip(batch, texts, images.split([1 + len(made) for _, made in batch]), strict=True):
+    for (pair, made), text, part in zip(batch, texts, images.split([1 + len(made) for _, made in batch]), strict=True):
         clip_i, clip_t = part[1:] @ part[0], part[1:] @ text
         means = clip_i.mean().item(), clip_t.mean().item(), 2.5 * clip_t.clamp_min(0).mean().item()
-        found.append({"samples": len(made), **dict(zip(SCORES, means, strict=True))})
+        found.append(
+            {"samples": len(made), **dict(zip(SCORES, means if pair.texts else (means[0], None, None), strict=True))}
+        )
     return found
 
 
 def summary(scored: list[dict]) -> dict:
-    """Means over pairs, each with the normal 95% interval of the mean (None: one pair has none)."""
+    """Means over pairs, each with the normal 95% interval of the mean (None: one pair has none).
+
+    CLIP-T is of the pairs that have captions; None without any.
+    """
     found = {"n": len(scored), "samples": sum(pair["samples"] for pair in scored)}
     for key in SCORES:
-        values = [pair[key] for pair in scored]
-        mean = found[key] = statistics.fmean(values)
+        values = [pair[key] for pair in scored if pair[key] is not None]
+        mean = found[key] = statistics.fmean(values) if values else None
         half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         found[f"{key}_interval"] = None if half is None else [mean - half, mean + half]
     return found
@@ -137,7 +145,11 @@ def best_and_worst(rows: Sequence[tuple[dict, Pair, list[Image.Image]]], total: 
     """
     cells = []
     for entry, pair, made in rows:
-        lines = [f"{entry['rank'] + 1} of {total}", *(f"{title} {entry[key]:.3f}" for key, title in SCORES.items()), ""]
+        lines = [
+            f"{entry['rank'] + 1} of {total}",
+            *(f"{title} {shown(entry[key], 3)}" for key, title in SCORES.items()),
+            "",
+        ]
         lines += textwrap.wrap(pair.name, 26)[:2] + textwrap.wrap(pair.text, 26)[:6]
         card = Image.new("RGB", (side, side), "white")
         font = ImageFont.load_default(side // 14)
@@ -146,6 +158,10 @@ def best_and_worst(rows: Sequence[tuple[dict, Pair, list[Image.Image]]], total: 
     columns = 2 + min(SHOWN, max(entry["samples"] for entry, _, _ in rows))
     titles = ["", "image prompt", *(f"sample {j}" for j in range(SHOWN))]
     return sheet([row[:columns] for row in cells], titles[:columns], side)
+
+
+def shown(score: float | None, digits: int) -> str:
+    return "-" if score is None else f"{score:.{digits}f}"
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

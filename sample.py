@@ -31,7 +31,7 @@ from files.outputs import reserved
 from files.pictures import save_picture
 from files.sheets import sheet
 from generate import open_models, pictures, prompts, scaled
-from generate.picture import BATCH
+from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
 from sampler import SAMPLERS
@@ -59,10 +59,12 @@ def main() -> None:
             adapter=args.adapter,
             image_encoder=args.image_encoder,
             vae=args.vae,
+            text_encoder=args.text_encoder,
             loras=args.lora,
             image=bool(brought),
             faceid_v2=args.faceid_v2,
             prediction=args.prediction,
+            spacing=args.spacing,
             device=args.device,
             dtype=args.dtype_name,
             storage=args.storage,
@@ -72,7 +74,8 @@ def main() -> None:
         )
         began, hashes = time.time(), Hashes(models, brought, cli.PIPED)
         size = {"height": args.height or models.side, "width": args.width or models.side}
-        how = {name: vars(args)[name] for name in RECORDED} | {"guidance_scale": args.guidance_scale} | size
+        guidance = usual_guidance(models, args.sampler) if args.guidance_scale is None else args.guidance_scale
+        how = {name: vars(args)[name] for name in RECORDED} | {"guidance_scale": guidance} | size
         texts, faces = (args.prompt, args.negative_prompt), (args.face_embedding, args.structure_scale)
         prompt, null = prompts(models, *texts, images, args.scale[0] if brought else None, *faces)
         batches = -(-args.num_images // (1 if args.low_memory else BATCH))
@@ -84,7 +87,7 @@ def main() -> None:
                 args.seed,
                 args.num_images,
                 args.steps,
-                args.guidance_scale,
+                guidance,
                 args.sampler,
                 **size,
                 on_step=step,
@@ -144,8 +147,12 @@ def parse() -> argparse.Namespace:
     files.add_argument("--list", action="store_true", help="print all names, and what of them is already here")
     cli.models(files)
     add = files.add_argument
+    towers = "text towers for a base without any, files or folders"
+    add("--text-encoder", nargs="+", type=cli.path, default=[], metavar="FILE", help=towers)
     merged = "LoRAs for the base, each with a weight (default: 1)"
     add("--lora", nargs="+", type=cli.weighted, default=[], metavar="FILE[:W]", help=merged)
+    visited = "which timesteps are visited (default: as the base's file tells, or as the sampler is used to)"
+    add("--spacing", choices=("leading", "trailing", "linspace"), help=visited)
     add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: as the base's file tells)")
 
     add = parser.add_argument_group("FaceID adapters").add_argument
@@ -186,14 +193,11 @@ def parse() -> argparse.Namespace:
     args.steps = args.steps or sampler.steps
     if args.steps > sampler.max_steps:
         raise UserError(f"--steps {args.steps}: 1 to {sampler.max_steps} with --sampler {args.sampler}")
-    if args.guidance_scale is None:
-        args.guidance_scale = sampler.guidance_scale
-    elif args.guidance_scale <= 1:
-        cli.warn(
-            f"guidance is off at --guidance-scale {args.guidance_scale:g}: 1 and less follow the prompt as trained"
-        )
-    if args.negative_prompt and args.guidance_scale <= 1:
-        cli.warn(f"--negative-prompt has no effect at --guidance-scale {args.guidance_scale:g}")
+    guidance = sampler.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    if args.guidance_scale is not None and guidance <= 1:
+        cli.warn(f"guidance is off at --guidance-scale {guidance:g}: 1 and less follow the prompt as trained")
+    if args.negative_prompt and guidance <= 1:
+        cli.warn(f"--negative-prompt has no effect at --guidance-scale {guidance:g}")
     if args.adapter and not prompted:
         cli.warn("--adapter has no effect without --image or --face-embedding")
     return args

@@ -28,7 +28,7 @@ import cli
 from files.errors import UserError
 from generate import Models, open_models
 from training.loop import training
-from training.pairs import open_pairs
+from training.pairs import identity, open_pairs
 from training.ranks import Ranks
 from training.ready import ready
 from training.recipes import KINDS, PAPER, TINY_RUN, new_adapter
@@ -40,7 +40,7 @@ from weights.diffusers import model_sha256
 
 MODELS = ("base", "image_encoder", "vae")
 # Another run, if one of these differs.
-IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed", "data", "limit")
+IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed", "data (pairs)", "data (sha256)")
 
 
 def main() -> None:
@@ -62,12 +62,15 @@ def main() -> None:
     given = {key: value for key, value in vars(args).items() if key not in ("device", "resume")} | {"kind": kind}
     given |= {name: str(models.files[name]) for name in (*MODELS, "adapter") if name in models.files}
     settings = given | {"processes": ranks.size, "torch": torch.__version__} | hashes
+    pairs = open_pairs(args.data, args.data_root, uncaptioned=True)
+    settings |= identity(pairs, args.limit, ranks)
     run = Run(args.output, ranks, settings, IDENTITY, args.resume)
-    pairs = open_pairs(args.data)
+    if told := pairs.told():
+        ranks.say(told)
     prompts = []
     if args.validate_every and ranks.first:
-        shown = args.validation or args.data
-        prompts = validation_prompts(open_pairs(shown) if args.validation else pairs, " ".join(shown))
+        shown = open_pairs(args.validation, args.data_root, uncaptioned=True) if args.validation else pairs
+        prompts = validation_prompts(shown, " ".join(args.validation or args.data))
     seen = ready(
         models,
         pairs,
@@ -153,14 +156,15 @@ def parse() -> argparse.Namespace:
     files = parser.add_argument_group("files, models also by name")
     cli.models(files)
     add = files.add_argument
-    forms = "tar shards (globs and {000..099} work), folders of pictures with .txt or .json beside them, or .json and .jsonl"
-    add("--data", nargs="+", metavar="D", help=f'pairs: {forms} lists of {{"image_file", "text"}}')
-    add(
-        "--validation",
-        nargs="+",
-        metavar="D",
-        help="pairs whose pictures are drawn now and then (default: from --data)",
+    forms = (
+        "tar shards (globs and {000..099} work), folders of pictures with .txt, .json or .caption beside them, with "
     )
+    forms += "metadata.jsonl or COCO's annotations, or without captions; .json, .jsonl and .csv lists of "
+    add("--data", nargs="+", metavar="D", help=f'pairs: {forms}{{"image_file", "text"}}')
+    root = "where relative paths in lists start (default: each list's own folder)"
+    add("--data-root", type=cli.path, metavar="DIR", help=root)
+    drawn = "pairs whose pictures are drawn now and then (default: from --data)"
+    add("--validation", nargs="+", metavar="D", help=drawn)
     add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     kept = (
         "keep what the encoders make here; they run once (delete it when pictures are replaced under their old names)"

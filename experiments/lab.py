@@ -27,7 +27,7 @@ from sample import TINY, TINY_FILES
 from sampler import SD, ddim, ddim_levels, guided, noise, v_weight
 from tiny import drawings
 from tiny.measure import image_embeds, retrieval, text_embeds, thumbnail
-from training.cache import SHARD, Cache
+from training.cache import Cache
 from training.features import Encoders, Prepared
 from training.order import pair_at
 from training.pairs import open_pairs
@@ -90,14 +90,15 @@ class Lab:
         encoders = Encoders(self.vae, self.text, self.image, patches=True)
         prepared = Prepared(pairs, args.pairs, SIDE, SIDE)
         models = {name: model_sha256(TINY_FILES[name]) for name in ("base", "image_encoder")}
-        self.data = Cache(args.output / f"cache-{args.pairs}", models, len(prepared))
+        self.data = Cache(args.output / f"cache-{args.pairs}", models, prepared.identities())
         self.styles = drawings.load("train", limit=args.pairs).styles  # in the order of the pairs
         self.null = encoders.null()
         if missing := self.data.missing():
-            self.data.begin(self.null, SIDE)
-            with tqdm(total=min(len(missing) * SHARD, len(prepared)), desc="features", unit="pair") as bar:
+            self.data.begin(prepared, self.null)
+            with tqdm(total=sum(map(len, missing)), desc="features", unit="pair") as bar:
                 for _ in self.data.fill(missing, encoders, prepared, workers=0):
                     bar.update()
+            self.data.find()
         unseen = drawings.load("unseen-drawings", limit=args.count)
         self.x = drawings.to_unit(unseen.pixels)
         self.captions = [unseen.styled(i) for i in range(len(unseen))]
@@ -108,7 +109,7 @@ class Lab:
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Features of these training drawings."""
-        return default_collate([self.data[i] for i in numbers])
+        return default_collate([self.data.take(i, caption=0) for i in numbers])
 
     @torch.no_grad()
     def embedding(self, patches: Tensor) -> Tensor:

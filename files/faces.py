@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -14,6 +13,7 @@ from torch.nn.functional import normalize
 from files.errors import UserError
 
 FACE_DIM = 512
+MOST = 1 << 26  # bytes of a file: 32768 faces
 DETECT = (640, 448, 320, 192)  # pixels, one after the other: the detector misses a face that fills a large square
 
 
@@ -32,6 +32,8 @@ def read_embedding(path: str | Path) -> Tensor:
     """
     path = Path(path)
     try:
+        if path.stat().st_size > MOST:
+            raise FaceError(f"{path}: larger than {MOST >> 20} MB; a face embedding is {FACE_DIM} numbers")
         if path.suffix == ".safetensors":
             tensors = load_file(path)
             if len(tensors) != 1:
@@ -40,9 +42,9 @@ def read_embedding(path: str | Path) -> Tensor:
         else:
             values = np.load(path, allow_pickle=False)
         values = np.asarray(values, dtype=np.float32)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, FaceError):
-            raise
+    except FaceError:
+        raise
+    except Exception as error:  # noqa: BLE001, of a damaged header NumPy raises whatever Python's tokenizer does
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or another kind of file"
         raise FaceError(f"{path}: a face embedding, .npy or .safetensors, is wanted here ({reason})") from None
     if values.size == 0 or values.ndim > 2 or values.shape[-1:] != (FACE_DIM,):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,8 @@ def sha256(path: str | Path) -> str:
     """
     try:
         status = os.stat(path)
+        if stat.S_ISFIFO(status.st_mode):
+            raise WeightsError(f"{path}: a pipe, which can be read once; a file is wanted")
         os.close(os.open(path, os.O_RDONLY))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None

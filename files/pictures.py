@@ -26,8 +26,8 @@ from files.whole import whole
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO")
 FORMATS += ("ICNS", "PSD", "QOI", "DDS", "PCX", "SGI", "SUN", "XBM", "XPM")
 HEIF = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1|avif|avis)", re.DOTALL)
-LARGE = 1 << 26  # pixels; what has more is brought down to this many while it is read
-LARGEST_JPEG = 1 << 28  # pixels; it is made smaller before it is decoded
+LARGE = 1 << 26  # pixels; JPEG, PNG and TIFF that have more are brought down while they are read
+LARGEST_JPEG = 1 << 28  # pixels; it is made smaller while it is decoded, where PNG and TIFF first take their memory
 MOST = 1 << 30  # bytes taken from a pipe
 END = b"\xff\xd9"  # of a JPEG
 MISSING = 0.2  # share of a picture that may be missing below
@@ -56,6 +56,10 @@ class PictureError(UserError):
     """A picture that cannot be used; the message is one line that names the file."""
 
 
+class TooLarge(Exception):
+    """More pixels than this many."""
+
+
 class PictureWarning(Notice):
     """A picture that is used though something is wrong with it; the message is one line that names the file."""
 
@@ -63,8 +67,8 @@ class PictureWarning(Notice):
 def open_picture(source: str | Path | BinaryIO) -> Image.Image:
     """Open a picture as RGB in sRGB: first frame, upright by EXIF, transparency on white, deep greys brought to 8 bits.
 
-    A picture of more than 67 million pixels is brought down to fewer. A JPEG that lacks its end, and one whose colour
-    profile is damaged, are read with a PictureWarning.
+    JPEG, PNG and TIFF of more than 67 million pixels are brought down to fewer; other kinds may have no more. A JPEG
+    that lacks its end, and a picture whose colour profile cannot be used, are read with a PictureWarning.
 
     Args:
         source: a file, or a binary stream (standard input, a pipe), which is read to its end.
@@ -115,8 +119,8 @@ def read_picture(source: BinaryIO, name: str | Path, mend: bool = False) -> Imag
         return image.transpose(turn) if turn is not None else image
     except (PictureError, PictureWarning):
         raise
-    except Image.DecompressionBombError:
-        raise PictureError(f"{name}: too large, over {2 * Image.MAX_IMAGE_PIXELS} pixels") from None
+    except TooLarge as error:
+        raise PictureError(f"{name}: too large, over {error} pixels") from None
     except MemoryError:
         raise PictureError(f"{name}: too large for the memory here") from None
     except Image.UnidentifiedImageError:
@@ -166,16 +170,19 @@ def opened(source: BinaryIO) -> Image.Image:
 
             register_heif_opener()
     Image.init()
+    most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
     try:
         image = Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+        if image.format not in ("JPEG", "MPO", "PNG", "TIFF"):
+            most = LARGE
     except Image.DecompressionBombError:
         source.seek(0)
         if source.read(3) != b"\xff\xd8\xff":
-            raise
+            raise TooLarge(most) from None
         source.seek(0)
-        image = JpegImageFile(source)
-        if image.width * image.height > LARGEST_JPEG:
-            raise
+        image, most = JpegImageFile(source), LARGEST_JPEG
+    if image.width * image.height > most:
+        raise TooLarge(most)
     image.draft(None, [max(1, side // factor(image)) for side in image.size])
     return image
 
@@ -295,16 +302,23 @@ def read_settings(path: str | Path) -> dict | None:
         PictureError: missing, not readable, or no picture.
     """
     try:
-        with open(path, "rb") as file, Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as image:
-            try:
-                if image.format == "PNG":
-                    found = json.loads(image.text[KEY])
-                else:
-                    comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
-                    found = json.loads(comment.removeprefix(b"ASCII\0\0\0"))[KEY]
-            except Exception:  # noqa: BLE001, none at all, damaged, or another program's
-                return None
+        with open(path, "rb") as file:
+            return settings_in(file)
     except OSError as error:
-        reason = error.strerror or "not a PNG, JPEG or WebP picture"
-        raise PictureError(f"{path}: cannot be read ({reason})") from None
+        raise PictureError(f"{path}: cannot be read ({error.strerror or 'not a PNG, JPEG or WebP picture'})") from None
+
+
+def settings_in(file: BinaryIO) -> dict | None:
+    """As `read_settings`. Raises UnidentifiedImageError."""
+    try:
+        with Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as image:
+            if image.format == "PNG":
+                found = json.loads(image.text[KEY])
+            else:
+                comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+                found = json.loads(comment.removeprefix(b"ASCII\0\0\0"))[KEY]
+    except Image.UnidentifiedImageError:
+        raise
+    except Exception:  # noqa: BLE001, none at all, damaged, or another program's
+        return None
     return found if isinstance(found, dict) else None

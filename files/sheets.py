@@ -6,11 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from files.fonts import lettering, wrapped
+
 
 def sheet(
     rows: Sequence[Sequence[Image.Image | None]], titles: Sequence[str] = (), side: int | None = None
 ) -> Image.Image:
     """Pictures in a grid on white, with a title above each column; None leaves a place empty.
+
+    Titles may be in any script. Long ones are broken into lines, and cut after three.
 
     Args:
         rows: rows of equal length.
@@ -19,14 +23,18 @@ def sheet(
     """
     side = side or max(row[-1].width for row in rows if row[-1])
     gap = max(4, side // 32)
-    font = ImageFont.load_default(max(10, side // 10))
+    lettered = [lettering(title, max(10, side // 10)) for title in titles]
+    lines = [wrapped(text, font, side) for text, font in lettered]
+    line_height = max((font.getbbox("Ag")[3] for _, font in lettered), default=0)
     fitted = [[image and fit(image, side) for image in row] for row in rows]
     heights = [max((image.height for image in row if image), default=side) for row in fitted]
-    top = font.getbbox("Ag")[3] + 2 * gap if titles else gap
+    top = max(map(len, lines), default=0) * line_height + (2 * gap if titles else gap)
     page = Image.new("RGB", (gap + (side + gap) * len(rows[0]), top + sum(h + gap for h in heights)), "white")
     draw = ImageDraw.Draw(page)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (side + gap) + side / 2, top / 2), title, fill="black", font=font, anchor="mm")
+    for column, (text, (_, font)) in enumerate(zip(lines, lettered, strict=True)):
+        x, y = gap + column * (side + gap) + side / 2, top / 2 - (len(text) - 1) / 2 * line_height
+        for i, line in enumerate(text):
+            draw.text((x, y + i * line_height), line, fill="black", font=font, anchor="mm")
     y = top
     for row, height in zip(fitted, heights, strict=True):
         for column, image in enumerate(row):

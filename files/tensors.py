@@ -1,31 +1,40 @@
 """Opens weight files safely: safetensors, and pickles (.bin, .ckpt, .pt, .pth) that hold nothing but tensors."""
 
+import json
 import os
-import pickle
-import struct
-import zipfile
-from collections.abc import Mapping
+import re
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from files.errors import UserError
+from files.errors import WeightsError, untrusted
+from files.pickles import read_pickle
 
 State = dict[str, Tensor]
 
-
-class WeightsError(UserError):
-    """A weight file that cannot be used; the message names the file, what was found and what is wanted."""
+KINDS = {  # of files that are brought for weights, by their first bytes
+    b"version https://git-lfs": "a Git LFS pointer, not the weights; run 'git lfs pull' where it came from",
+    b"GGUF": "a GGUF file, weights quantised for other programs; the safetensors file of the same model is wanted",
+    b"\x89HDF": "an HDF5 file (Keras), not PyTorch's; a safetensors file is wanted",
+    b"\x1f\x8b": "a gzip archive, not weights; give what is in it, unpacked",
+    b"7z\xbc\xaf": "a 7z archive, not weights; give what is in it, unpacked",
+    b"Rar!": "a RAR archive, not weights; give what is in it, unpacked",
+    b"\x89PNG": "a picture (PNG), not weights",
+    b"\xff\xd8\xff": "a picture (JPEG), not weights",
+    b"RIFF": "a picture (WebP) or a sound, not weights",
+}
+# What wrappers for several GPUs, for compiling and for saving memory put into names.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module)\.")
 
 
 def read(path: str | Path) -> State:
     """All tensors of a file, memory-mapped where the format allows it, under flat dotted names.
 
     Nested dictionaries of a pickle are flattened (`{"image_proj": {"proj.weight": ...}}` becomes
-    `image_proj.proj.weight`), a surrounding `state_dict` is taken off, and what is no tensor is left out.
+    `image_proj.proj.weight`), of a trainer's checkpoint the model alone is taken, and what is no tensor is left out.
+    An index (`model.safetensors.index.json`) stands for the files that it lists. What wrappers such as
+    DistributedDataParallel (`module.`), FSDP or `torch.compile` put into names is taken off.
 
     Raises:
         WeightsError: missing, empty, cut short, no weight file, or a pickle that holds code.
@@ -35,6 +44,8 @@ def read(path: str | Path) -> State:
         raise WeightsError(f"{path}: no such file")
     if path.is_dir():
         raise WeightsError(f"{path}: a folder; give the .safetensors, .ckpt or .bin file itself")
+    if path.name.endswith(".index.json"):
+        return {key: value for shard in shards(path) for key, value in read(shard).items()}
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -44,62 +55,47 @@ def read(path: str | Path) -> State:
         raise WeightsError(f"{path}: the file is empty")
     if head.lstrip()[:1] == b"<":
         raise WeightsError(f"{path}: a web page (HTML or XML), not weights; the download went wrong")
-    if head.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path}: a Git LFS pointer, not the weights; run 'git lfs pull' where it came from")
+    if kind := next((kind for start, kind in KINDS.items() if head.startswith(start)), None):
+        raise WeightsError(f"{path}: {kind}")
     if head[8:9] == b"{":
-        return _read_safetensors(path)
-    if head.startswith(b"PK") or head[:1] == b"\x80":
-        return _read_pickle(path)
-    raise WeightsError(f"{path}: neither safetensors nor a PyTorch file; it is cut short, damaged or something else")
-
-
-def _read_safetensors(path: Path) -> State:
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: damaged or cut short, not a whole safetensors file ({error})") from None
+        state = read_safetensors(path)
+    elif head.startswith(b"PK") or head[:1] == b"\x80":
+        state = read_pickle(path)
+    else:
+        raise WeightsError(
+            f"{path}: neither safetensors nor a PyTorch file; it is cut short, damaged or something else"
+        )
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
-    return state
+    return unwrapped(state)
 
 
-def _read_pickle(path: Path) -> State:
-    try:
-        zipped = zipfile.is_zipfile(path)
-        # `weights_only` builds tensors and plain containers; anything else in the pickle is refused, not run.
-        with torch.serialization.safe_globals(STAND_INS):
-            content = torch.load(path, map_location="cpu", mmap=zipped or None, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
-        if reason:
-            raise WeightsError(f"{path}: refused, the pickle asks to run code ({reason.strip()[:120]})") from None
-        raise WeightsError(f"{path}: damaged or cut short, not a whole PyTorch file") from None
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, struct.error) as error:
-        raise WeightsError(f"{path}: damaged or cut short, not a whole PyTorch file ({_one_line(error)})") from None
-    if isinstance(content, Mapping) and "state_dict" in content:  # the trainer's own notes stand beside it
-        content = content["state_dict"]
-    state: State = {}
-    _flatten(content, "", state)
-    if not state:
-        raise WeightsError(f"{path}: holds no tensors")
-    return state
+def read_safetensors(path: Path) -> State:
+    with untrusted(WeightsError, f"{path}: damaged or cut short, not a whole safetensors file"):
+        return load_file(path)
 
 
-class _Inert:
-    """Stands in for the trainer callbacks that early Stable Diffusion .ckpt files mention; does nothing."""
+def shards(index: Path) -> list[Path]:
+    """The files that a `*.index.json` lists: a model in several parts, all in one folder.
+
+    Raises:
+        WeightsError: not readable, or files are missing.
+    """
+    with untrusted(WeightsError, f"{index}: not readable as JSON"):
+        content = json.loads(index.read_text(encoding="utf-8"))
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+    if not names:
+        raise WeightsError(f"{index}: lists no files of weights")
+    if strangers := [name for name in names if Path(name).name != name]:
+        raise WeightsError(f"{index}: lists files elsewhere than beside it ({strangers[0]})")
+    if missing := [name for name in names if not os.path.isfile(index.with_name(name))]:
+        raise WeightsError(f"{index}: of its {len(names)} files {len(missing)} are missing: {', '.join(missing[:4])}")
+    return [index.with_name(name) for name in names]
 
 
-STAND_INS = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-
-
-def _flatten(value: object, prefix: str, state: State) -> None:
-    if isinstance(value, Tensor):
-        state[prefix] = value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            name = f"{prefix}.{key}" if prefix else str(key)
-            _flatten(inner, name, state)
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def unwrapped(state: State) -> State:
+    """Without what wrappers put into the names."""
+    while all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return {WRAPPERS.sub("", key): value for key, value in state.items()}

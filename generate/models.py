@@ -106,6 +106,8 @@ def open_models(
     vae: Named | None = None,
     # LoRAs for the base, each alone or with its weight.
     loras: Sequence[Named | tuple[Named, float]] = (),
+    # Text towers for a base that has none, files or folders.
+    text_encoder: Sequence[str | Path] = (),
     # Whether there will be image prompts; without any, no adapter and no image encoder is wanted.
     image: bool = True,
     # Whether an adapter is to be made: then none is brought, only the image encoder that it will read.
@@ -114,6 +116,8 @@ def open_models(
     faceid_v2: bool = False,
     # What the UNet predicts, "eps" or "v", where the file tells it wrongly or not at all.
     prediction: str | None = None,
+    # Which timesteps are visited, "leading", "trailing" or "linspace", where the file tells it wrongly or not at all.
+    spacing: str | None = None,
     # Where to compute: by default on the fastest device here.
     device: torch.device | str | None = None,
     # What to compute in, a dtype or its name: by default fp16 on cuda, fp32 elsewhere.
@@ -146,7 +150,7 @@ def open_models(
     merged = tuple((ready.get(lora) or read_lora(file(lora, tell)), weight) for lora, weight in wanted)
     storage = storage or ("float16" if low_memory else None)
     loaded = {None: dtype, "bfloat16": torch.bfloat16}.get(storage, torch.float16)
-    opened = open_base(files["base"], loaded, device, prediction, merged, files.get("vae"))
+    opened = open_base(files["base"], loaded, device, prediction, merged, files.get("vae"), text_encoder, spacing)
     kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
     if kind:
         encoder = load_image_encoder(files["image_encoder"], device="meta") if kind.reads_clip else None

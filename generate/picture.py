@@ -59,8 +59,7 @@ def pictures(
     if not 1 <= steps <= row.max_steps:
         raise UserError(f"`steps` {steps}: 1 to {row.max_steps} with {sampler}")
     levels = row.levels(schedule, steps)
-    usual = models.base.guidance_scale or row.guidance_scale
-    guidance_scale = usual if guidance_scale is None else max(1.0, guidance_scale)
+    guidance_scale = usual_guidance(models, sampler) if guidance_scale is None else max(1.0, guidance_scale)
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
@@ -82,6 +81,11 @@ def pictures(
         if not x.isfinite().all():
             raise UserError(f"the UNet's prediction is not finite in {models.dtype}; try another `dtype`")
         yield from decode(models, x)
+
+
+def usual_guidance(models: Models, sampler: str) -> float:
+    """What a distilled base wants, or else what the sampler is used to."""
+    return models.base.guidance_scale or SAMPLERS[sampler].guidance_scale
 
 
 def denoise(

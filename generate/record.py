@@ -29,7 +29,7 @@ class Hashes:
 
     def __init__(self, models: Models, brought: Sequence[str | Path] = (), known: Mapping[str, str] | None = None):
         self.known = dict(known or {})
-        files = [*models.files.values(), *brought, *(lora.path for lora, _ in models.loras)]
+        files = [*models.files.values(), *models.base.text_files, *brought, *(lora.path for lora, _ in models.loras)]
         self.found: dict[Path, Future] = {Path(path): Future() for path in files if str(path) not in self.known}
         Thread(target=self.work, daemon=True).start()  # a daemon: nobody waits for it when the run ends early
 
@@ -47,11 +47,15 @@ class Hashes:
 
 def record(models: Models, hashes: Hashes, **settings: object) -> dict:
     """All that makes a picture again: the settings, what each file was, its hash."""
+    if models.faceid_v2 and settings.get("structure_scale") is None:
+        settings["structure_scale"] = 1.0
     return {
         **{role: public(models.files[role]) if role in models.files else None for role in ROLES},
         **settings,
         **{name: [public(path) for path in settings.get(name, ())] for name in ("image", "face_embedding")},
         "prediction": models.base.schedule.prediction,
+        "spacing": models.base.schedule.spacing,
+        "text_encoder": [public(path) for path in models.base.text_files],
         "faceid_v2": models.faceid_v2,
         "lora": [[public(lora.path), weight] for lora, weight in models.loras],
         "dtype": str(models.dtype).removeprefix("torch."),
@@ -92,14 +96,16 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
     arguments = {
         name: settings.get(name) for name in ("prompt", "negative_prompt", "structure_scale", "sampler", "steps")
     }
-    arguments |= {name: settings.get(name) for name in ("guidance_scale", "height", "width", "prediction", "storage")}
+    arguments |= {
+        name: settings.get(name) for name in ("guidance_scale", "height", "width", "prediction", "spacing", "storage")
+    }
     arguments |= {name: bool(settings.get(name)) for name in ("faceid_v2", "low_memory")}
     scale = settings["scale"]
     arguments |= {"seed": settings["seed"], "dtype_name": settings.get("dtype")}
     arguments |= {role: found(settings[role]) for role in ROLES if settings.get(role) and role not in given}
     if "adapter" in given:  # another adapter brings its own
         arguments.pop("image_encoder", None)
-    for name in ("image", "face_embedding"):
+    for name in ("image", "face_embedding", "text_encoder"):
         arguments |= {name: [found(path) for path in settings.get(name, ())]} if name not in given else {}
     if "lora" not in given:
         arguments["lora"] = [(found(path), weight) for path, weight in settings.get("lora", ())]

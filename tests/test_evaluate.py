@@ -6,7 +6,6 @@ import os
 import runpy
 import subprocess
 import sys
-from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -24,7 +23,8 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from clip import preprocess
-from evaluate import centre, result_names
+from evaluate import result_names
+from measures import centre
 from training.pairs import open_pairs
 from weights import WeightsError
 from weights.clip import load_clip
@@ -231,12 +231,12 @@ def test_it_makes_pictures_scores_them_and_shows_the_best_and_the_worst(made):
         "x.json",
         "x.png",
         *(f"x/{i}_{j}.png" for i in range(2) for j in range(2)),
-        "x/settings.json",
+        "x/pictures.json",
     ]
     found = json.loads((folder / "x.json").read_text())
     assert found["n"] == 2 and found["samples"] == 4 and found["skipped"] == []
     assert found["settings"]["steps"] == 2 and found["settings"]["guidance_scale"] == 7.5
-    assert found["settings"]["made_with"] == json.loads((folder / "x/settings.json").read_text())
+    assert found["settings"]["made_with"] == json.loads((folder / "x/pictures.json").read_text())
     assert Image.open(folder / "x.png").width > 4 * 192
     assert run.stdout.splitlines()[-2:] == [str(folder / "x.json"), str(folder / "x.png")]
     assert "4/4" in run.stderr
@@ -329,6 +329,24 @@ def test_bad_pairs_are_skipped_counted_and_named(tmp_path, data, results):
         assert part in told and any(part in reason for reason in found["skipped"])
 
 
+def test_a_picture_without_caption_has_a_clip_i_alone_and_one_with_several_its_first(tmp_path, data, results):
+    captions = [(0, "a drawing"), (0, "another"), (1, ["a drawing", "another"])]
+    entries = [{"image_file": f"{i}.png", "text": text} for i, text in captions]
+    (tmp_path / "several.json").write_text(json.dumps(entries))
+    (tmp_path / "single.json").write_text(json.dumps([entries[0], entries[2] | {"text": "a drawing"}]))
+    (tmp_path / "none.json").write_text(json.dumps([entry | {"text": None} for entry in entries]))
+    found = {}
+    for name in ("several", "single", "none"):
+        flags = ["--data", tmp_path / f"{name}.json", "--data-root", data, "--results", results]
+        run = evaluate(*flags, "--output", tmp_path / f"out/{name}.json")
+        assert run.returncode == 0, run.stderr
+        found[name] = json.loads((tmp_path / f"out/{name}.json").read_text())
+    assert found["several"]["pairs"] == found["single"]["pairs"] and found["several"]["n"] == 2
+    assert found["none"]["clip_i"] == pytest.approx(found["single"]["clip_i"])
+    assert (found["none"]["clip_t"], found["none"]["pairs"][1]["clip_t_x2.5"]) == (None, None)
+    assert "CLIP-T             -    no captions" in run.stdout, run.stdout
+
+
 def test_only_bad_pairs_are_an_error(tmp_path, data):
     (tmp_path / "r").mkdir()
     run = evaluate("--data", data, "--results", tmp_path / "r", "--output", tmp_path / "x.json")
@@ -340,7 +358,7 @@ def test_names_of_results_cannot_leave_the_folder(tmp_path):
     names = ["/etc/x.jpg", "../../y", "a/b.c", "z.png"]
     entries = [{"image_file": name, "text": ""} for name in names]
     (tmp_path / "list.json").write_text(json.dumps(entries))
-    found = result_names(Namespace(limit=None), open_pairs(tmp_path / "list.json"))
+    found = result_names(open_pairs(tmp_path / "list.json"), None)
     assert found == ["etc/x", "y", "a/b.c", "z"]
 
 
@@ -350,10 +368,11 @@ def broken(tmp_path_factory: pytest.TempPathFactory, data: Path, clip_file: Path
     (folder / "cut.safetensors").write_bytes(clip_file.read_bytes()[:5000])
     (folder / "notes.txt").write_text("hello")
     entry = {"image_file": str(data / "0.png"), "text": "x"}
-    (folder / "twice.json").write_text(json.dumps([entry, entry]))
+    alike = [entry | {"image_file": name} for name in ("a.png", "a.jpg")]
+    (folder / "twice.json").write_text(json.dumps(alike))
     (folder / "empty").mkdir()
     (folder / "damaged").mkdir()
-    (folder / "damaged/settings.json").write_text("{")
+    (folder / "damaged/pictures.json").write_text("{")
     (folder / "both").mkdir()
     for name in ("0", "0_0"):
         (folder / f"both/{name}.png").write_bytes((data / "0.png").read_bytes())
@@ -390,7 +409,7 @@ MISTAKES = {
     ),
     "base alone": (["--base", WEIGHTS / "sd-tiny.safetensors"], "--adapter FILE is wanted beside --base"),
     "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter is wanted here"),
-    "damaged settings": (["--pictures", "damaged"], "settings.json: damaged"),
+    "damaged settings": (["--pictures", "damaged"], "pictures.json: damaged"),
     "pictures under a file": (["--pictures", "notes.txt/x"], "--pictures notes.txt/x: cannot write there"),
     "output kind": (["--output", "x.txt"], "--output x.txt: a name that ends in .json is wanted"),
     "output under a file": (["--output", "notes.txt/x.json"], "--output notes.txt/x.json: cannot write there"),

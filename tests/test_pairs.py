@@ -1,5 +1,6 @@
 """Pairs of pictures and captions: every form they come in, and every way that one can be broken."""
 
+import csv
 import gzip
 import io
 import json
@@ -7,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import tarfile
 import tracemalloc
@@ -126,6 +128,30 @@ def test_a_key_ends_at_the_first_dot_of_the_name(tmp_path):
         "c.json": b'{"caption": "four", "text": null, "width": 4}',
     }
     assert contents(open_pairs(write_tar(tmp_path / "a.tar", files))) == [("v1.5/a", 2, "two"), ("c", 4, "four")]
+
+
+def test_names_with_dots_are_pairs_where_they_are_no_fields_of_a_sample(tmp_path):
+    """webdataset cuts at the first dot; what would vanish by that is cut at the last, behind the others."""
+    files = {
+        "22.05.png": png(1),
+        "22.05.txt": b"one",
+        "22.06.png": png(2),
+        "22.06.txt": b"two",
+        "v1.0/a.b.jpg": png(3),
+        "v1.0/a.b.json": b'{"text": "three"}',
+    }
+    files |= {
+        "ok.png": png(4),
+        "ok.txt": b"four",
+        "ok.mask.png": png(5),
+        "ok.mask.txt": b"no pair",
+        "7.x.png": png(6),
+        "._a.b.png": b"",
+        "._a.b.txt": b"",
+    }
+    pairs = open_pairs(write_tar(tmp_path / "a.tar", files))
+    assert contents(pairs) == [("ok", 4, "four"), ("22.05", 1, "one"), ("22.06", 2, "two"), ("v1.0/a.b", 3, "three")]
+    assert pairs.skipped == [f"{tmp_path}/a.tar: 7.x: no caption"]
 
 
 def test_members_of_a_key_may_lie_apart_and_a_text_file_goes_before_json(tmp_path):
@@ -297,6 +323,216 @@ def test_pictures_of_every_mode_come_as_rgb_upright_and_on_white(tmp_path):
         assert (clear.getpixel((0, 0)), deep.getpixel((0, 0)), turned.size) == ((255,) * 3, (128,) * 3, (3, 4))
 
 
+def test_kohyas_captions_and_suffixes_in_capitals(tmp_path):
+    files = {
+        "a.png": png(1),
+        "a.caption": b"one",
+        "b.PNG": png(2),
+        "b.TXT": b"two",
+        "c.Jpg": png(3),
+        "c.JSON": b'{"text": "3"}',
+    }
+    files |= {"d.png": png(4), "d.caption": b"not this", "d.txt": b"four"}
+    wanted = [("a", 1, "one"), ("b", 2, "two"), ("c", 3, "3"), ("d", 4, "four")]
+    assert contents(open_pairs(write_files(tmp_path / "in", files))) == wanted
+    assert contents(open_pairs(write_tar(tmp_path / "a.TAR", files))) == wanted
+
+
+def test_links_to_folders_are_followed_once_and_behind_all_else(tmp_path):
+    """Also where they lead in a circle, to each other, or to what lies in the folder itself."""
+    write_files(tmp_path / "other", {"x.png": png(3), "x.txt": b"x", "deep/y.png": png(4), "deep/y.txt": b"y"})
+    folder = write_files(tmp_path / "in", {"a.png": png(1), "a.txt": b"a", "z/b.png": png(2), "z/b.txt": b"b"})
+    (folder / "first").symlink_to(tmp_path / "other")
+    (folder / "again").symlink_to(tmp_path / "other/deep")
+    (folder / "here").symlink_to(folder / "z")
+    (folder / "z/up").symlink_to(folder)
+    (folder / "gone").symlink_to(tmp_path / "gone")
+    (tmp_path / "other/back").symlink_to(folder)
+    found = contents(open_pairs(folder))
+    assert found == [("a", 1, "a"), ("z/b", 2, "b"), ("again/y", 4, "y"), ("first/x", 3, "x")]
+    (tmp_path / "link").symlink_to(folder)
+    assert contents(open_pairs(tmp_path / "link")) == found
+
+
+def test_a_folder_of_shards(tmp_path):
+    """What img2dataset leaves: tars, and beside each what it did."""
+    for i in range(3):
+        write_tar(
+            write_files(tmp_path / f"in/{i // 2}", {f"{i:05d}_stats.json": b"{}", f"{i:05d}.parquet": b"PAR1"})
+            / f"{i:05d}.tar",
+            samples(2, 2 * i),
+        )
+    pairs = open_pairs(tmp_path / "in")
+    assert contents(pairs) == expected(6) and pairs.told() == ""
+    write_files(tmp_path / "in", {"a.png": png(7), "a.txt": b"seven"})
+    pairs = open_pairs(tmp_path / "in")  # an archive of the pictures beside it, perhaps
+    assert contents(pairs) == [("a", 7, "seven")]
+    assert (
+        pairs.told()
+        == f"3 left out of the data; the first: {tmp_path}/in/0/00000.tar: a shard among pictures; it is read when it is named itself"
+    )
+
+
+def test_pictures_that_cannot_be_read_and_folders_without_any_are_told(tmp_path):
+    write_files(
+        tmp_path,
+        {"in/a.png": png(1), "in/a.txt": b"one", "in/b.HEIC": b"", "bare/a.parquet": b"", "bare/b.parquet": b""},
+    )
+    assert open_pairs(tmp_path / "in").told() == (
+        f"1 left out of the data; the first: {tmp_path}/in/b.HEIC: a .HEIC cannot be read; "
+        "jpg, jpeg, png, webp, gif, bmp, tif, tiff, avif can"
+    )
+    with pytest.raises(
+        DataError, match=r"no pair to use: no pictures \(.*\) and no shards \(.*\) in it, but 2 \.parquet$"
+    ):
+        open_pairs(tmp_path / "bare")
+    tar = write_tar(tmp_path / "a.tar", samples(1) | {"x.heic": b"", "x.txt": b"x"})
+    assert "a.tar: x: a picture of a kind that cannot be read (heic, " in open_pairs(tar).told()
+
+
+def test_imagefolder(tmp_path):
+    """metadata.jsonl or .csv speaks of the pictures beside it and below; a caption of the picture's own goes before."""
+    files = {name: png(i) for i, name in enumerate(("a.png", "b.png", "sub/c.png", "sub/d.png"))}
+    folder = write_files(tmp_path / "in", files | {"b.txt": b"own"})
+    texts = {"sub/c.png": ["c"], "a.png": ["one", "two"], "b.png": "b", "gone.png": "x", "sub/d.png": None}
+    lines = [{"file_name": name, "text": text, "width": 4} for name, text in texts.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    wanted = [("a", 0, "one"), ("b", 1, "own"), ("sub/c", 2, "c")]
+    for path in (folder, os.path.relpath(folder), f"{folder}/../in/"):
+        pairs = open_pairs(path)
+        assert contents(pairs) == wanted and pairs[0].texts == ("one", "two")
+        assert [line.rpartition("/")[2] for line in pairs.skipped] == [
+            "d.png: no caption",
+            "gone.png: no such picture, though it has a caption",
+        ]
+    pairs = open_pairs(folder / "metadata.jsonl")
+    assert [(pairs.names[i], pairs.texts(i)) for i in range(len(pairs))] == [
+        ("sub/c.png", ("c",)),
+        ("a.png", ("one", "two")),
+        ("b.png", ("b",)),
+        ("gone.png", ("x",)),
+    ]
+    (folder / "metadata.jsonl").unlink()
+    for delimiter in ",;\t":
+        rows = [
+            ["width", "file_name", "caption"],
+            [4, "sub/c.png", f'with "{delimiter}"'],
+            [4, "a.png", "two\nlines"],
+            [4, "sub/d.png", ""],
+        ]
+        with (folder / "metadata.csv").open("w", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows(rows)
+        assert contents(open_pairs(folder)) == [
+            ("a", 0, "two\nlines"),
+            ("b", 1, "own"),
+            ("sub/c", 2, f'with "{delimiter}"'),
+        ]
+        pairs = open_pairs(folder / "metadata.csv")
+        assert contents(pairs) == [("sub/c.png", 2, f'with "{delimiter}"'), ("a.png", 0, "two\nlines")]
+        assert pairs.skipped == [f"{folder}/metadata.csv: line 5: no caption"]
+    (folder / "metadata.csv").write_text("name,text\na.png,x\n")
+    pairs = open_pairs(folder)
+    assert contents(pairs) == [("b", 1, "own")] and "the first line is wanted to name the columns" in pairs.skipped[0]
+
+
+def coco(folder: Path, split: str, count: int, start: int) -> Path:
+    """As it is downloaded: the pictures in no order of theirs, their captions in another."""
+    numbers = list(range(start + count - 1, start - 1, -1))
+    images = [{"id": i, "file_name": f"{i:012d}.jpg", "height": 3} for i in numbers]
+    notes = [
+        {"id": 7 * i + k, "image_id": i, "caption": f"caption {k} of {i}"} for k in range(2) for i in sorted(numbers)
+    ]
+    content = {"info": {}, "licenses": [], "images": images, "annotations": notes}
+    write_files(folder / split, {f"{i:012d}.jpg": png(i) for i in numbers})
+    return (
+        write_files(folder, {f"annotations/captions_{split}.json": json.dumps(content).encode()})
+        / f"annotations/captions_{split}.json"
+    )
+
+
+def test_coco(tmp_path):
+    note = coco(tmp_path / "coco", "val2017", 3, 100)
+    coco(tmp_path / "coco", "train2017", 2, 200)
+    (tmp_path / "coco/annotations/instances_val2017.json").write_text("{}")
+    wanted = [(f"{i:012d}", i, (f"caption 0 of {i}", f"caption 1 of {i}")) for i in (100, 101, 102)]
+    found = open_pairs(tmp_path / "coco/val2017")
+    assert [(pair.name, shade(pair.image), pair.texts) for pair in found] == wanted and found.told() == ""
+    found = open_pairs(note)
+    assert [(pair.name, shade(pair.image), pair.texts) for pair in found] == [
+        (f"{name}.jpg", *rest) for name, *rest in wanted[::-1]
+    ]
+    found = open_pairs(tmp_path / "coco")
+    assert [pair.name for pair in found] == [f"train2017/{i:012d}" for i in (200, 201)] + [
+        f"val2017/{name}" for name, *_ in wanted
+    ]
+    shutil.rmtree(tmp_path / "coco/train2017")  # its captions come in one archive with the others
+    found = open_pairs(tmp_path / "coco")
+    assert [pair.texts for pair in found] == [texts for *_, texts in wanted] and found.told() == ""
+    (tmp_path / "coco/images").mkdir()
+    (tmp_path / "coco/val2017").rename(tmp_path / "coco/images/val2017")
+    for data in (tmp_path / "coco", note):
+        assert {pair.texts for pair in open_pairs(data)} == {texts for *_, texts in wanted}
+    note.write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 2, "caption": "x"}]})
+    )
+    with pytest.raises(DataError, match="not annotations with captions, as COCO's"):
+        open_pairs(note)
+
+
+# Several captions, or none
+
+
+def test_several_captions_of_a_picture(tmp_path):
+    files = {
+        "a.png": png(1),
+        "a.json": b'{"caption": [" one", "two", 3, null]}',
+        "b.png": png(2),
+        "b.json": b'{"text": [], "captions": ["three"]}',
+    }
+    (tmp_path / "list.json").write_text(
+        json.dumps([{"image": "in/a.png", "caption": ["one", "two"]}, {"image": "in/b.png", "caption": "three"}])
+    )
+    for data in (write_files(tmp_path / "in", files), write_tar(tmp_path / "a.tar", files), tmp_path / "list.json"):
+        pairs = open_pairs(data)
+        assert [pair.texts for pair in pairs] == [pairs.texts(0), pairs.texts(1)] == [("one", "two"), ("three",)]
+        assert pairs[0].text == "one"
+
+
+def test_a_picture_that_a_list_names_again_is_passed_over_when_wanted_once(tmp_path):
+    write_files(tmp_path, {"a.png": png(1), "b.png": png(2)})
+    entries = [{"image_file": name, "text": text} for name, text in (("a.png", "1"), ("b.png", "2"), ("a.png", "3"))]
+    for name in ("one.json", "two.json"):
+        (tmp_path / name).write_text(json.dumps(entries))
+    lists = [tmp_path / "one.json", tmp_path / "two.json"]
+    assert [pair.text for pair in open_pairs(lists)] == ["1", "2", "3"] * 2
+    pairs = open_pairs(lists[0], once=True)
+    assert [pair.text for pair in pairs] == ["1", "2"] and pairs.told() == ""
+
+
+@pytest.mark.parametrize("form", ["folder", "shard", "list"])
+def test_pictures_alone_where_none_has_a_caption(tmp_path, form):
+    def data(captions: dict[str, bytes]) -> Path:
+        shutil.rmtree(tmp_path / "in", ignore_errors=True)
+        files = {f"{i}.png": png(i) for i in range(3)} | captions
+        folder = write_files(tmp_path / "in", files)
+        texts = [
+            {"image_file": f"{i}.png", "text": (captions.get(f"{i}.txt") or b"").decode() or None} for i in range(3)
+        ]
+        (folder / "list.json").write_text(json.dumps(texts))
+        return {"folder": folder, "list": folder / "list.json", "shard": write_tar(tmp_path / "a.tar", files)}[form]
+
+    with pytest.raises(DataError, match="no caption, and 2 more"):
+        open_pairs(data({}))
+    pairs = open_pairs(data({}), uncaptioned=True)
+    assert [(shade(pair.image), pair.text, pair.texts) for pair in pairs] == [(i, "", ()) for i in range(3)]
+    assert pairs.told().startswith("3 pictures have no caption; their text is empty; the first: ") and not pairs.skipped
+    pairs = open_pairs(data({"1.txt": b"one"}), uncaptioned=True)  # where some have one, the others were forgotten
+    assert [pair.text for pair in pairs] == ["one"]
+    assert pairs.told().startswith("2 left out of the data; the first: ")
+    good = write_tar(tmp_path / "b.tar", samples(1))
+    assert [pair.text for pair in open_pairs([good, data({})], uncaptioned=True)] == ["caption 0", "", "", ""]
+
+
 # Lists
 
 ENTRIES = [
@@ -321,6 +557,19 @@ def test_lists_take_paths_from_their_own_folder(tmp_path, monkeypatch, name):
         assert pairs.skipped == [f"{path}: {'entry 5' if name == 'list.json' else 'line 9'}: no caption"]
 
 
+@pytest.mark.parametrize("given", [str, Path])
+def test_a_root_for_the_relative_paths_of_lists(tmp_path, given):
+    write_files(
+        tmp_path, {"pictures/a.png": png(1), "pictures/sub/b.png": png(2), "c.png": png(3), "meta/a.png": png(9)}
+    )
+    entries = [{"image_file": name, "text": name} for name in ("a.png", "sub\\b.png", str(tmp_path / "c.png"))]
+    (tmp_path / "meta/list.json").write_text(json.dumps(entries))
+    pairs = open_pairs(tmp_path / "meta/list.json", data_root=given(tmp_path / "pictures"))
+    assert [shade(pair.image) for pair in pairs] == [1, 2, 3]
+    with pytest.raises(DataError, match="`data_root` .*/nowhere: no such folder"):
+        open_pairs(tmp_path / "meta/list.json", data_root=given(tmp_path / "nowhere"))
+
+
 BROKEN_LISTS = {
     "dict.json": ('{"image_file": "a.png", "text": "x"}', r"dict\.json: not a list of .* is a \.jsonl$"),
     "lines.json": ('{"image_file": "a.png"}\n{"image_file": "b.png"}', r"lines\.json: not JSON \(Extra data"),
@@ -329,6 +578,12 @@ BROKEN_LISTS = {
     "strings.json": ('["a.png"]', r"strings\.json: entry 1 is not \{\"image_file\": "),
     "other.jsonl": ('{"image_file": "a.png", "text": "x"}\n{"file": "b.png"}', r"other\.jsonl: line 2 is not "),
     "cut.jsonl": ('{"image_file": "a.png", "text": "x"}\n{"image_fi', r"cut\.jsonl: line 2: not JSON"),
+    "digits.json": ('[{"image_file": "a.png", "text": ' + "9" * 5000 + "}]", r"digits\.json: not JSON \(Exceeds"),
+    "deep.json": ("[" * 100_000, r"deep\.json: not JSON \("),
+    "latin.json": ('[{"image_file": "\xfc"', r"latin\.json: not JSON \("),
+    "none.csv": ("", r"none\.csv: the first line is wanted to name the columns file_name and text; it is ''$"),
+    "other.csv": ("a.png,x\n", r"other\.csv: the first line is wanted to name the columns"),
+    "nul.csv": ("file_name,text\nb.png,y\n" + "a" * 200_000, r"nul\.csv: line 2: not a table \(field larger"),
     "numbers.jsonl": ('{"image_file": 5, "text": "x"}', r"numbers\.jsonl: line 1 is not "),
     "bare.jsonl": (
         '{"image_file": "a.png"}\n{"image_file": "b.png"}',
@@ -346,10 +601,29 @@ def test_a_list_that_is_none_is_refused(tmp_path, name):
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_list_in_another_encoding_is_refused(tmp_path):
-    (tmp_path / "a.json").write_bytes('[{"image_file": "ü"}]'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.json: not JSON \('utf-8' codec"):
-        open_pairs(tmp_path / "a.json")
+ENCODINGS = {"utf-8": False, "utf-8-sig": False, "utf-16": False, "utf-16-be": False, "utf-32": False, "cp1252": True}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_captions_and_lists_in_other_encodings(tmp_path, encoding):
+    """With a byte order mark, or in UTF-8, they are known; what is neither was written on an old Windows, which is said."""
+
+    def encoded(text: str) -> bytes:
+        return ("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding)
+
+    files = {"a.png": png(1), "a.txt": encoded("Käse\n"), "b.png": png(2), "b.json": encoded('{"text": "Käse"}')}
+    folder, shard = write_files(tmp_path / "in", files), write_tar(tmp_path / "a.tar", files)
+    write_files(tmp_path, {"c.jsonl": encoded('{"image_file": "in/a.png", "text": "Käse"}\n')})
+    write_files(tmp_path, {"c.csv": encoded("file_name,text\r\nin/b.png,Käse\r\n")})
+    for data, first in ((folder, f"{folder}/a.png"), (shard, f"{shard}: a")):
+        pairs = open_pairs(data)
+        assert contents(pairs) == [("a", 1, "Käse"), ("b", 2, "Käse")]
+        pairs.digest()
+        wanted = f"2 captions are not UTF-8 and read as Windows-1252; the first: {first}"
+        assert pairs.told() == (wanted if ENCODINGS[encoding] else "")
+    pairs = open_pairs([tmp_path / "c.jsonl", tmp_path / "c.csv"])
+    assert [pair.text for pair in pairs] == ["Käse", "Käse"]
+    assert pairs.told().startswith("2 captions are not UTF-8") == ENCODINGS[encoding]
 
 
 # What cannot be used
@@ -359,7 +633,8 @@ def test_a_sample_that_cannot_be_read_is_named_when_it_is_asked_for(tmp_path):
     bad = {
         "cut": (png(1)[:-30], "txt", b"x", "the picture is damaged or cut short"),
         "empty": (b"", "txt", b"x", "not a picture"),
-        "latin": (png(1), "txt", "ü".encode("latin-1"), "the caption is not UTF-8 text"),
+        "latin": (png(1), "txt", png(1), "the caption is not text"),
+        "marked": (png(1), "txt", b"\xff\xfea", "the caption is not the UTF-16 that it begins as"),
         "mute": (png(1), "json", b'{"style": "x"}', 'the JSON has no "text" or "caption"'),
         "prose": (png(1), "json", b"a cat", "the caption is not JSON"),
         "text": (b"no picture", "txt", b"x", "not a picture"),
@@ -432,6 +707,67 @@ def test_what_cannot_be_data_is_refused(tmp_path, name):
 def test_no_data_at_all_is_refused():
     with pytest.raises(DataError, match="no data given"):
         open_pairs([])
+
+
+# What the data are
+
+
+def everywhere(tmp_path: Path, name: str) -> Path:
+    """One set of data in every form."""
+    folder = write_files(tmp_path / name, {f"in/{key}": content for key, content in samples(3).items()})
+    write_tar(folder / "a.tar", samples(3))
+    write_tar(folder / "b.tgz", samples(3))
+    (folder / "list.json").write_text(json.dumps([{"image_file": f"in/{i:04d}.png", "text": f"{i}"} for i in range(3)]))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["in", "a.tar", "b.tgz", "list.json"])
+def test_the_digest_is_of_the_data_and_not_of_their_place(tmp_path, monkeypatch, form):
+    folder = everywhere(tmp_path, "data")
+    digest = open_pairs(folder / form).digest()
+    everywhere(tmp_path, "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert digest == open_pairs(form).digest() == open_pairs(f"../data/./{form}{'/' * (form == 'in')}").digest()
+    assert digest == pickle.loads(pickle.dumps(open_pairs(form))).digest()
+    assert open_pairs(form).digest(2) == open_pairs(form).digest(2) != digest
+    assert open_pairs(form).digest(99) == digest
+
+
+def test_the_digest_tells_another_name_size_caption_or_order(tmp_path):
+    found = set()
+    for i, files in enumerate(
+        [
+            {"a.png": png(1), "a.txt": b"cat", "b.png": png(2), "b.txt": b"dog"},
+            {"a.png": png(1), "a.txt": b"cow", "b.png": png(2), "b.txt": b"dog"},
+            {"A.png": png(1), "A.txt": b"cat", "b.png": png(2), "b.txt": b"dog"},
+            {"a.png": png(1) + b"x", "a.txt": b"cat", "b.png": png(2), "b.txt": b"dog"},
+            {"a.png": png(1), "a.txt": b"cat"},
+            {"b.png": png(2), "b.txt": b"dog", "a.png": png(1), "a.txt": b"cat"},
+        ]
+    ):
+        found.add(open_pairs(write_tar(tmp_path / f"{i}.tar", files)).digest())
+        found.add(open_pairs(write_files(tmp_path / f"{i}", files)).digest())
+    assert len(found) == 6  # in a folder, the last has the order of the first; shard or folder is no difference
+
+
+def test_pairs_that_only_their_pictures_tell_apart_have_an_identity_each(tmp_path):
+    """Pictures of one size under one name in two folders, with one caption; the same folder given twice is the same."""
+    for i, name in enumerate("ab"):
+        write_files(tmp_path / name, {"x.png": png(i), "x.txt": b"x", "y.png": png(i + 2), "y.txt": b"y" * (i + 1)})
+    assert len(png(0)) == len(png(1))
+    a, b = (open_pairs(tmp_path / name).identities() for name in "ab")
+    assert a[0] == b[0] and a[1] != b[1]
+    both = open_pairs([tmp_path / "a", tmp_path / "b"]).identities()
+    assert len(set(both.tolist())) == 4 and (both[1], both[3]) == (a[1], b[1])
+    assert open_pairs([tmp_path / "a", tmp_path / "a"]).identities().tolist() == [*a, *a]
+
+
+def test_the_digest_of_data_with_holes(tmp_path):
+    """What is missing is told when it is used, not before."""
+    (tmp_path / "list.json").write_text(
+        '[{"image_file": "gone.png", "text": "x"}, {"image_file": "a\\u0000", "text": "y"}]'
+    )
+    assert len(open_pairs(tmp_path / "list.json").digest()) == 64
 
 
 # Processes

@@ -15,7 +15,9 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from files.fonts import font_files, font_for, lettering, shows, wrapped
 from files.pictures import LARGE, PictureError, PictureWarning, open_picture, read_picture, read_settings, save_picture
+from files.sheets import sheet
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -646,3 +648,88 @@ def test_what_a_format_cannot_hold_is_told(tmp_path):
     with pytest.raises(PictureError, match=r"x\.gif: a name that ends in \.png, \.jpg, \.jpeg, \.webp is wanted"):
         save_picture(two_colours(), tmp_path / "x.gif")
     assert not list(tmp_path.iterdir())
+
+
+# Titles of sheets
+
+
+def font_file(chars: str) -> bytes:
+    """A TrueType font: a box for what it lacks, and another shape for each of these characters."""
+    shapes = [[(0, 0), (0, 700), (500, 700), (500, 0)]]
+    shapes += [[(0, 0), (100 + 60 * i, 700), (600, 0)] for i in range(len(chars))]
+    glyphs, places = b"", [0]
+    for shape in shapes:
+        moves = np.diff([(0, 0), *shape], axis=0)
+        outline = struct.pack(">hhhhhHH", 1, 0, 0, 600, 700, len(shape) - 1, 0) + bytes([1] * len(shape))
+        outline += moves[:, 0].astype(">i2").tobytes() + moves[:, 1].astype(">i2").tobytes()
+        glyphs += outline + b"\0" * (-len(outline) % 4)
+        places.append(len(glyphs))
+    count, codes = len(shapes), [*sorted(map(ord, chars)), 0xFFFF]
+    deltas = [(i + 1 - code) % 65536 for i, code in enumerate(codes[:-1])] + [1]
+    segments = b"".join(np.array(row, ">u2").tobytes() for row in (codes, [0], codes, deltas, [0] * len(codes)))
+    cmap = struct.pack(">HHHHIHHHHHHH", 0, 1, 3, 1, 12, 4, 14 + len(segments), 0, 2 * len(codes), 0, 0, 0) + segments
+    tables = {
+        "cmap": cmap,
+        "glyf": glyphs,
+        "head": struct.pack(">IIIIHH16xhhhhHHhhh", 0x10000, 0, 0, 0x5F0F3CF5, 0, 1000, 0, 0, 600, 700, 0, 8, 2, 1, 0),
+        "hhea": struct.pack(">IhhhH11hH", 0x10000, 800, -200, 0, 650, *[0] * 11, count),
+        "hmtx": struct.pack(">Hh", 650, 0) * count,
+        "loca": struct.pack(f">{count + 1}I", *places),
+        "maxp": struct.pack(">IH13H", 0x10000, count, 8, 1, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0),
+    }
+    head, body = struct.pack(">IHHHH", 0x10000, len(tables), 64, 2, 48), b""
+    for name, content in tables.items():
+        head += name.encode() + struct.pack(">III", 0, 12 + 16 * len(tables) + len(body), len(content))
+        body += content + b"\0" * (-len(content) % 4)
+    return head + body
+
+
+@pytest.fixture
+def fonts(tmp_path, monkeypatch) -> Path:
+    """A system whose fonts are those in this folder."""
+    monkeypatch.setattr("files.fonts.PLACES", (str(tmp_path),))
+    for function in (font_files, font_for):
+        function.cache_clear()
+    yield tmp_path
+    for function in (font_files, font_for):
+        function.cache_clear()
+
+
+def test_a_font_of_the_system_shows_what_ours_lacks(fonts):
+    (fonts / "a.ttf").write_bytes(b"damaged")
+    (fonts / "b.ttf").write_bytes(font_file("к"))
+    (fonts / "deep/folder").mkdir(parents=True)
+    (fonts / "deep/folder/c.ttf").write_bytes(font_file("окт猫"))
+    text, font = lettering("кот 猫", 20)
+    assert text == "кот 猫" and Path(font.path).name == "c.ttf" and all(shows(font, char) for char in text)
+    assert not shows(font, "я")
+    assert lettering("plain words", 20)[1].getname()[0] == "Aileron"  # Pillow's own
+
+
+def test_without_a_font_letters_are_written_in_others(fonts):
+    assert lettering("a café,\n ÅNGSTRÖM", 20)[0] == "a cafe, ANGSTROM"
+    assert lettering("cafe\N{COMBINING ACUTE ACCENT}", 20)[0] == "cafe"
+    assert lettering("猫 a\N{GRINNING FACE}", 20)[0] == "\\u732b a\\U0001f600"
+    (fonts / "b.ttf").write_bytes(font_file("猫"))
+    font_files.cache_clear(), font_for.cache_clear()
+    assert lettering("猫犬", 20)[0] == "猫\\u72ac"
+
+
+def test_what_fits_no_line_is_broken_and_cut(fonts):
+    text, font = lettering("a photograph of a cat in the snow, at night, with stars above it, oil on canvas", 20)
+    for width in (60, 100, 300, 5000):
+        lines = wrapped(text, font, width)
+        assert len(lines) <= 3 and all(font.getlength(line) <= width for line in lines)
+        shown = " ".join(lines)
+        assert shown == text if width == 5000 else shown.endswith("...") or width == 300
+    assert wrapped("x" * 40, font, 60)[0] == "x" * 6 or font.getlength("x" * 7) > 60
+    assert wrapped("", font, 60) == []
+
+
+def test_titles_stay_above_their_column(fonts):
+    image = Image.new("RGB", (128, 128), "blue")
+    page = np.asarray(sheet([[image, image]], ["short", "a title far longer than its column is wide, and more " * 5]))
+    top = page[: len(page) - 128 - 4]
+    assert (top[:, 132:136] == 255).all() and (top[:, -4:] == 255).all() and (page[:4] == 255).all()
+    assert (page[-132:-4, 4:132] == (0, 0, 255)).all()
+    assert (top[:, 136:-4] < 255).any(axis=(1, 2)).sum() > 2 * (top[:, 4:132] < 255).any(axis=(1, 2)).sum()

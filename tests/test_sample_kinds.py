@@ -57,7 +57,9 @@ def make(tmp_path, folder):
 
     def run(*flags: object) -> tuple[np.ndarray, dict]:
         path = tmp_path / "x.png"
-        result = sample(*(str(flag).replace("folder/", f"{folder}/") for flag in flags), "--output", path, *FAST)
+        result = sample(
+            *(str(flag).replace("folder/", f"{folder}/") for flag in flags), "--output", path, "--overwrite", *FAST
+        )
         assert result.returncode == 0, result.stderr
         return pixels(path), json.loads(Image.open(path).text["ipadapter"])
 
@@ -248,7 +250,7 @@ MISTAKES = {
         "--structure-scale: for FaceID-plus version 2",
     ),
     "raw faces": (["--adapter", "folder/raw.safetensors", "--image", EXAMPLE], "a Resampler of raw face embeddings"),
-    "another schedule": (["--prompt", "x", "--base", "folder/ztsnr.safetensors"], "its key ztsnr); not supported"),
+    "another schedule": (["--prompt", "x", "--base", "folder/ztsnr.safetensors"], "'eps' given, 'v' wanted with zero_snr"),
     "a folder as picture": (["--prompt", "x", "--output", "folder/taken.png"], "taken.png: a folder"),
     "sampler": (["--prompt", "x", "--sampler", "plms"], "argument --sampler: invalid choice: 'plms'"),
     "too many steps": (

@@ -237,3 +237,9 @@ def test_without_a_home_files_are_hashed_all_the_same(tmp_path, monkeypatch):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(WeightsError, match="nope: cannot be read"):
         sha256(tmp_path / "nope")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WeightsError, match="pipe: a pipe, which can be read once"):
+        sha256(tmp_path / "pipe")

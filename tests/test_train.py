@@ -4,10 +4,12 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +22,11 @@ from counterparts import diffusers_unet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from clip import preprocess, tokenize
 from ipadapter import Prompt
 from training.cache import Cache
-from training.features import KEYS
-from training.pairs import open_pairs
+from training.features import KEYS, Encoders, Prepared
+from training.pairs import BadSample, open_pairs
 from weights import load_adapter, load_image_encoder, open_base
 
 ROOT = Path(__file__).parent.parent
@@ -257,14 +260,12 @@ def test_other_kinds_and_going_on_from_an_adapter(data, tmp_path, kind):
 def test_the_cache_holds_what_the_encoders_make(run, data, cache):
     """Encoded one by one, here, by hand."""
     notes = json.loads((cache / "cache.json").read_text())
-    found = Cache(cache, {key: value for key, value in notes.items() if key != "pairs"}, 8)
-    assert found.missing() == []
     base, pairs = open_base(WEIGHTS / "sd-tiny.safetensors"), open_pairs(data)
+    found = Cache(cache, notes, pairs.identities())
+    assert found.missing() == []
     vae, text, image = base.vae(), base.text(), load_image_encoder(WEIGHTS / "clip-tiny.safetensors")
-    from clip import preprocess, tokenize
-
     for i in (0, 7):
-        features = found[i]
+        features = found.take(i, 0)
         assert features.keys() == set(KEYS)
         small = np.asarray(pairs[i].image.resize((64, 64), Image.Resampling.BILINEAR))
         with torch.no_grad():
@@ -279,6 +280,78 @@ def test_the_cache_holds_what_the_encoders_make(run, data, cache):
             assert torch.allclose(features[key], wanted[key], atol=1e-4), key
 
 
+def held(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def copy_pairs(data: Path, folder: Path, numbers: Iterable[int]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i in numbers:
+        for suffix in ("png", "txt"):
+            (folder / f"{i}.{suffix}").write_bytes((data / f"{i}.{suffix}").read_bytes())
+    return folder
+
+
+def test_a_cache_grows_with_the_data(data, run, tmp_path):
+    """Pairs that come before, behind, or with another caption: what was made stays and serves, what is new is made."""
+    grown, cache = copy_pairs(data, tmp_path / "grown", range(2, 6)), tmp_path / "cache"
+    flags = [*QUICK, "--steps", 2, "--cache", cache, "--data", grown]
+    assert train(*flags, "--output", tmp_path / "a").returncode == 0
+    before = held(cache)
+    copy_pairs(data, grown, (0, 1, 6, 7))
+    done = train(*flags, "--output", tmp_path / "b")
+    assert done.returncode == 0 and "4/4" in done.stderr, done.stderr
+    after = held(cache)
+    assert len(before) == 1 and len(after) == 2 and before.items() < after.items()
+    losses = [[line["loss"] for line in log(folder)][:2] for folder in (tmp_path / "b", run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # as of eight pairs made at once
+    (grown / "3.txt").write_text("a drawing of something else")
+    done = train(*flags, "--output", tmp_path / "c")
+    assert done.returncode == 0 and "1/1" in done.stderr
+    assert len(held(cache)) == 3 and after.items() < held(cache).items()
+    done = train(*flags, "--output", tmp_path / "d", "--limit", 3)
+    assert done.returncode == 0 and len(held(cache)) == 3
+
+
+def test_a_damaged_file_of_the_cache_is_named(data, cache, run, tmp_path):
+    shutil.copytree(cache, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    flags = [*QUICK, "--data", data, "--cache", tmp_path / "cache", "--output", tmp_path / "x"]
+    done = train(*flags)
+    assert done.returncode == 2 and f"{file}: damaged or cut short" in done.stderr
+    file.unlink()
+    assert train(*flags).returncode == 0 and held(tmp_path / "cache").keys() == held(cache).keys()
+
+
+def test_several_captions_in_the_cache(data, tmp_path):
+    """Each picture has its own again; equal ones are kept once; a picture without any has the empty one."""
+    captions = [["x", "y"], "x", ["z", "y", "x"]]
+    entries = [{"image_file": f"{i}.png", "text": texts} for i, texts in enumerate(captions)]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/7.png").write_bytes((data / "7.png").read_bytes())
+    (tmp_path / "bare/8.png").write_bytes(b"no picture")
+    pairs = open_pairs([tmp_path / "list.json", tmp_path / "bare"], data, uncaptioned=True)
+    base = open_base(WEIGHTS / "sd-tiny.safetensors")
+    encoders = Encoders(base.vae(), base.text(), load_image_encoder(WEIGHTS / "clip-tiny.safetensors"), patches=False)
+    prepared = Prepared(pairs, len(pairs), 64, 128)
+    cache = Cache(tmp_path / "cache", {}, prepared.identities())
+    cache.begin(prepared, encoders.null())
+    assert [len(bad) for bad in cache.fill(cache.missing(), encoders, prepared, workers=0)] == [0, 0, 0, 0, 1]
+    cache.find()
+    (file,) = (tmp_path / "cache").glob("*.safetensors")
+    assert load_file(file)["text"].shape[0] == 4  # x, y, z and ""
+    for i, texts in enumerate((["x", "y"], ["x"], ["z", "y", "x"], [""])):
+        wanted = encoders.text(tokenize(texts))
+        assert torch.allclose(cache[i]["text"], wanted, atol=1e-5)
+        for place in range(7):
+            assert torch.allclose(cache.take(i, place)["text"], wanted[place % len(texts)], atol=1e-5)
+            assert torch.equal(prepared.take(i, place)["tokens"], tokenize(texts[place % len(texts)])[0])
+    with pytest.raises(BadSample, match=r"8\.png: not a picture"):
+        cache.take(4, 0)
+
+
 def test_a_cache_made_by_other_models_or_settings_is_refused(data, cache, run, tmp_path):
     done = train(*QUICK, "--data", data, "--cache", cache, "--kind", "base", "--output", tmp_path / "x")
     assert done.returncode == 2 and "made with another features (patches; now embedding)" in done.stderr
@@ -287,8 +360,6 @@ def test_a_cache_made_by_other_models_or_settings_is_refused(data, cache, run, t
 
 
 def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_it_is_begun(data, tmp_path):
-    import shutil
-
     full = type("Usage", (), {"free": 1000})
     with patch.object(shutil, "disk_usage", lambda path: full):
         done = train(*QUICK, "--data", data, "--cache", tmp_path / "c", "--output", tmp_path / "x")
@@ -317,6 +388,32 @@ def test_bad_pairs_are_left_out_counted_and_named(data, tmp_path):
     assert done.returncode == 2 and "none of the 3 pairs can be used" in done.stderr
 
 
+def test_what_is_left_out_and_what_has_no_caption_is_said(data, tmp_path):
+    folder = copy_pairs(data, tmp_path / "data", range(4))
+    (folder / "1.txt").unlink()
+    done = train(*QUICK, "--data", folder, "--output", tmp_path / "some", "--steps", 1)
+    assert f"1 left out of the data; the first: {folder}/1.png: no caption" in done.stderr and "3 pairs" in done.stderr
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    done = train(*QUICK, "--data", folder, "--output", tmp_path / "none", "--steps", 1)
+    assert f"4 pictures have no caption; their text is empty; the first: {folder}/0.png" in done.stderr, done.stderr
+    assert done.returncode == 0 and "4 pairs" in done.stderr and "left out" not in done.stderr
+
+
+def test_a_run_goes_on_with_the_same_data_wherever_they_lie_and_not_with_others(data, tmp_path):
+    folder, flags = copy_pairs(data, tmp_path / "data", range(4)), [*QUICK, "--output", tmp_path / "run"]
+    assert train(*flags, "--data", folder, "--steps", 1).returncode == 0
+    folder = folder.rename(tmp_path / "moved")
+    assert train(*flags, "--data", f"{folder}/", "--steps", 2, "--resume").returncode == 0
+    copy_pairs(data, folder, [7])
+    done = train(*flags, "--steps", 3, "--resume")
+    assert done.returncode == 2 and "has another data (pairs) (4; now 5)" in done.stderr
+    for suffix in ("png", "txt"):
+        (folder / f"3.{suffix}").unlink()
+    done = train(*flags, "--steps", 3, "--resume")
+    assert done.returncode == 2 and "has another data (sha256)" in done.stderr
+
+
 # Mistakes
 
 
@@ -335,8 +432,8 @@ def test_bad_pairs_are_left_out_counted_and_named(data, tmp_path):
         (["--kind", "other"], "--kind: invalid choice: 'other'"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
         (["--data", "none-*.tar"], "none-*.tar: matches nothing"),
-        (["--base", "x.safetensors"], "--image-encoder is wanted beside --base"),
-        (["--base", "x.safetensors", "--image-encoder", "y.safetensors"], "--data is wanted beside --base"),
+        (["--base", "x.safetensors"], "--data is wanted beside --base"),
+        (["--base", str(ROOT / "tiny/weights/sd-tiny.safetensors"), "--data", "d"], "--image-encoder is wanted beside"),
         (["--adapter", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--resume"], "holds no run to go on with"),
     ],
@@ -383,8 +480,9 @@ def test_a_loss_that_stays_infinite_ends_the_run_and_keeps_the_state_before(data
     bad.mkdir()
     for path in cache.iterdir():
         (bad / path.name).write_bytes(path.read_bytes())
-    broken = load_file(bad / "00000.safetensors")
-    save_file(broken | {"mean": broken["mean"] * torch.inf}, bad / "00000.safetensors", {"notes": "{}"})
+    (file,) = bad.glob("*.safetensors")
+    broken = load_file(file)
+    save_file(broken | {"mean": broken["mean"] * torch.inf}, file, {"notes": "{}"})
     before = state(tmp_path / "run")
     done = train(*flags, "--cache", bad, "--steps", 20, "--save-every", 1, "--resume")
     assert done.returncode == 2 and "for the 5th time in a row" in done.stderr

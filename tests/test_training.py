@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.nn.functional import mse_loss
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
 from sampler import SD, add_noise
-from training.order import draws, pair_at, places
+from training.order import Places, draws, pair_at, places
+from training.pairs import BadSample
 from training.ranks import Ranks
 from training.trainer import Trainer
 from unet import SD15, UNet
@@ -166,6 +168,25 @@ def test_what_is_random_depends_on_seed_and_place_alone():
         assert one.mean() == pytest.approx(0, abs=0.05) and one.std() == pytest.approx(1, abs=0.04)
     columns = torch.stack([u, t / 1000, posterior[:, 0], noise[:, 0]])
     assert (torch.corrcoef(columns) - torch.eye(4)).abs().max() < 0.05
+
+
+def test_one_of_several_captions_is_drawn_at_each_place():
+    """From seed and place alone, each of them as often; what was drawn before there were several is as it was."""
+
+    class Source(list):
+        def take(self, i: int, caption: int) -> str:
+            if i == 3:
+                raise BadSample("three")
+            return f"{i}: {caption % 5}"
+
+    def run(seed: int, places: Iterable[int]) -> list[str]:
+        return [Places(Source(range(10)), seed)[place][1] for place in places]
+
+    drawn = run(0, range(2000))
+    assert drawn[7:60:3] == run(0, range(7, 60, 3)) and drawn[:50] != run(1, range(50))
+    counts = Counter(drawn)
+    assert len(counts) == 45 and all(20 <= count <= 95 for count in counts.values())
+    assert [int(text[0]) for text in drawn[:20]] == [pair_at(0, p, 10, pair_at(0, p, 10) == 3) for p in range(20)]
 
 
 # The step

@@ -95,8 +95,8 @@ def refused(path, call) -> str:
 
 def reads(monkeypatch, read) -> None:
     """Let the loaders find other tensors in their files."""
-    for module in ("weights.base", "weights.adapter", "weights.load"):
-        monkeypatch.setattr(f"{module}.read", read)
+    for name in ("weights.base.read", "weights.adapter.read_part", "weights.load.read_part"):
+        monkeypatch.setattr(name, read)
 
 
 # Whole checkpoints
@@ -448,16 +448,16 @@ WRONG = [  # loader, file, what the message says was found
     ("base", "diffusers ControlNet", "this is a ControlNet"),
     ("base", "image encoder", "this is a CLIP image encoder of width 128"),
     ("base", "text tower", "this is a CLIP text tower"),
-    ("base", "embedding", "this is something unknown (its first keys: emb_params)"),
+    ("base", "embedding", "this is a textual-inversion embedding (it has emb_params)"),
     ("vae", "adapter", "an autoencoder is wanted here; this is an IP-Adapter"),
-    ("vae", "diffusers VAE", "an autoencoder is wanted here; this is an autoencoder (it has"),
+    ("vae", "diffusers VAE", "the key 'post_quant_conv.weight' is missing; the file is an autoencoder"),
     ("vae", "image encoder", "this is a CLIP image encoder"),
     ("vae", "UNet", "this is a UNet alone"),
-    ("encoder", "adapter", "a CLIP image encoder is wanted here; this is an IP-Adapter"),
+    ("encoder", "adapter", "a CLIP image encoder (ViT) is wanted here; this is an IP-Adapter"),
     ("encoder", "text tower", "this is a CLIP text tower"),
     ("encoder", "VAE", "this is an autoencoder"),
     ("encoder", "SD 3", "this is an SD 3 checkpoint"),
-    ("adapter", "image encoder", "an IP-Adapter is wanted here; this is a CLIP image encoder"),
+    ("adapter", "image encoder", "an IP-Adapter for a UNet is wanted here; this is a CLIP image encoder"),
     ("adapter", "kohya LoRA", "this is a LoRA"),
     ("adapter", "VAE", "this is an autoencoder"),
     ("adapter", "SD 2", "this is a whole SD 2.x checkpoint"),

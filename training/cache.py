@@ -1,12 +1,15 @@
 """What the frozen encoders make of image-caption pairs, once for all, kept on disk."""
 
+import hashlib
 import json
 import shutil
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,23 +19,27 @@ from files.whole import write, write_text
 from training.features import KEYS, Encoders, Features, Prepared
 from training.pairs import BadSample, DataError
 
-SHARD = 256  # pairs to a file of the cache
+SHARD = 256  # pairs to a file of the cache, or fewer
+FORMAT = 2  # of the files
 
 
 class Cache(Dataset):
-    """Features on disk: `00000.safetensors`, ... of 256 pairs each, and `cache.json`, which says what made them.
+    """Features on disk: files of up to 256 pairs, named by a hash of which they are, and `cache.json`: what made them.
+
+    A pair is found by what it is (`Pairs.identities`), wherever it stands: the data may grow, lose pairs, be moved or come
+    in another order, and no more than what is new is made. What the data no longer hold stays in the folder, unused.
 
     Args:
-        fingerprint: all that the features depend on (hashes of the models, settings, the data); a folder that was
+        fingerprint: all that the features depend on beside the pairs (hashes of the models, settings); a folder that was
             filled with another one is refused.
-        pairs: how many pairs are to be in it; those that cannot be read are marked as bad.
+        pairs: the identities (n,) of the pairs that are to be in it; those that cannot be read are marked as bad.
 
     Raises:
-        DataError: the folder belongs to other models, settings or data.
+        DataError: the folder belongs to other models or settings, or a file in it is damaged.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict, pairs: int):
-        self.folder, self.pairs, self.notes = folder, pairs, fingerprint | {"pairs": pairs}
+    def __init__(self, folder: Path, fingerprint: dict, pairs: np.ndarray):
+        self.folder, self.pairs, self.notes = folder, pairs, {"format": FORMAT} | fingerprint
         note = folder / "cache.json"
         if note.exists():
             try:
@@ -42,28 +49,55 @@ class Cache(Dataset):
             for key, value in self.notes.items():
                 if found.get(key) != value:
                     raise DataError(f"--cache {folder}: made with another {key} ({found.get(key)}; now {value})")
+        self.find()
+
+    def find(self) -> None:
+        """Look where each pair lies; to be done again when files have been made, here or by other processes."""
+        self.files = sorted(map(str, self.folder.glob("?" * 16 + ".safetensors")))
+        held = [_open_shard(path).pairs for path in self.files]
+        places = [number * SHARD + np.arange(len(pairs)) for number, pairs in enumerate(held)]
+        nothing = np.empty(0, dtype=np.int64)
+        known, first = np.unique(np.concatenate([nothing, *held]), return_index=True)
+        here = np.isin(self.pairs, known)
+        self.places = np.full(len(self.pairs), -1)  # the number of the file * SHARD + the place in it
+        self.places[here] = np.concatenate([nothing, *places])[first[np.searchsorted(known, self.pairs[here])]]
 
     def __len__(self) -> int:
-        return self.pairs
+        return len(self.pairs)
 
     def __getitem__(self, i: int) -> Features:
-        shard, rows, reasons = _open_shard(str(self.path(i // SHARD)))
-        row = int(rows[i % SHARD])
-        if row < 0:
-            raise BadSample(reasons[str(i)])
-        return {key: shard.get_slice(key)[row] for key in KEYS}
+        """With all captions of the pair: text (captions, 77, context_dim). Raises BadSample if it could not be read."""
+        shard, place = self.shard(i)
+        rows = shard.captions[shard.begins[place] : shard.begins[place + 1]]
+        return shard.pictures(place) | {"text": torch.stack([shard.text(row) for row in rows])}
 
-    def path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}.safetensors"
+    def take(self, i: int, caption: int) -> Features:
+        """With one caption, text (77, context_dim): this one, modulo how many there are. Raises BadSample."""
+        shard, place = self.shard(i)
+        begin, end = shard.begins[place], shard.begins[place + 1]
+        return shard.pictures(place) | {"text": shard.text(shard.captions[begin + caption % (end - begin)])}
 
-    def missing(self) -> list[int]:
-        """Numbers of the shards that are still to be made."""
-        return [s for s in range((self.pairs + SHARD - 1) // SHARD) if not self.path(s).exists()]
+    def shard(self, i: int) -> tuple["Shard", int]:
+        """The file that holds a pair, and its place there."""
+        number, place = divmod(int(self.places[i]), SHARD)
+        shard = _open_shard(self.files[number])
+        if shard.rows[place] < 0:
+            raise BadSample(shard.reasons[str(place)])
+        return shard, place
 
-    def begin(self, null: Features, resolution: int) -> None:
-        """Write what is there once, after a look at the space that the rest will need."""
-        latents = 2 * 4 * (resolution // 8) ** 2 * null["text"].element_size()
-        wanted = len(self.missing()) * SHARD * (latents + null["text"].nbytes + null["image"].nbytes)
+    def missing(self) -> list[list[int]]:
+        """Numbers of the pairs that are still to be made, in lots of one file each."""
+        numbers = np.flatnonzero(self.places < 0)
+        _, first = np.unique(self.pairs[numbers], return_index=True)  # a pair that was given twice is made once
+        numbers = numbers[np.sort(first)].tolist()
+        return [numbers[i : i + SHARD] for i in range(0, len(numbers), SHARD)]
+
+    def begin(self, prepared: Prepared, null: Features) -> None:
+        """Write what is there once, after a look at the space that the missing pairs will need."""
+        missing = [i for lot in self.missing() for i in lot]
+        latents = 2 * 4 * (prepared.resolution // 8) ** 2 * null["text"].element_size()
+        text = null["text"].nbytes * prepared.captions(missing[:SHARD])
+        wanted = len(missing) * (latents + text + null["image"].nbytes)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -71,29 +105,42 @@ class Cache(Dataset):
         free = shutil.disk_usage(self.folder).free
         if wanted > free:
             raise DataError(
-                f"--cache {self.folder}: {wanted / 1e9:.1f} GB are needed for {self.pairs:,} pairs, "
+                f"--cache {self.folder}: {wanted / 1e9:.1f} GB are needed for {len(missing):,} pairs, "
                 f"{free / 1e9:.1f} GB are free"
             )
         write_text(self.folder / "cache.json", json.dumps(self.notes, indent=1))
 
-    def fill(self, shards: list[int], encoders: Encoders, prepared: Prepared, workers: int) -> Iterator[list[str]]:
-        """Make these shards, yielding after each pair the reasons (one or none) why it cannot be used."""
-        for shard in shards:
-            numbers = range(shard * SHARD, min((shard + 1) * SHARD, self.pairs))
-            rows, parts, reasons = [], [], {}
+    def fill(self, lots: list[list[int]], encoders: Encoders, prepared: Prepared, workers: int) -> Iterator[list[str]]:
+        """Make these lots, yielding after each pair the reasons (one or none) why it cannot be used."""
+        for lot in lots:
+            rows, begins, captions, reasons = [], [0], [], {}
+            pictures, texts, known = [], [], {}  # known: a caption's tokens -> its row, for equal ones are kept once
             loader = DataLoader(
-                Readable(prepared), 8, sampler=numbers, num_workers=workers, collate_fn=list, worker_init_fn=deaf
+                Readable(prepared), 8, sampler=lot, num_workers=workers, collate_fn=list, worker_init_fn=deaf
             )
             for batch in loader:
-                if good := [pair for pair, bad in batch if not bad]:
-                    parts.append(encoders(default_collate(good)))
-                for _, bad in batch:
+                good, new = [], []
+                for pair, bad in batch:
                     if bad:
-                        reasons[str(numbers[len(rows)])] = bad[0]
+                        reasons[str(len(rows))] = bad[0]
+                    for tokens in () if bad else pair.pop("tokens"):
+                        row = known.setdefault(tokens.numpy().tobytes(), len(known))
+                        new += [tokens] if row == len(texts) + len(new) else []
+                        captions.append(row)
                     rows.append(-1 if bad else len(rows) - len(reasons))
-                    yield bad
-            features = {key: torch.cat([part[key] for part in parts]) for key in KEYS} if parts else {}
-            write(self.path(shard), features | {"row": torch.tensor(rows, dtype=torch.int32)}, reasons)
+                    begins.append(len(captions))
+                    good += [] if bad else [pair]
+                texts += encoders.texts(new)
+                if good:
+                    pictures.append(encoders.pictures(default_collate(good)))
+                yield from (bad for _, bad in batch)
+            state = {key: torch.cat([part[key] for part in pictures]) for key in KEYS if key != "text" and pictures}
+            state |= {"text": torch.stack(texts)} if texts else {}
+            identities = self.pairs[lot]
+            for key, numbers in {"rows": rows, "begins": begins, "captions": captions}.items():
+                state[key] = torch.tensor(numbers, dtype=torch.int32)
+            name = hashlib.sha256(identities.tobytes()).hexdigest()[:16]
+            write(self.folder / f"{name}.safetensors", state | {"pairs": torch.from_numpy(identities)}, reasons)
 
 
 class Readable(Dataset):
@@ -109,13 +156,30 @@ class Readable(Dataset):
             return {}, [str(error)]
 
 
+class Shard(NamedTuple):
+    """A file of the cache, mapped: n pairs, each with a row of features of its picture, and rows of its captions'."""
+
+    file: safe_open
+    pairs: np.ndarray  # (n,): what they are
+    rows: list[int]  # (n): in "mean", "std" and "image"; -1: the pair cannot be used
+    captions: list[int]  # rows in "text", of all pairs
+    begins: list[int]  # (n + 1): where each pair's captions begin among these
+    reasons: dict[str, str]  # place of a pair -> why it cannot be used
+
+    def pictures(self, place: int) -> Features:
+        return {key: self.file.get_slice(key)[self.rows[place]] for key in KEYS if key != "text"}
+
+    def text(self, row: int) -> Tensor:
+        return self.file.get_slice("text")[row]
+
+
 @lru_cache(maxsize=32)
-def _open_shard(path: str) -> tuple[safe_open, Tensor, dict[str, str]]:
-    """A shard, mapped; the row of each of its pairs; by their numbers, why others have none."""
+def _open_shard(path: str) -> Shard:
     try:
-        shard = safe_open(path, "pt")
-        return shard, shard.get_tensor("row"), json.loads(shard.metadata()["notes"])
-    except (SafetensorError, OSError) as error:
+        file = safe_open(path, "pt")
+        numbers = [file.get_tensor(key).tolist() for key in ("rows", "captions", "begins")]
+        return Shard(file, file.get_tensor("pairs").numpy(), *numbers, json.loads(file.metadata()["notes"]))
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise DataError(f"{path}: damaged or cut short ({error}); delete it, and it is made anew") from None
 
 

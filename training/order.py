@@ -33,8 +33,17 @@ def _shuffled(seed: int, epoch: int, pairs: int) -> Tensor:
 
 def generator_at(seed: int, place: int) -> torch.Generator:
     """The randomness of one place of the run (negative places: of an epoch's shuffle)."""
-    mixed = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed, "big"))
+    return torch.Generator().manual_seed(mixed(f"{seed} {place}"))
+
+
+def caption_at(seed: int, place: int) -> int:
+    """Which caption of its pair is taken at a place of the run: of n captions, this number modulo n."""
+    return mixed(f"{seed} {place} caption")
+
+
+def mixed(text: str) -> int:
+    """56 bits that follow from a text, and look random."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def draws(seed: int, places: list[int], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +63,8 @@ def draws(seed: int, places: list[int], shape: tuple[int, ...]) -> tuple[Tensor,
 class Places(Dataset):
     """What stands at each place of a run: (place, features or prepared pair, why others could not be used).
 
-    In the stead of a pair that cannot be read stands the next one in the order of its epoch.
+    In the stead of a pair that cannot be read stands the next one in the order of its epoch. Of several captions of a
+    picture one is drawn.
     """
 
     def __init__(self, source: Dataset, seed: int):
@@ -63,8 +73,9 @@ class Places(Dataset):
     def __getitem__(self, place: int) -> tuple[int, Features, list[str]]:
         reasons = []
         for retry in range(len(self.source)):
+            number = pair_at(self.seed, place, len(self.source), retry)
             try:
-                return place, self.source[pair_at(self.seed, place, len(self.source), retry)], reasons
+                return place, self.source.take(number, caption_at(self.seed, place)), reasons
             except BadSample as error:
                 reasons.append(str(error))
         raise DataError(f"none of the {len(self.source)} pairs can be used; the first: {reasons[0]}")

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from clip import CLIPImageConfig, preprocess
 from generate.models import Models
-from training.cache import SHARD, Cache
+from training.cache import Cache
 from training.features import Encoders, Features, Prepared
 from training.pairs import Pairs
 from training.ranks import Ranks
@@ -57,8 +57,8 @@ def ready(
     source = prepared = Prepared(pairs, limit or len(pairs), resolution, size)
     if cache:
         made_by = {"features": "patches" if patches else "embedding", "resolution": resolution}
-        made_by |= {"dtype": str(models.dtype).removeprefix("torch."), "data (sha256)": pairs.digest()}
-        source = Cache(cache, (hashes or {}) | made_by, len(prepared))
+        made_by |= {"dtype": str(models.dtype).removeprefix("torch.")}
+        source = Cache(cache, (hashes or {}) | made_by, prepared.identities())
         fill(source, encoders, prepared, null, ranks, workers, on_pair)
     features = [encoders.image_features(preprocess(prompt, size)) for prompt in prompts]
     return Ready(
@@ -84,8 +84,9 @@ def fill(
     mine = cache.missing()[ranks.rank :: ranks.size]  # before any process has begun to fill it
     ranks.wait()
     if ranks.first and mine:
-        cache.begin(null, prepared.resolution)
+        cache.begin(prepared, null)
     ranks.wait()
     for _ in cache.fill(mine, encoders, prepared, workers):
-        on_pair(min(len(mine) * SHARD, len(prepared)))
+        on_pair(sum(map(len, mine)))
     ranks.wait()
+    cache.find()

@@ -1,18 +1,20 @@
 """Released adapters: which kind a file is, and whether it fits the base and the image encoder."""
 
+import re
 from pathlib import Path
 
 import torch
 
 from clip import CLIPImage
 from files.faces import FACE_DIM
-from files.tensors import State, WeightsError, read
+from files.tensors import State, WeightsError
 from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
 from weights.base import Base
 from weights.configs import count
+from weights.diffusers import read_part
 from weights.families import ENCODERS, of_width
 from weights.fill import fill
-from weights.kinds import adapter_base, what_is
+from weights.kinds import adapter_base, transformer, what_is
 
 
 def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> IPAdapter:
@@ -24,10 +26,10 @@ def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: t
     Raises:
         WeightsError: unreadable, another kind of file, or keys missing or left over.
     """
-    state = {adapter_key(key): value for key, value in read(path).items()}
-    state = {key: value for key, value in state.items() if not key.startswith("unet.")}
-    if "ip_adapter.1.to_k_ip.weight" not in state or not any(key.startswith("image_proj.") for key in state):
-        raise WeightsError(f"{path}: an IP-Adapter is wanted here; this is {what_is(state)}")
+    state = adapter_names(read_part(path))
+    found = "ip_adapter.1.to_k_ip.weight" in state and any(key.startswith("image_proj.") for key in state)
+    if not found or transformer(state):
+        raise WeightsError(f"{path}: an IP-Adapter for a UNet is wanted here; this is {what_is(state)}")
     if not PROJECTIONS & state.keys():
         raise WeightsError(
             f"{path}: an IP-Adapter whose image projection is none of: base, light, plus, full-face, FaceID, "
@@ -74,9 +76,40 @@ def build_projection(state: State, context_dim: int) -> torch.nn.Module:
     return FacePlusProjection(face_dim, feature_dim, depth, heads, num_tokens, context_dim)
 
 
+# One processor of diffusers' UNet: where its attention stands, which of the two there it is, its tensor.
+PROCESSOR = re.compile(
+    r"(?:unet|ip_adapter)\.(?:(down)_blocks\.(\d+)|(up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\."
+    r"transformer_blocks\.(\d+)\.attn([12])\.processor\.(to_[kv]_ip\..*|to_\w+_lora\..*)"
+)
+
+
+def adapter_names(state: State) -> State:
+    """An adapter under the published names, from what the official trainers save.
+
+    Their checkpoints have the whole UNet beside the adapter; it is left aside. The adapter's layers stand there twice, in
+    `adapter_modules` and in the UNet, as the same tensors, and accelerate writes shared tensors to a safetensors file
+    but once: under `unet.*.processor`. Then their numbers follow from the order of diffusers' `unet.attn_processors`
+    (down, up, middle), in which the trainers number them too.
+    """
+    state = {adapter_key(key): value for key, value in state.items()}
+    found = {key: match for key in state if (match := PROCESSOR.match(key))}
+    inner = {key: value for key, value in state.items() if not key.startswith("unet.") and key not in found}
+    if any(key.startswith("ip_adapter.") for key in inner):
+        return inner
+    places = {key: place(match) for key, match in found.items()}
+    order = {where: 2 * i for i, where in enumerate(sorted(set(places.values())))}
+    numbers = {key: order[places[key]] + int(match[7]) - 1 for key, match in found.items()}
+    return inner | {f"ip_adapter.{numbers[key]}.{match[8]}": state[key] for key, match in found.items()}
+
+
+def place(match: re.Match) -> tuple[int, ...]:
+    """Of a transformer block, as diffusers' UNet lists them: on the way down, on the way up, in the middle."""
+    way = 0 if match[1] else 1 if match[3] else 2
+    return way, *(int(number or 0) for number in (match[2] or match[4], match[5], match[6]))
+
+
 def adapter_key(key: str) -> str:
-    """The official trainers, and those who wrap models for several GPUs, save under other names."""
-    key = key.removeprefix("module.").replace("image_proj_model.", "image_proj.", 1)
+    key = key.replace("image_proj_model.", "image_proj.", 1)
     return key.replace("adapter_modules.", "ip_adapter.", 1)
 
 

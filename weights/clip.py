@@ -1,21 +1,24 @@
 """A whole CLIP, both towers, out of one file: what results are scored with (`evaluate.py`)."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from clip import CLIPImage, CLIPText
 from clip.tokenizer import CONTEXT, END
-from files.tensors import State, WeightsError, read
+from files.tensors import State, WeightsError
 from weights import configs
+from weights.clip_config import read_config
+from weights.diffusers import read_part
 from weights.fill import IGNORED, fill
-from weights.kinds import what_is
-from weights.openclip import from_openclip, text_from_openclip
+from weights.kinds import no_clip, what_is
+from weights.openclip import OPENAI_NUMBERS, clip_names
 
 IMAGE, TEXT = ("vision_model.", "visual_projection."), ("text_model.", "text_projection.")
-# Beside the towers: the temperature of the training, and the three numbers that OpenAI's own files carry.
-ASIDE = {"logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size"}
+ASIDE = {
+    "logit_scale",
+    "logit_bias",
+} | OPENAI_NUMBERS  # beside the towers: first of all the temperature of the training
 OPENAI = {(768, 512), (1024, 768)}  # widths of the image and the text tower of OpenAI's ViT-B and ViT-L
 
 
@@ -25,30 +28,42 @@ def load_clip(
     device: torch.device | str = "cpu",
     quick_gelu: bool | None = None,
 ) -> tuple[CLIPImage, CLIPText]:
-    """Both towers of a CLIP (ViT), each with its projection, in the transformers layout or in OpenCLIP's.
+    """Both towers of a CLIP (ViT), each with its projection, in the layout of transformers, OpenCLIP or OpenAI.
 
     Args:
-        quick_gelu: which GELU the weights were trained with; no tensor tells. None: the approximation for the
-            sizes that OpenAI published (ViT-B, ViT-L), the exact one for all others. LAION's ViT-B and ViT-L
-            have the exact one too: give False for them.
+        path: a file (OpenAI's TorchScript archives too), an index of shards, or transformers' folder.
+        quick_gelu: which GELU the weights were trained with; no tensor tells. None: what a `config.json` beside them
+            says; without one the approximation for OpenAI's own files and for the sizes that OpenAI published (ViT-B,
+            ViT-L), the exact one for all others. LAION's ViT-B and ViT-L have the exact one too: give False for them.
 
     Raises:
-        WeightsError: unreadable, another kind of file, one tower alone, or keys missing or left over.
+        WeightsError: unreadable, another kind of file, one tower alone, keys missing or left over, or a config that
+            contradicts them.
     """
-    state = {key: value for key, value in read(path).items() if key not in ASIDE and not IGNORED.match(key)}
-    if "visual.conv1.weight" in state:
-        state = from_openclip(state) | text_from_openclip(state)
+    read = read_part(path)
+    names, _ = clip_names(read)
+    state = {key: value for key, value in names.items() if key not in ASIDE and not IGNORED.match(key)}
     image, text = ({key: w for key, w in state.items() if key.startswith(side)} for side in (IMAGE, TEXT))
     whole = {"visual_projection.weight", "text_projection.weight"} <= state.keys()
-    if not whole or "text_model.embeddings.token_embedding.weight" not in text:
-        raise WeightsError(f"{path}: a whole CLIP (ViT), both towers, is wanted here; this is {what_is(state)}")
+    if not whole or "text_model.embeddings.token_embedding.weight" not in text or no_clip(read):
+        raise WeightsError(f"{path}: a whole CLIP (ViT), both towers, is wanted here; this is {what_is(read)}")
     if left := [key for key in state if key not in image and key not in text]:
         raise WeightsError(f"{path}: {len(left)} keys of no CLIP that is known here: {', '.join(left[:4])}")
-    quick = widths(state) in OPENAI if quick_gelu is None else quick_gelu
+    said = {side: read_config(path, side) for side in ("image", "text")}
+    by_size = widths(state) in OPENAI or OPENAI_NUMBERS <= names.keys()
+
+    def settings(side: str) -> tuple[bool, int | None]:
+        config = said[side]
+        told = by_size if config is None else config.quick_gelu
+        return told if quick_gelu is None else quick_gelu, config and config.heads
+
     towers = (
-        fill(lambda state: CLIPImage(configs.image_config(state, quick)), image, path, dtype, device),
-        fill(lambda state: CLIPText(replace(configs.text_config(state), quick_gelu=quick)), text, path, dtype, device),
+        fill(lambda state: CLIPImage(configs.image_config(state, *settings("image"))), image, path, dtype, device),
+        fill(lambda state: CLIPText(configs.text_config(state, *settings("text"))), text, path, dtype, device),
     )
+    for config, tower in zip(said.values(), towers, strict=True):
+        if config:
+            config.check(tower)
     image, text = (tower.config for tower in towers)
     if image.projection != text.projection or text.context < CONTEXT or text.vocabulary <= END:
         raise WeightsError(

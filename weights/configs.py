@@ -9,9 +9,12 @@ from vae import SD_VAE, VAEConfig
 
 
 def count(state: State, pattern: str) -> int:
-    """One more than the largest number that stands where the pattern has its group; 0 if it never matches."""
+    """How many different numbers stand where the pattern has its group.
+
+    Not one more than the largest: a damaged name would have a model of a billion layers built.
+    """
     found = (re.match(pattern, key) for key in state)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    return len({match[1] for match in found if match})
 
 
 def unet_config(state: State) -> UNetConfig:
@@ -78,14 +81,14 @@ TEXT_HEADS = {64: 4, 768: 12, 1024: 16, 1280: 20}  # by width: the tiny model, C
 IMAGE_HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # ViT-B, L, H, g, bigG
 
 
-def text_config(state: State, quick_gelu: bool = True) -> CLIPTextConfig:
+def text_config(state: State, quick_gelu: bool = True, heads: int | None = None) -> CLIPTextConfig:
     """From a text tower in the transformers layout, `text_model.*`."""
     tokens = state["text_model.embeddings.token_embedding.weight"]
     projection = state.get("text_projection.weight")
     return CLIPTextConfig(
         width=tokens.shape[1],
         layers=count(state, r"text_model\.encoder\.layers\.(\d+)\."),
-        heads=TEXT_HEADS.get(tokens.shape[1], max(1, tokens.shape[1] // 64)),
+        heads=heads or TEXT_HEADS.get(tokens.shape[1], max(1, tokens.shape[1] // 64)),
         mlp=state["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         quick_gelu=quick_gelu,
         projection=None if projection is None else projection.shape[0],
@@ -94,7 +97,7 @@ def text_config(state: State, quick_gelu: bool = True) -> CLIPTextConfig:
     )
 
 
-def image_config(state: State, quick_gelu: bool = False) -> CLIPImageConfig:
+def image_config(state: State, quick_gelu: bool = False, heads: int | None = None) -> CLIPImageConfig:
     """From an image tower in the transformers layout."""
     patches = state["vision_model.embeddings.patch_embedding.weight"]
     positions = state["vision_model.embeddings.position_embedding.weight"].shape[0]
@@ -103,7 +106,7 @@ def image_config(state: State, quick_gelu: bool = False) -> CLIPImageConfig:
     return CLIPImageConfig(
         width=width,
         layers=count(state, r"vision_model\.encoder\.layers\.(\d+)\."),
-        heads=IMAGE_HEADS.get(width, max(1, width // 64)),
+        heads=heads or IMAGE_HEADS.get(width, max(1, width // 64)),
         mlp=state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         quick_gelu=quick_gelu,
         projection=None if projection is None else projection.shape[0],

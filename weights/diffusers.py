@@ -1,12 +1,14 @@
 """Diffusers folders: one model in each sub-folder, read as one checkpoint."""
 
 import json
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
+from files.errors import untrusted
 from files.hashes import sha256, sha256_of_several
-from files.tensors import State, WeightsError, read
+from files.tensors import State, WeightsError, read, shards
 from weights.diffusers_names import from_diffusers
 
 PLACES = {
@@ -18,9 +20,11 @@ TWO_TOWERS = {
     "text_encoder": "conditioner.embedders.0.transformer.",
     "text_encoder_2": "conditioner.embedders.1.transformer.",
 }
+CONFIG = "config.json"
 SCHEDULER, VAE_CONFIG = Path("scheduler/scheduler_config.json"), Path("vae/config.json")
 WEIGHTS = re.compile(
-    r"(diffusion_pytorch_model|pytorch_model|model)\.(fp16\.)?(safetensors|bin)(\.(fp16\.)?index(\.fp16)?\.json)?"
+    r"(diffusion_pytorch_model|pytorch_model|model|open_clip_model|open_clip_pytorch_model)\.(fp16\.)?(safetensors|bin)"
+    r"(\.(fp16\.)?index(\.fp16)?\.json)?"
 )
 
 
@@ -58,56 +62,51 @@ def read_folder(path: str | Path, elsewhere: Collection[str] = ()) -> State:
     return {place + key: w for place, part in parts.items() for key, w in part.items()}
 
 
-def read_part(folder: str | Path) -> State:
-    """The tensors of one sub-folder under the names that its file has, whole or in shards.
+def read_part(path: str | Path) -> State:
+    """The tensors of one model under the names that its file has: a file, an index of shards, or a folder with either.
 
     Raises:
         WeightsError: no weights here, a shard is missing, or a file cannot be read.
     """
-    return {key: w for file in part_files(folder) for key, w in read(file).items()}
+    files = part_files(path) if os.path.isdir(path) else [path]
+    return {key: w for file in files for key, w in read(file).items()}
 
 
 def part_files(folder: str | Path) -> list[Path]:
-    """The weight files of one sub-folder: of several variants the plain one, then `.fp16`; of formats safetensors.
+    """The weight files of a folder of one model: of variants the plain one, then `.fp16`; of formats safetensors.
 
     Raises:
         WeightsError: no weights here, or a shard is missing.
     """
     folder = Path(folder)
-    names = sorted(filter(WEIGHTS.fullmatch, listed(folder)), key=lambda n: ("fp16" in n, ".bin" in n, "index" in n))
+    names = filter(WEIGHTS.fullmatch, listed(folder))
+    names = sorted(names, key=lambda n: ("open_clip" in n, "fp16" in n, ".bin" in n, "index" in n))
     if not names:
         wanted = "diffusion_pytorch_model or model, .safetensors or .bin"
-        raise WeightsError(f"{folder}: no weights here ({wanted}); {listing(folder)}")
-    if not names[0].endswith(".json"):
-        return [folder / names[0]]
-    shards = sorted(set(read_json(folder / names[0]).get("weight_map", {}).values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing or not shards:
-        raise WeightsError(
-            f"{folder / names[0]}: of its {len(shards)} files {len(missing)} are missing: {', '.join(missing)}"
-        )
-    return [folder / shard for shard in shards]
+        raise WeightsError(f"{folder}: a folder without weights ({wanted}); {listing(folder)}")
+    return shards(folder / names[0]) if names[0].endswith(".json") else [folder / names[0]]
 
 
 def folder_files(path: str | Path) -> list[Path]:
-    """All files that are read of a diffusers folder, or of one of its sub-folders."""
+    """All files that are read of a diffusers folder, or of a folder of one model."""
     path = Path(path)
-    parts = [path / part for part in PLACES | TWO_TOWERS if (path / part).is_dir()] or [path]
-    settings = [file for file in (path / SCHEDULER, path / VAE_CONFIG) if file.exists()]
-    return [*(file for part in parts for file in part_files(part)), *settings]
+    parts = [path / part for part in PLACES | TWO_TOWERS if (path / part).is_dir()]
+    settings = (path / SCHEDULER, path / VAE_CONFIG) if parts else (path / CONFIG,)
+    found = [file for part in parts or [path] for file in part_files(part)]
+    return found + [file for file in settings if file.exists()]
 
 
 def model_sha256(path: str | Path) -> str:
-    """The hash of a model's file, or of a diffusers folder: of the files that are read there."""
+    """The hash of a model's file, or of a folder or an index of shards: of the files that are read there."""
     path = Path(path)
+    if path.name.endswith(".index.json"):
+        return sha256_of_several(path.parent, shards(path))
     return sha256_of_several(path, folder_files(path)) if path.is_dir() else sha256(path)
 
 
 def read_json(path: Path) -> dict:
-    try:
+    with untrusted(WeightsError, f"{path}: not readable as JSON"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not readable as JSON ({error})") from None
     return content if isinstance(content, dict) else {}
 
 

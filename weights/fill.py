@@ -48,10 +48,10 @@ def build(
     """The model that a file's tensors describe, on `meta`; the file is refused unless it fits."""
     try:
         model = on_meta(lambda: make(state))
-    except (KeyError, StopIteration, IndexError) as error:
+    except KeyError as error:
         raise WeightsError(f"{path}: the key {error} is missing; the file is {what_is(state)}") from None
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise WeightsError(f"{path}: tensors of a wrong shape, no model has them ({error})") from None
+    except Exception as error:  # noqa: BLE001, of what shapes may be wrong in there is no end
+        raise WeightsError(f"{path}: tensors are missing or of a wrong shape, no model has them ({error})") from None
     check(model, state, path, left)
     return model
 
@@ -87,8 +87,9 @@ def check(model: nn.Module, state: State, path: str | Path, left: list[str] | No
         for key in wanted
         if key in state and state[key].shape != wanted[key].shape
     ]
-    sides = [("missing", missing), ("not known", extra), ("of a wrong shape", wrong)]
-    if missing or extra or wrong:
+    whole = [f"{key} ({state[key].dtype})" for key in wanted if key in state and not state[key].is_floating_point()]
+    sides = [("missing", missing), ("not known", extra), ("of a wrong shape", wrong), ("of whole numbers", whole)]
+    if missing or extra or wrong or whole:
         text = "; ".join(f"{len(keys)} {side}: {sample(keys)}" for side, keys in sides if keys)
         raise WeightsError(f"{path}: its keys do not fit a {type(model).__name__}: {text}")
 

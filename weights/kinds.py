@@ -20,7 +20,8 @@ def what_is(state: State) -> str:
 
 def clip_is(state: State) -> str:
     text = any(re.match(r"(text_model|transformer\.resblocks)\.", key) for key in state)
-    return f"a CLIP {'model' if text else 'image encoder'} of width {clip_width(state)}"
+    width = f" of width {clip_width(state)}" if clip_width(state) else ", without its class embedding"
+    return f"a CLIP {'model' if text else 'image encoder'}{width}"
 
 
 def checkpoint_is(state: State) -> str:
@@ -47,6 +48,35 @@ OTHERS = {  # no UNets, or UNets that read something else than CLIP's texts
     "AltDiffusion": r"^cond_stage_model\.roberta\.",
     "Stable Video Diffusion": r"time_stack\.|temporal_transformer_blocks\.",
 }
+SMALL = (  # what is trained beside a base model, and is no adapter of ours
+    ("a textual-inversion embedding", r"^(emb_params$|string_to_param\.|clip_[lg]$|<[^>]*>$)"),
+    ("the state of an optimizer, not a model", r"^(optimizer\.)?(state\.\d+\.(exp_avg|step)|exp_avg)"),
+    ("a PuLID adapter", r"^(pulid_|id_adapter)"),
+    ("an IP-Adapter for a transformer, not for a UNet", r"^blocks\.\d+\..*_ip\."),
+    ("a T2I-Adapter", r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)"),
+    ("an AnimateDiff motion module", r"motion_modules\."),
+    ("an upscaler (ESRGAN)", r"^(params(_ema)?\.)?(conv_first\.|RRDB_trunk\.|model\.\d+\.(sub\.|weight))"),
+)
+TOWERS = (  # image encoders that are not CLIP's vision transformer
+    (
+        "a SigLIP",
+        r"^(vision_model\.)?(head\.(probe|attention)|embeddings\.patch_embedding\.bias$)|^visual\.trunk\.attn_pool\.",
+    ),
+    ("an EVA-CLIP", r"^visual\.(trunk\.)?(rope\.|blocks\.\d+\.attn\.[qkv]_proj)|^visual\.cls_token$"),
+    ("a CLIP whose image tower is a ConvNeXt", r"^visual\.trunk\.(stem|stages)\."),
+    ("a CLIP whose image tower is one of timm's", r"^visual\.trunk\."),
+    ("a CLIP whose image tower is a ResNet", r"^visual\.(layer\d\.|attnpool\.|bn1\.)"),
+    ("a CoCa", r"^(visual\.attn_pool|text_decoder)\."),
+    (
+        "a DINO image encoder",
+        r"^(\w+\.)?(embeddings\.(cls|mask|register)_tokens?$|(mask|storage|register)_tokens?$|rope_embed|blocks\.\d+\.ls1)",
+    ),
+    ("a vision transformer, but not CLIP's", r"^(vit\.|cls_token$|pos_embed$|patch_embed\.proj\.)"),
+    (
+        "the image encoder of a BLIP or another language model",
+        r"^(visual_encoder|q_?former)\.|^(vision_model\.)?encoder\.layers\.\d+\.(self_)?attn\.qkv\.",
+    ),
+)
 
 
 def family(state: State) -> str:
@@ -78,7 +108,8 @@ def context_width(unet: State) -> int:
 
 
 SIGNS = (  # the first that a key matches decides
-    (lambda state: f"an IP-Adapter ({adapter_is(state)})", r"^(module\.)?(ip_adapter|image_proj|adapter_modules)"),
+    (lambda state: f"an IP-Adapter ({adapter_is(state)})", r"^(ip_adapter|image_proj|adapter_modules)|_double_stream_"),
+    *SMALL,
     ("a LoRA", r"lora_down|lora_up|lora_A|lora_B|\.lora\."),
     (checkpoint_is, r"^model\.diffusion_model\."),
     ("part of an SDXL checkpoint", r"^conditioner\.embedders\."),
@@ -86,7 +117,8 @@ SIGNS = (  # the first that a key matches decides
     *((named(name), sign) for name, sign in OTHERS.items()),
     (lambda state: f"a UNet alone, without autoencoder and text tower, of {family(state)}", r"^input_blocks\."),
     (lambda state: f"a UNet of a diffusers folder, of {family(state)}", r"^down_blocks\."),
-    (clip_is, r"^(vision_model|visual)\."),
+    *TOWERS,
+    (clip_is, r"^(vision_model|visual)\.|^(embeddings\.)?class_embedding$"),
     ("a CLIP text tower", r"^(text_model|transformer\.resblocks)\."),
     ("a T5 encoder", r"^(encoder\.)?block\.\d+\.layer\.\d+\."),
     ("a TAESD, an approximation of an autoencoder", r"^((taesd_)?(en|de)coder\.(layers\.)?)?\d+\.conv\.\d+\.weight$"),
@@ -97,8 +129,33 @@ SIGNS = (  # the first that a key matches decides
 )
 
 
+def no_clip(state: State) -> bool:
+    """Whether a file has an image encoder that is none of CLIP's vision transformers."""
+    return any(re.search(sign, key) for _, sign in TOWERS for key in state)
+
+
+def transformer(state: State) -> str:
+    """The transformer that an IP-Adapter is made for, as "FLUX (XLabs)"; empty for the adapters of UNets.
+
+    Those have odd numbers for their layers, and two matrices for each, without biases.
+    """
+
+    def has(pattern: str) -> bool:
+        return any(re.search(pattern, key) for key in state)
+
+    if has("_double_stream_|^ip_adapter_proj_model"):
+        return "FLUX (XLabs)"
+    if has(r"^ip_adapter\.\d+\.(\w+\.)*norm|^image_proj\.time_embedding"):
+        return "SD 3"
+    if has(r"^ip_adapter\.\d+\.to_[kv]_ip\.bias"):
+        return "FLUX (InstantX)"
+    return "a transformer" if has(r"^ip_adapter\.\d*[02468]\.to_k_ip\.") else ""
+
+
 def adapter_is(state: State) -> str:
     """What kind of adapter, for which base."""
+    if other := transformer(state):
+        return f"for {other}, not for a UNet"
     if "image_proj.latents" in state:
         kind = f"plus, reads {columns(state, 'image_proj.proj_in.weight')} wide patch features"
     elif "image_proj.perceiver_resampler.proj_in.weight" in state:
@@ -125,7 +182,4 @@ def columns(state: State, key: str) -> int:
 
 
 def clip_width(state: State) -> int:
-    for key in ("vision_model.embeddings.class_embedding", "visual.class_embedding"):
-        if key in state:
-            return state[key].shape[-1]
-    return 0
+    return next((w.shape[-1] for key, w in state.items() if key.endswith("class_embedding") and w.ndim), 0)
