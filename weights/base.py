@@ -20,7 +20,7 @@ from weights.diffusers_names import from_diffusers
 from weights.families import FAMILIES, SD2, SD2_BASE, TURBO, Family, Tower
 from weights.fill import IGNORED, build, fill, under
 from weights.kinds import UNET, family, what_is
-from weights.load import vae_state
+from weights.load import check_scale, vae_state
 from weights.lora import LoRA, check, merge
 from weights.openclip import text_from_openclip
 from weights.settings import MARKS, heed_vae, schedule_of, sd2_predicts_noise
@@ -123,7 +123,9 @@ def open_base(
     if kind is SD2 and sd2_predicts_noise(state):
         kind = SD2_BASE
     schedule = schedule_of(path, state, kind, prediction=prediction, spacing=spacing)
-    if os.path.isdir(path) and not vae:
+    if vae:
+        check_scale(vae, kind.latent_scale)
+    elif os.path.isdir(path):
         kind = heed_vae(path, kind)
     found = parts(state, kind)
     check_whole(path, found, kind)
@@ -190,7 +192,7 @@ def gather(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -> 
 
 def read_text(path: Path) -> State:
     """A text tower in a file or a folder of its own, in the transformers layout or in OpenCLIP's; of a whole CLIP its half."""
-    state = read_part(path) if path.is_dir() else read(path)
+    state = read_part(path)
     if not any(key.endswith("token_embedding.weight") for key in state):
         raise WeightsError(f"{path}: a CLIP text tower is wanted here; this is {what_is(state)}")
     return {key: w for key, w in state.items() if not key.startswith(("visual", "vision_model.", "logit_"))}

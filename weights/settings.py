@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 
 from files.tensors import State, WeightsError
 from sampler import Schedule
-from weights.configs import count
 from weights.diffusers import SCHEDULER, VAE_CONFIG, read_json
 from weights.families import SDXL, Family
 from weights.kinds import UNET
@@ -86,9 +85,9 @@ def sd2_predicts_noise(state: State) -> bool:
 
     It is what ComfyUI goes by (supported_models.py), and has since 2023.
     """
-    last = count(state, re.escape(UNET) + r"output_blocks\.(\d+)\.") - 1
-    bias = state.get(f"{UNET}output_blocks.{last}.1.transformer_blocks.0.norm1.bias")
-    return bias is not None and bias.float().std(correction=0).item() <= 0.09
+    name = re.escape(UNET) + r"output_blocks\.(\d+)\.1\.transformer_blocks\.0\.norm1\.bias"
+    biases = {int(match[1]): w for key, w in state.items() if (match := re.fullmatch(name, key))}
+    return bool(biases) and biases[max(biases)].float().std(correction=0).item() <= 0.09
 
 
 def heed_vae(path: str | Path, kind: Family) -> Family:
