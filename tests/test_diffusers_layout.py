@@ -16,8 +16,9 @@ from ipadapter import Prompt
 from unet import UNet
 from vae import SD_VAE, VAE
 from weights.configs import unet_config, vae_config
-from weights.diffusers import read_folder, read_part, schedule_said
+from weights.diffusers import read_folder, read_part
 from weights.diffusers_names import from_diffusers, unet_key, unet_shape
+from weights.settings import scheduler_says
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SD15 = {"cross_attention_dim": 768}
@@ -289,10 +290,10 @@ def test_a_damaged_index_is_one_line(tmp_path, content):
 
 @pytest.mark.parametrize("config, found", [({"prediction_type": "v_prediction"}, {"prediction": "v"}), ({}, {})])
 def test_prediction_type(tmp_path, config, found):
-    assert schedule_said(tmp_path) == {}
+    assert scheduler_says(tmp_path) == {}
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config))
-    assert schedule_said(tmp_path) == found
+    assert scheduler_says(tmp_path) == found
 
 
 def test_what_is_no_part_of_a_folder_stays_as_it_is(unet, vae):

@@ -1,14 +1,11 @@
 """Base models: which family a checkpoint belongs to, and its parts as models."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from clip import CLIPText, TextEncoder, TwoTowerEncoder
@@ -18,14 +15,15 @@ from sampler import Schedule
 from unet import UNet
 from vae import VAE
 from weights.configs import count, text_config, unet_config, vae_config
-from weights.diffusers import read_folder, read_part, schedule_said, vae_said
+from weights.diffusers import read_folder, read_part
 from weights.diffusers_names import from_diffusers
-from weights.families import FAMILIES, SD2, SD2_BASE, SDXL, TURBO, Family, Tower
+from weights.families import FAMILIES, SD2, SD2_BASE, TURBO, Family, Tower
 from weights.fill import IGNORED, build, fill, under
 from weights.kinds import UNET, family, what_is
-from weights.load import vae_state
+from weights.load import check_scale, vae_state
 from weights.lora import LoRA, check, merge
 from weights.openclip import text_from_openclip
+from weights.settings import MARKS, heed_vae, schedule_of, sd2_predicts_noise
 
 AUTOENCODER = "first_stage_model."
 # Models that take so many channels.
@@ -50,17 +48,13 @@ class Base:
     """A base model, its keys checked, its parts built when they are asked for."""
 
     path: Path
-    family: Family
+    family: Family  # its row, with what a folder says of its own autoencoder
     schedule: Schedule
     layers: list[tuple[int, int]]  # (dim, context_dim) of each cross-attention, in the order of an adapter's keys
     dtype: torch.dtype
     device: torch.device | str
     sinusoids: int = 0  # that stand for each size of a picture in `Prompt.vector`: 256 in SDXL, none elsewhere
     loras: Sequence[tuple[LoRA, float]] = ()  # merged into each part as it is built, each with its weight
-    latent_scale: float | None = None  # None: the family's
-    half_vae: bool | None = (
-        None  # whether the autoencoder computes in fp16 without overflow; None: as the family's does
-    )
     guidance_scale: float | None = None  # where none is asked for: 1, off, for a distilled model; None: the sampler's
     vae_file: Path | None = None  # where the autoencoder is, if not in `path`
     text_files: tuple[Path, ...] = ()  # where the text towers are, if not in `path`
@@ -79,8 +73,7 @@ class Base:
     @property
     def vae_dtype(self) -> torch.dtype:
         """What to decode in: SDXL's autoencoder overflows in fp16."""
-        half = self.family.half_vae if self.half_vae is None else self.half_vae
-        return torch.float32 if self.dtype == torch.float16 and not half else self.dtype
+        return self.dtype if self.family.half_vae or self.dtype != torch.float16 else torch.float32
 
     def text(self) -> CLIPText:
         """The text tower; of two, the first."""
@@ -94,7 +87,7 @@ class Base:
 
     def part(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
         # Read anew each time: a mapped file costs nothing to open, and its pages can go when the model is built.
-        part = parts(gather(self.path, self.vae_file, self.text_files), self.family, self.latent_scale)[name]
+        part = parts(gather(self.path, self.vae_file, self.text_files), self.family)[name]
         model = fill(part.make, part.state, self.path, dtype or self.dtype, self.device)
         if self.loras and name in LORA_PARTS:
             merge(model, self.loras, LORA_PARTS[name], keep=False)
@@ -130,7 +123,10 @@ def open_base(
     if kind is SD2 and sd2_predicts_noise(state):
         kind = SD2_BASE
     schedule = schedule_of(path, state, kind, prediction=prediction, spacing=spacing)
-    said = vae_said(path) if os.path.isdir(path) and not vae else {}
+    if vae:
+        check_scale(vae, kind.latent_scale)
+    elif os.path.isdir(path):
+        kind = heed_vae(path, kind)
     found = parts(state, kind)
     check_whole(path, found, kind)
     used = (*(part.prefix for part in found.values()), *(prefix for tower in kind.text for prefix in tower.prefixes))
@@ -154,8 +150,6 @@ def open_base(
         device,
         sinusoids=(vector_dim - texts[-1].config.projection) // 6 if vector_dim else 0,
         loras=loras,
-        latent_scale=said.get("scaling_factor"),
-        half_vae=None if kind.half_vae or "force_upcast" not in said else not said["force_upcast"],
         guidance_scale=EMBEDDED if unet.config.guidance_dim else 1.0 if turbo else None,
         vae_file=vae,
         text_files=text_encoder,
@@ -198,7 +192,7 @@ def gather(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -> 
 
 def read_text(path: Path) -> State:
     """A text tower in a file or a folder of its own, in the transformers layout or in OpenCLIP's; of a whole CLIP its half."""
-    state = read_part(path) if path.is_dir() else read(path)
+    state = read_part(path)
     if not any(key.endswith("token_embedding.weight") for key in state):
         raise WeightsError(f"{path}: a CLIP text tower is wanted here; this is {what_is(state)}")
     return {key: w for key, w in state.items() if not key.startswith(("visual", "vision_model.", "logit_"))}
@@ -238,9 +232,9 @@ def check_texts(path: str | Path, unet: UNet, texts: list[CLIPText]) -> None:
         raise WeightsError(f"{path}: the second text tower has no text_projection, which this UNet reads")
 
 
-def parts(state: State, kind: Family, latent_scale: float | None = None) -> dict[str, Part]:
+def parts(state: State, kind: Family) -> dict[str, Part]:
     """The parts of a base model by their names, the UNet and the autoencoder first."""
-    scale = latent_scale or kind.latent_scale
+    scale = kind.latent_scale
     unet = {key.replace("time_embed.cond_proj.", "cond_proj."): w for key, w in under(UNET, state).items()}
     found = {
         "UNet": Part(UNET, unet, lambda part: UNet(unet_config(part))),
@@ -266,45 +260,3 @@ def text_state(state: State, tower: Tower) -> State:
         unused = (f"text_model.encoder.layers.{layers - 1}.", "text_projection")
         state = {key: w for key, w in state.items() if not key.startswith(unused)}
     return state
-
-
-MARKS = ("v_pred", "ztsnr")  # keys that say something of the schedule
-PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}  # as metadata and schedulers call them
-
-
-def schedule_of(path: str | Path, state: State, kind: Family, **asked: str | None) -> Schedule:
-    """The family's noise schedule, changed by what a folder's scheduler or the marks in a file say, and that by what is asked.
-
-    Raises:
-        WeightsError: it cannot be used.
-    """
-    if mark := next((key for key in state if key.startswith("edm_")), None):
-        raise WeightsError(f"{path}: made for the noise levels of EDM (its key {mark}), which are not supported")
-    said = schedule_said(path) if os.path.isdir(path) else {}
-    if kind is not SDXL:  # diffusers' pipelines correct it too
-        said.pop("steps_offset", None)
-    if told := PREDICTIONS.get(metadata(path).get("modelspec.prediction_type")):
-        said["prediction"] = told
-    said |= {"prediction": "v"} if "v_pred" in state else {}
-    said |= {"zero_snr": True, "spacing": "trailing"} if "ztsnr" in state else {}
-    try:
-        return replace(kind.schedule, **said | {name: value for name, value in asked.items() if value})
-    except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from None
-
-
-def metadata(path: str | Path) -> dict[str, str]:
-    """What a .safetensors file says beside its tensors; of any other file nothing."""
-    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-        return file.metadata() or {}
-    return {}
-
-
-def sd2_predicts_noise(state: State) -> bool:
-    """The versions of SD 2.x (512 pixels and eps, 768 and v) have the same tensors; how widely one bias varies tells.
-
-    It is what ComfyUI goes by (supported_models.py), and has since 2023.
-    """
-    last = count(state, re.escape(UNET) + r"output_blocks\.(\d+)\.") - 1
-    bias = state.get(f"{UNET}output_blocks.{last}.1.transformer_blocks.0.norm1.bias")
-    return bias is not None and bias.float().std(correction=0).item() <= 0.09

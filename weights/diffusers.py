@@ -104,53 +104,6 @@ def model_sha256(path: str | Path) -> str:
     return sha256_of_several(path, folder_files(path)) if path.is_dir() else sha256(path)
 
 
-def schedule_said(path: str | Path) -> dict[str, object]:
-    """What a folder's scheduler says of the noise schedule, as arguments of `Schedule`.
-
-    Raises:
-        WeightsError: the file cannot be read, or it says what no schedule here can be.
-    """
-    file = Path(path) / SCHEDULER
-    config = read_json(file) if file.exists() else {}
-    if "EDM" in config.get("_class_name", "") or config.get("timestep_type") == "continuous":
-        raise WeightsError(f"{file}: made for the noise levels of EDM (arXiv 2206.00364), which are not supported")
-    if "Flow" in config.get("_class_name", ""):
-        raise WeightsError(f"{file}: made for a flow, not for a diffusion; that is not supported")
-    for name, allowed in ONLY.items():
-        if (found := config.get(name)) not in (None, *allowed):
-            raise WeightsError(
-                f"{file}: the {name} is {found!r}; {' and '.join(map(str, allowed)) or 'none'} supported"
-            )
-    said = {ours: config[theirs] for theirs, ours in NAMED.items() if config.get(theirs) is not None}
-    if "prediction" in said:
-        said["prediction"] = {"epsilon": "eps", "v_prediction": "v"}[said["prediction"]]
-    return said
-
-
-# What is read of a scheduler's config, by its names and ours; and what else it may say.
-NAMED = {name: name for name in ("beta_start", "beta_end", "beta_schedule", "steps_offset", "set_alpha_to_one")}
-NAMED |= {
-    "prediction_type": "prediction",
-    "timestep_spacing": "spacing",
-    "rescale_betas_zero_snr": "zero_snr",
-}
-ONLY = {"prediction_type": ("epsilon", "v_prediction"), "num_train_timesteps": (1000,), "trained_betas": ()}
-
-
-def vae_said(path: str | Path) -> dict[str, object]:
-    """What a folder's autoencoder says beside its tensors: `scaling_factor` and `force_upcast`, where it does.
-
-    Raises:
-        WeightsError: the file cannot be read, or its latents are shifted too.
-    """
-    file = Path(path) / VAE_CONFIG
-    config = read_json(file) if file.exists() else {}
-    for name in ("latents_mean", "latents_std", "shift_factor"):
-        if config.get(name):
-            raise WeightsError(f"{file}: has {name}; an autoencoder whose latents are scaled alone is wanted")
-    return config
-
-
 def read_json(path: Path) -> dict:
     with untrusted(WeightsError, f"{path}: not readable as JSON"):
         content = json.loads(path.read_text(encoding="utf-8"))
