@@ -1,7 +1,7 @@
 """IP-Adapter: image prompts through decoupled cross-attention (arXiv 2308.06721)."""
 
 from ipadapter.adapter import IPAdapter
-from ipadapter.attention import DecoupledCrossAttention, heard, number
+from ipadapter.attention import DecoupledCrossAttention, heard, number, prepared
 from ipadapter.projection import FacePlusProjection, FaceProjection, ImageProjection, PatchProjection, Resampler
 from ipadapter.prompt import ImagePrompt, Prompt
 
@@ -17,4 +17,5 @@ __all__ = [
     "Resampler",
     "heard",
     "number",
+    "prepared",
 ]
