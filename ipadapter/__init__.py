@@ -14,7 +14,7 @@ for name in ("clip", "files", "generate", "sampler", "training", "unet", "vae", 
         )
 
 from ipadapter.adapter import IPAdapter
-from ipadapter.attention import DecoupledCrossAttention, heard, number
+from ipadapter.attention import DecoupledCrossAttention, heard, number, prepared
 from ipadapter.projection import FacePlusProjection, FaceProjection, ImageProjection, PatchProjection, Resampler
 from ipadapter.prompt import ImagePrompt, Prompt
 
@@ -30,4 +30,5 @@ __all__ = [
     "Resampler",
     "heard",
     "number",
+    "prepared",
 ]
