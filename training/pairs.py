@@ -535,15 +535,15 @@ def members(file: BinaryIO, start: int, end: int) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             flaw = "cut short or damaged"
             while member := tar.next():
-                if member.isreg() and member.offset_data + member.size > end:
-                    raise tarfile.TarError
+                if tar.offset <= member.offset or (member.isreg() and member.offset_data + member.size > end):
+                    raise tarfile.TarError  # the first of them would go on for ever
                 if member.isreg() and not member.issparse():
                     yield member
                 tar.members.clear()  # it would keep them all
             file.seek(tar.offset)
             if tar.offset + 512 > end or any(file.read(512)):  # next() is silent about a header cut in two
                 raise tarfile.TarError
-    except tarfile.TarError:
+    except (tarfile.TarError, ValueError, ArithmeticError):  # the others from sizes that no file has
         raise tarfile.TarError(flaw) from None
 
 
