@@ -50,6 +50,9 @@ MAKING = ("steps", "guidance_scale", "scale", "seed", "height", "width", "text",
 def main() -> None:
     args = parse()
     pairs = open_pairs(args.data, args.data_root, uncaptioned=True, once=True)
+    data = {"data (sha256)": pairs.digest()}
+    if told := pairs.told():
+        print(told, file=sys.stderr)
     names = result_names(pairs, args.limit)
     judge = open_judge(args.clip, args.device, args.clip_gelu)
     skipped = dict.fromkeys(pairs.skipped)  # a set of messages that keeps their order
@@ -61,7 +64,7 @@ def main() -> None:
             raise WeightsError(f"{models.files['adapter']}: {what}")
         size = {"height": args.height or models.side, "width": args.width or models.side}
         vars(args).update(size | {name: str(path) for name, path in models.files.items()})
-        settings = open_folder(folder, {name: getattr(args, name) for name in ("data", *MAKING)}, models.files)
+        settings = open_folder(folder, data | {name: getattr(args, name) for name in MAKING}, models.files)
         how = {"steps": args.steps, "guidance_scale": args.guidance_scale, **size}
         with tqdm(total=len(names) * args.num_samples, desc="pictures", unit="picture") as bar:
             missing = to_make(pairs, names, folder, args.num_samples, args.seed, skipped, bar.update)
@@ -76,7 +79,7 @@ def main() -> None:
     if not scored:
         raise UserError(f"--data {' '.join(args.data)}: no pair can be scored: {next(iter(skipped))}")
     settings = {name: str(v) if isinstance(v, Path | torch.device) else v for name, v in vars(args).items()}
-    settings |= {"clip_gelu": judge.gelu, "torch": torch.__version__, "made_with": made_with(folder)}
+    settings |= data | {"clip_gelu": judge.gelu, "torch": torch.__version__, "made_with": made_with(folder)}
     skips = len(skipped) + pairs.skipped_count - len(pairs.skipped)  # of very many, not all are told
     found = summary(scored) | {"skipped": list(skipped), "skipped_count": skips, "settings": settings, "pairs": scored}
     args.output.parent.mkdir(parents=True, exist_ok=True)
