@@ -51,6 +51,11 @@ class Prompt:
     images: tuple[ImagePrompt, ...] = ()
     vector: Tensor | None = None  # (batch, vector_dim), for bases with a `label_emb` (SDXL); None for SD 1.x
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return (self.text if isinstance(self.text, Tensor) else self.text[0][0]).dtype
+
     @staticmethod
     def cat(prompts: Sequence["Prompt"]) -> "Prompt":
         """Stack prompts along the batch: the unconditional one and the conditional one, or those of several pictures.

@@ -34,7 +34,7 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 from ipadapter import ImageProjection, IPAdapter, Prompt, heard, number
 from ipadapter.objective import Objective
-from sampler import guided
+from sampler import SD, guided
 from unet.unet import timestep_embedding
 
 
@@ -290,7 +290,7 @@ def test_guidance_serves_it(model, adapter, inputs):
     prompt, null = Prompt(text, (adapter.prompt(tokens, 0.6),)), Prompt(-text, (adapter.prompt(-tokens, 0.4),))
     t = torch.tensor(500)
     e_prompt, e_null = model(x, t, prompt), model(x, t, null)
-    assert rel(guided(model, prompt, null, 4.5)(x, t), e_null + 4.5 * (e_prompt - e_null)) <= 1e-5
+    assert rel(guided(model, prompt, null, 4.5)(x, SD.level(500))[0], e_null + 4.5 * (e_prompt - e_null)) <= 1e-5
 
 
 @torch.enable_grad()
