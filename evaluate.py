@@ -6,7 +6,7 @@
                                                 (also .jpg, .webp; any numbering)
 
 The paper's setting: the 5,000 pictures of COCO val2017 with a caption each, SD 1.5, OpenAI's ViT-L/14 as the judge:
-  python evaluate.py --data coco --base v1-5-pruned-emaonly.safetensors --adapter ip-adapter_sd15.safetensors \\
+  python evaluate.py --data coco/val2017 --base v1-5-pruned-emaonly.safetensors --adapter ip-adapter_sd15.safetensors \\
       --image-encoder model.safetensors --clip ViT-L-14/openai
 
 CLIP-I is the cosine of a result's image embedding and its prompt's, CLIP-T that of a result and the prompt's caption.
