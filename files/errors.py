@@ -1,5 +1,6 @@
 """A user's mistakes and what a user should know, as one base class each; what libraries raise becomes the first."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,8 +12,16 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        """Names out of files stand in messages: a line break or an escape sequence in one must not act on the screen."""
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        """Names out of files stand in messages: what in one of them would break the line, or act on the screen, is escaped."""
+        line = " ".join(super().__str__().splitlines())
+        text = UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+)  # control characters, also those of lines and directions
+LONGEST = 2000  # characters of a message
 
 
 class Notice(UserWarning):
