@@ -11,7 +11,11 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        line = printable(" ".join(super().__str__().splitlines()))
+        return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+
+
+LONGEST = 2000  # characters of a message
 
 
 def printable(message: str) -> str:
