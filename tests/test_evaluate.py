@@ -370,7 +370,7 @@ def touched(folder: Path, *names: str) -> Path:
         (["a_00.png", "a_01.png", "a_10.png"], {"a": ["a_00.png", "a_01.png", "a_10.png"]}, []),
         (["a_1.jpeg", "a_3.jpeg", "a_20.jpeg"], {"a": ["a_1.jpeg", "a_3.jpeg", "a_20.jpeg"]}, []),
         (["a/0.png", "a/2.png", "a/x.png"], {"a": ["a/0.png", "a/2.png"]}, ["a/x.png"]),
-        (["s/c_4.png", "s/c/x.png", "z.png", "z/0.png"], {"s/c": ["s/c_4.png"]}, ["s/c/x.png", "z.png"]),
+        (["s/c_4.png", "s/c/x.png", "z.png", "z/0.png"], {"s/c": ["s/c_4.png"]}, ["z.png", "s/c/x.png"]),
         (["d.png", "d_1.png"], {"d": ["d.png"], "d_1": ["d_1.png"]}, []),  # the pair d_1's, not d's
         (["d_0.png", "d_1.png", "d_1_0.png"], {"d": ["d_0.png", "d_1.png"], "d_1": ["d_1_0.png"]}, []),
     ],
