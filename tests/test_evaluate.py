@@ -23,9 +23,10 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from clip import preprocess
+from files.errors import UserError
 from measures import centre, open_judge
 from training.pairs import open_pairs
-from training.results import result_names
+from training.results import find_results, open_folder, result_names
 from weights import WeightsError
 from weights.clip import load_clip
 
@@ -298,6 +299,14 @@ def test_pictures_made_otherwise_are_not_taken(made, data, tmp_path):
     assert run.returncode == 2 and "holds other files" in run.stderr
 
 
+def test_a_folder_in_which_nothing_was_made_is_in_nobodys_way(tmp_path):
+    open_folder(tmp_path / "x", {"scale": 1.0})
+    open_folder(tmp_path / "x", {"scale": 0.5})
+    touched(tmp_path, "x/sub/a_0.png")
+    with pytest.raises(UserError, match="made with `scale` 0.5, now it is 1.0"):
+        open_folder(tmp_path / "x", {"scale": 1.0})
+
+
 def test_captions_as_text_prompts(made, data, tmp_path):
     assert evaluate("--data", data, *FAST, "--text", "--output", tmp_path / "x.json").returncode == 0
     assert np.abs(pixels(tmp_path / "x/0_0.png") - pixels(made[0] / "x/0_0.png")).max() > 8
@@ -345,6 +354,57 @@ def test_a_picture_without_caption_has_a_clip_i_alone_and_one_with_several_its_f
     assert found["none"]["clip_i"] == pytest.approx(found["single"]["clip_i"])
     assert (found["none"]["clip_t"], found["none"]["pairs"][1]["clip_t_x2.5"]) == (None, None)
     assert "CLIP-T             -    no captions" in run.stdout, run.stdout
+
+
+def touched(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "files, found, left",
+    [
+        (["a.jpg", "b.WEBP", "b.txt"], {"a": ["a.jpg"], "b": ["b.WEBP"]}, []),
+        (["a_00.png", "a_01.png", "a_10.png"], {"a": ["a_00.png", "a_01.png", "a_10.png"]}, []),
+        (["a_1.jpeg", "a_3.jpeg", "a_20.jpeg"], {"a": ["a_1.jpeg", "a_3.jpeg", "a_20.jpeg"]}, []),
+        (["a/0.png", "a/2.png", "a/x.png"], {"a": ["a/0.png", "a/2.png"]}, ["a/x.png"]),
+        (["s/c_4.png", "s/c/x.png", "z.png", "z/0.png"], {"s/c": ["s/c_4.png"]}, ["z.png", "s/c/x.png"]),
+        (["d.png", "d_1.png"], {"d": ["d.png"], "d_1": ["d_1.png"]}, []),  # the pair d_1's, not d's
+        (["d_0.png", "d_1.png", "d_1_0.png"], {"d": ["d_0.png", "d_1.png"], "d_1": ["d_1_0.png"]}, []),
+    ],
+)
+def test_results_under_other_hands_names(tmp_path, files, found, left):
+    names = ["a", "b", "s/c", "d", "d_1"]
+    results, others = find_results(touched(tmp_path, *files), names)
+    assert {name: [str(p.relative_to(tmp_path)) for p in paths] for name, paths in results.items()} == found
+    assert [str(path.relative_to(tmp_path)) for path in others] == left
+
+
+@pytest.mark.parametrize(
+    "files", [["a.png", "a.jpg"], ["a.png", "a_3.png"], ["a_0.png", "a/0.png"], ["a_1.png", "a_01.png"]]
+)
+def test_two_files_for_one_result_are_refused(tmp_path, files):
+    with pytest.raises(UserError, match="both .* and .* are there; which is it"):
+        find_results(touched(tmp_path, *files), ["a"])
+
+
+def test_what_is_not_scored_is_told(tmp_path, data, results):
+    for i in range(2):
+        picture = Image.open(results / f"{i}_0.png")
+        for name in (f"{i}_1.jpg", f"{i}_2.jpg", f"other{i}.png"):
+            picture.save(tmp_path / name)
+    flags = ["--data", data, "--results", tmp_path, "--limit", 2, "--output", tmp_path / "o/x.json"]
+    run = evaluate(*flags, "--num-samples", 1)
+    assert run.returncode == 0, run.stderr
+    assert f"not scored: 4 pictures in {tmp_path}; the first: {tmp_path / 'other0.png'}" in run.stderr.splitlines()[-1]
+    found = json.loads((tmp_path / "o/x.json").read_text())
+    assert (found["n"], found["samples"], found["not_scored"], found["skipped"]) == (2, 2, 4, [])
+    assert evaluate(*flags).returncode == 0
+    again = json.loads((tmp_path / "o/x.json").read_text())
+    assert (again["samples"], again["not_scored"]) == (4, 2)
+    assert again["clip_i"] == pytest.approx(found["clip_i"], abs=1e-6)  # the same picture twice
 
 
 def test_only_bad_pairs_are_an_error(tmp_path, data):
@@ -407,6 +467,7 @@ MISTAKES = {
         ],
         "a base model is wanted here",
     ),
+    "faces by name": (["--adapter", "faceid"], "--adapter faceid: a FaceID adapter, it reads faces"),
     "base alone": (["--base", WEIGHTS / "sd-tiny.safetensors"], "--adapter is wanted beside"),
     "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter for a UNet is wanted here"),
     "damaged settings": (["--pictures", "damaged"], "pictures.json: damaged"),
