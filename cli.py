@@ -176,7 +176,7 @@ def models(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", metavar="FILE", help="SD 1.x, SD 2.x or SDXL: a checkpoint or a folder (default: the tiny model)")
     add("--adapter", metavar="FILE", help="IP-Adapter of any kind, .safetensors or .bin")
-    add("--image-encoder", metavar="FILE", help="CLIP image encoder, transformers or OpenCLIP layout")
+    add("--image-encoder", metavar="FILE", help="CLIP image encoder: a file or a folder")
     add("--vae", metavar="FILE", help="another autoencoder")
 
 

@@ -2,10 +2,11 @@
 
   python evaluate.py                            the bundled model on bundled drawings that it has not seen
   python evaluate.py --data D --limit 100       pictures of yours as image prompts
-  python evaluate.py --data D --results R       pictures that exist: R/name.png, or R/name_0.png, R/name_1.png, ...
+  python evaluate.py --data D --results R       pictures that exist: R/name.png, or R/name_0.png, ..., or R/name/0.png
+                                                (also .jpg, .webp; any numbering)
 
 The paper's setting: the 5,000 pictures of COCO val2017 with a caption each, SD 1.5, OpenAI's ViT-L/14 as the judge:
-  python evaluate.py --data coco --base v1-5-pruned-emaonly.safetensors --adapter ip-adapter_sd15.safetensors \\
+  python evaluate.py --data coco/val2017 --base v1-5-pruned-emaonly.safetensors --adapter ip-adapter_sd15.safetensors \\
       --image-encoder model.safetensors --clip ViT-L-14/openai
 
 CLIP-I is the cosine of a result's image embedding and its prompt's, CLIP-T that of a result and the prompt's caption.
@@ -18,28 +19,26 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also under python -P
+import start  # noqa: F401, isort: skip, before what is slow to import
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import count, islice, takewhile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import cli
 from files.errors import UserError
-from files.pictures import PictureError, open_picture, save_picture
+from files.pictures import save_picture
 from files.whole import write_text
 from generate import Models, open_models, pictures, prompts
 from ipadapter import Prompt
-from measures import SCORES, SHOWN, batches, best_and_worst, open_judge, scores, shown, summary
-from training.pairs import PICTURES, BadSample, Pair, Pairs, open_pairs
-from training.recipes import TINY
-from weights import WeightsError
+from measures import SCORES, batches, best_and_worst, open_judge, scores, shown, summary
+from training.pairs import Pair, open_pairs
+from training.recipes import TINY, check_reads_pictures, resolve_pictures
+from training.results import find_results, made_results, made_with, open_folder, readable, result_names, to_make
 from weights.diffusers import model_sha256
 
 MODELS = ("base", "adapter", "image_encoder", "vae")
@@ -49,77 +48,51 @@ MAKING = ("steps", "guidance_scale", "scale", "seed", "height", "width", "text",
 def main() -> None:
     args = parse()
     pairs = open_pairs(args.data, args.data_root, uncaptioned=True, once=True)
+    data = {"data (sha256)": pairs.digest()}
+    if told := pairs.told():
+        print(told, file=sys.stderr)
     names = result_names(pairs, args.limit)
-    judge = open_judge(args.clip, args.device, args.clip_gelu)
     skipped = dict.fromkeys(pairs.skipped)  # a set of messages that keeps their order
     folder = args.results or args.pictures
+    if args.results:
+        found, left = find_results(folder, names, args.num_samples)
+    else:
+        resolve_pictures({name: getattr(args, name) for name in MODELS})
+    judge = open_judge(args.clip, args.device, args.clip_gelu)
     if not args.results:
         models = open_models(*(getattr(args, name) for name in MODELS), device=args.device, dtype=args.dtype_name)
-        if models.adapter_kind.image_proj.faces:
-            what = "a FaceID adapter, it reads faces; one that reads pictures is wanted here"
-            raise WeightsError(f"{models.files['adapter']}: {what}")
+        check_reads_pictures(models)
         size = {"height": args.height or models.side, "width": args.width or models.side}
         vars(args).update(size | {name: str(path) for name, path in models.files.items()})
-        settings = open_folder(folder, {name: getattr(args, name) for name in ("data", *MAKING)}, models.files)
+        settings = data | {name: getattr(args, name) for name in MAKING} | {"sampler": "ddim"}
+        settings |= {name: model_sha256(models.files[name]) if name in models.files else None for name in MODELS}
+        open_folder(folder, settings)
         how = {"steps": args.steps, "guidance_scale": args.guidance_scale, **size}
         with tqdm(total=len(names) * args.num_samples, desc="pictures", unit="picture") as bar:
             missing = to_make(pairs, names, folder, args.num_samples, args.seed, skipped, bar.update)
             make(models, missing, how, args.scale, args.text, args.batch_size, settings, bar.update)
-    pictures_of = partial(results, folder, most=args.num_samples, alone=bool(args.results))
+        found, left = made_results(folder, names, args.num_samples), []
     scored = []
-    for batch in batches(
-        readable(pairs, tqdm(names, desc="scores", unit="pair"), pictures_of, skipped), args.batch_size
-    ):
-        found = scores(judge, [(pair, made) for _, _, pair, made in batch], args.caption_prefix)
-        scored += [{"number": i, "name": name, **row} for (i, name, _, _), row in zip(batch, found, strict=True)]
+    rows = readable(pairs, tqdm(names, desc="scores", unit="pair"), found, folder, skipped)
+    for batch in batches(rows, args.batch_size):
+        marks = scores(judge, [(pair, made) for _, _, pair, made in batch], args.caption_prefix)
+        scored += [{"number": i, "name": name, **row} for (i, name, _, _), row in zip(batch, marks, strict=True)]
     if not scored:
         raise UserError(f"--data {' '.join(args.data)}: no pair can be scored: {next(iter(skipped))}")
     settings = {name: str(v) if isinstance(v, Path | torch.device) else v for name, v in vars(args).items()}
-    settings |= {"clip_gelu": judge.gelu, "torch": torch.__version__, "made_with": made_with(folder)}
+    settings |= data | {"clip_gelu": judge.gelu, "torch": torch.__version__, "made_with": made_with(folder)}
     skips = len(skipped) + pairs.skipped_count - len(pairs.skipped)  # of very many, not all are told
-    found = summary(scored) | {"skipped": list(skipped), "skipped_count": skips, "settings": settings, "pairs": scored}
+    result = summary(scored) | {"skipped": list(skipped), "skipped_count": skips, "not_scored": len(left)}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    order = sorted(scored, key=lambda row: -row["clip_i"])
-    ranks = sorted({*range(len(order))[:SHOWN], *range(len(order))[-SHOWN:]})  # of the best and of the worst
-    rows = [(order[rank] | {"rank": rank}, pairs[order[rank]["number"]]) for rank in ranks]
-    rows = [(row, pair, [open_picture(path) for path in pictures_of(row["name"])[:SHOWN]]) for row, pair in rows]
-    save_picture(best_and_worst(rows, len(order)), args.output.with_suffix(".png"))
-    write_text(args.output, json.dumps(found, indent=1))
-    report(args.output, args.clip, found)
-
-
-def result_names(pairs: Pairs, limit: int | None) -> list[str]:
-    """What each pair's results are called: a path without suffix that cannot leave the folder, each pair its own."""
-    names: dict[str, None] = {}
-    for i in range(min(len(pairs), limit or len(pairs))):
-        path = Path(*(part for part in Path(pairs.names[i]).parts if part not in ("/", "..")))
-        name = str(path.with_suffix("") if path.suffix[1:].lower() in PICTURES else path)
-        if name in names:
-            raise UserError(f"`data`: two pairs are called {name!r}; results go by name, each pair needs its own")
-        names[name] = None
-    return list(names)
-
-
-def to_make(
-    pairs: Pairs,
-    names: Sequence[str],
-    folder: Path,
-    samples: int,
-    seed: int,
-    skipped: dict,
-    done: Callable[[int], object],
-) -> Iterator[tuple[Pair, list[tuple[int, Path]]]]:
-    """Pairs whose pictures are not all there yet, with the seeds and the paths of those that are missing."""
-    for i, name in enumerate(names):
-        paths = [(seed + j, folder / f"{name}_{j}.png") for j in range(samples)]
-        todo = [(seed, path) for seed, path in paths if not os.path.isfile(path)]
-        done(len(paths) - len(todo))
-        try:
-            if todo:
-                yield pairs[i], todo
-        except BadSample as error:
-            skipped[str(error)] = None
-            done(len(todo))
+    save_picture(best_and_worst(scored, pairs, found), args.output.with_suffix(".png"))
+    write_text(args.output, json.dumps(result | {"settings": settings, "pairs": scored}, indent=1))
+    report(result, f"{args.clip or 'the tiny CLIP'}{f' ({judge.gelu} GELU)' if judge.gelu else ''}")
+    print(args.output, args.output.with_suffix(".png"), sep="\n")
+    if left:
+        print(f"not scored: {len(left):,} pictures in {folder}; the first: {left[0]}", file=sys.stderr)
+    if skipped:
+        more = "; ..." if len(skipped) > 5 else ""
+        print(f"skipped {skips}: {'; '.join(list(skipped)[:5])}{more}", file=sys.stderr)
 
 
 def make(
@@ -148,74 +121,13 @@ def make(
             done()
 
 
-def open_folder(folder: Path, settings: dict, files: Mapping[str, Path]) -> dict:
-    """What the pictures in a folder depend on, kept there as pictures.json; pictures made otherwise are refused."""
-    settings = settings | {"sampler": "ddim"}
-    settings |= {name: model_sha256(files[name]) if name in files else None for name in MODELS}
-    before = made_with(folder)
-    if before is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"`pictures` {folder}: holds other files; a new or empty folder is wanted")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "pictures.json", json.dumps(settings, indent=1))
-    for name, value in settings.items():
-        if before and before.get(name) != value:
-            raise UserError(
-                f"`pictures` {folder}: made with `{name.removesuffix('_name')}` {before.get(name)}, now it is {value}; "
-                "go on with the same settings, or name a new folder"
-            )
-    return settings
-
-
-def made_with(folder: Path) -> dict | None:
-    """The settings that lie beside the pictures; None for pictures made elsewhere."""
-    path = folder / "pictures.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: damaged; name a new folder, or remove this one") from None
-
-
-def readable(
-    pairs: Pairs, names: Iterable[str], pictures_of: Callable[[str], list[Path]], skipped: dict
-) -> Iterator[tuple[int, str, Pair, list[Image.Image]]]:
-    """Pairs with the pictures made of them; what cannot be read, or has no result, is noted as skipped."""
-    for i, name in enumerate(names):
-        try:
-            yield i, name, pairs[i], [open_picture(path) for path in pictures_of(name)]
-        except (BadSample, PictureError) as error:
-            skipped[str(error)] = None
-
-
-def results(folder: Path, name: str, most: int | None, alone: bool) -> list[Path]:
-    """The pictures made of a pair: name_0.png, name_1.png, ..., or name.png `alone`. Raises PictureError without any."""
-    numbered = (folder / f"{name}_{j}.png" for j in count())
-    found = list(islice(takewhile(os.path.isfile, numbered), most))
-    single = folder / f"{name}.png"
-    if alone and os.path.isfile(single):
-        if found:
-            raise UserError(f"`results` {folder}: both {single.name} and {found[0].name} are there; which is it?")
-        return [single]
-    if not found:
-        raise PictureError(f"{single}: no such picture, nor {name}_0.png")
-    return found
-
-
-def report(output: Path, clip: str | None, found: dict) -> None:
+def report(result: dict, judge: str) -> None:
     print(f"{'':<12}   mean     95% interval")
     for key, title in SCORES.items():
-        bounds = found[f"{key}_interval"] or []
-        none = "no captions" if found[key] is None else "of one pair: none"
-        print(f"{title:<12} {shown(found[key], 4):>7}   ", " to ".join(f"{b:.4f}" for b in bounds) or none)
-    gelu = found["settings"]["clip_gelu"]
-    judge = f"{clip or 'the tiny CLIP'}{f' ({gelu} GELU)' if gelu else ''}"
-    print(f"{found['n']} pairs, {found['samples']} results, by {judge}")
-    print(output, output.with_suffix(".png"), sep="\n")
-    if skipped := found["skipped"]:
-        print(
-            f"skipped {found['skipped_count']}: {'; '.join(skipped[:5])}{'; ...' if skipped[5:] else ''}",
-            file=sys.stderr,
-        )
+        bounds = result[f"{key}_interval"] or []
+        none = "no captions" if result[key] is None else "of one pair: none"
+        print(f"{title:<12} {shown(result[key], 4):>7}   ", " to ".join(f"{b:.4f}" for b in bounds) or none)
+    print(f"{result['n']} pairs, {result['samples']} results, by {judge}")
 
 
 def parse() -> argparse.Namespace:

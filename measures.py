@@ -5,9 +5,10 @@ import math
 import os
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 
 from clip import CLIPImage, CLIPText, preprocess, tokenize
 from files.errors import UserError
+from files.pictures import open_picture
 from files.sheets import sheet
 from training.pairs import Pair
 from weights import load_image_encoder, open_base, read
@@ -94,7 +96,7 @@ def named_judge(name: str, device: torch.device) -> Judge:
         net, transform = open_clip.create_model_from_pretrained(model, tag, device=device, force_quick_gelu=quick)
         tokenizer = open_clip.get_tokenizer(model)
     except (RuntimeError, OSError, ValueError, ImportError) as error:
-        raise UserError(f"`clip` {name}: open_clip cannot load it ({error})"[:400]) from None
+        raise UserError(f"`clip` {name}: open_clip cannot load it ({' '.join(str(error).split())})"[:400]) from None
     finally:
         logging.disable(logging.NOTSET)
     net.eval()
@@ -138,15 +140,19 @@ def summary(scored: list[dict]) -> dict:
     return found
 
 
-def best_and_worst(rows: Sequence[tuple[dict, Pair, list[Image.Image]]], total: int, side: int = 192) -> Image.Image:
-    """A sheet of pairs with high and low scores: a card of the scores, the prompt, samples.
+def best_and_worst(
+    scored: Sequence[dict], pairs: Sequence[Pair], results: Mapping[str, Sequence[Path]], side: int = 192
+) -> Image.Image:
+    """A sheet of the pairs with the highest and the lowest CLIP-I: a card of the scores, the prompt, samples.
 
-    rows: entries as `scores` makes them with their "rank" (0 is the best of `total`), the pair, its pictures.
+    Args:
+        scored: entries as `scores` makes them, each with the "number" of its pair and the "name" of its results.
     """
-    cells = []
-    for entry, pair, made in rows:
+    order, cells = sorted(scored, key=lambda entry: -entry["clip_i"]), []
+    for rank in sorted({*range(len(order))[:SHOWN], *range(len(order))[-SHOWN:]}):
+        entry, pair = order[rank], pairs[order[rank]["number"]]
         lines = [
-            f"{entry['rank'] + 1} of {total}",
+            f"{rank + 1} of {len(order)}",
             *(f"{title} {shown(entry[key], 3)}" for key, title in SCORES.items()),
             "",
         ]
@@ -154,8 +160,9 @@ def best_and_worst(rows: Sequence[tuple[dict, Pair, list[Image.Image]]], total: 
         card = Image.new("RGB", (side, side), "white")
         font = ImageFont.load_default(side // 14)
         ImageDraw.Draw(card).multiline_text((4, 4), "\n".join(lines), fill="black", font=font)
-        cells.append([card, pair.image, *made[:SHOWN], *[None] * (SHOWN - len(made))])
-    columns = 2 + min(SHOWN, max(entry["samples"] for entry, _, _ in rows))
+        made = [open_picture(path) for path in results[entry["name"]][:SHOWN]]
+        cells.append([card, pair.image, *made, *[None] * (SHOWN - len(made))])
+    columns = 2 + max(SHOWN - row.count(None) for row in cells)
     titles = ["", "image prompt", *(f"sample {j}" for j in range(SHOWN))]
     return sheet([row[:columns] for row in cells], titles[:columns], side)
 

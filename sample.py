@@ -16,6 +16,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also under python -P
+import start  # noqa: F401, isort: skip, before what is slow to import
 
 import argparse
 import time

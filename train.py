@@ -17,6 +17,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also under python -P
+import start  # noqa: F401, isort: skip, before what is slow to import
 
 import argparse
 from pathlib import Path
@@ -157,7 +158,7 @@ def parse() -> argparse.Namespace:
     cli.models(files)
     add = files.add_argument
     forms = (
-        "tar shards (globs and {000..099} work), folders of pictures with .txt, .json or .caption beside them, with "
+        "tar shards (globs and {000..099} work), folders of these or of pictures with .txt, .json or .caption, with "
     )
     forms += "metadata.jsonl or COCO's annotations, or without captions; .json, .jsonl and .csv lists of "
     add("--data", nargs="+", metavar="D", help=f'pairs: {forms}{{"image_file", "text"}}')
@@ -166,9 +167,7 @@ def parse() -> argparse.Namespace:
     drawn = "pairs whose pictures are drawn now and then (default: from --data)"
     add("--validation", nargs="+", metavar="D", help=drawn)
     add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
-    kept = (
-        "keep what the encoders make here; they run once (delete it when pictures are replaced under their old names)"
-    )
+    kept = "keep what the encoders make here; for each pair they run once, also where data grow or are moved"
     add("--cache", type=cli.path, metavar="DIR", help=kept)
     add("--output", type=cli.path, default=Path("outputs/train"), help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="go on with the run in --output")

@@ -24,8 +24,9 @@ from benchmarks import reference
 from benchmarks.reference import FULL, NARROW, Files, Sizes
 from clip import CLIPImage, CLIPText, preprocess, tokenize
 from files.pictures import open_picture, to_pil
+from generate.picture import denoise
 from ipadapter import ImagePrompt, IPAdapter, Prompt
-from sampler import SD, ddim, ddim_levels, guided, noise
+from sampler import SAMPLERS, guided, noise
 from unet import UNet
 from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base
@@ -131,8 +132,9 @@ def against_diffusers(files: Files) -> Iterator[Row]:
         images = [(adapters[kind].prompt(t, scale),) for t in tokens[kind]] if kind else [(), ()]
         prompt, null = (Prompt(*parts) for parts in zip(texts, images, strict=True))
         predict = guided(unet, prompt, null, GUIDANCE)
-        for x in ddim(predict, noise(SEED, 1, SIDE, SIDE), ddim_levels(SD, STEPS)):
-            pass
+        x = denoise(
+            SAMPLERS["ddim"], predict, noise(SEED, 1, SIDE, SIDE), SAMPLERS["ddim"].levels(base.schedule, STEPS)
+        )
 
         if kind:
             theirs.set_ip_adapter_scale(scale)

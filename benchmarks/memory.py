@@ -11,7 +11,7 @@ is a process of its own. The peak counts mapped file pages, too; "over the start
 import argparse
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,71 +19,38 @@ from safetensors.torch import save_file
 
 from benchmarks.command import ROOT, Cost, cost
 from benchmarks.reference import FULL, NARROW, randomize
-from clip import CLIPImage, CLIPText, CLIPTextConfig, preprocess
-from files.pictures import open_picture
-from ipadapter import ImageProjection, IPAdapter, Prompt
-from sampler import SD, ddim, ddim_levels, guided, noise
-from unet import SDXL, UNet, UNetConfig, size_vector
+from clip import CLIPImage, CLIPText, CLIPTextConfig
+from generate import open_models, pictures, prompts
+from ipadapter import ImageProjection, IPAdapter
+from unet import SDXL, UNet, UNetConfig
 from vae import SD_VAE, VAE, VAEConfig
-from weights import load_adapter, load_image_encoder, open_base
-from weights.storage import STORAGES, store
 
 BIGG = CLIPTextConfig(width=1280, layers=32, heads=20, mlp=5120, quick_gelu=False, projection=1280)
 COMPUTE, GUIDANCE, SCALE, TEXT = torch.float32, 7.5, 0.6, "a red fox in the snow"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Where a run saves memory."""
-
-    storage: str | None = None  # of STORAGES; None: as it computes
-    apart: bool = False  # the two halves of the guidance one after the other
-    rows: int | None = None  # strips of the autoencoder
-
-
-SETTINGS = {
-    "fp32": Setting(),
-    "fp16 storage": Setting("float16"),
-    "fp8 storage": Setting("float8"),
-    "fp16 storage, strips, guidance apart": Setting("float16", True, 64),
-    "fp8 storage, strips, guidance apart": Setting("float8", True, 64),
+SETTINGS = {  # of open_models
+    "fp32": {},
+    "fp16 storage": {"storage": "float16"},
+    "fp8 storage": {"storage": "float8"},
+    "fp16 storage, strips, guidance apart": {"storage": "float16", "low_memory": True},
+    "fp8 storage, strips, guidance apart": {"storage": "float8", "low_memory": True},
 }
 
 
-@torch.no_grad()
 def run(family: str, folder: Path, name: str, side: int, steps: int) -> None:
     """One run, from files to pixels, each model freed when it has done its part."""
-    setting = SETTINGS[name]
-    storage = STORAGES.get(setting.storage)
-    loaded = (
-        COMPUTE if storage is None else torch.float16
-    )  # as the files are: a mapped weight takes no memory of its own
-
-    def stored(model: torch.nn.Module) -> torch.nn.Module:
-        return store(model, storage, COMPUTE) if storage else model
-
-    base = open_base(folder / f"{family}.safetensors", loaded)
-    adapter = load_adapter(folder / f"{family}-adapter.safetensors", loaded)
-    adapter.image_proj.to(COMPUTE)
-    stored(adapter.ip_adapter)
-    encoder = stored(load_image_encoder(folder / "image_encoder.safetensors", loaded))
-    pixels = preprocess(open_picture(ROOT / "tiny/example.png"), encoder.config.image_size)
-    images = [adapter.prompt(tokens(encoder, pixels), SCALE) for tokens in (adapter.tokens, adapter.null_tokens)]
-    del encoder, adapter
-    encode = stored(base.text_encoder())
-    prompts = []
-    for image, (text, pooled) in zip(images, (encode(TEXT), encode.null("")), strict=True):
-        vector = None if pooled is None else size_vector(pooled, side, side)
-        prompts.append(Prompt(text, (image,), vector))
-    del encode
-    unet = base.unet()
-    stored(unet)
-    prompt, null = prompts
-    predict = guided(unet, prompt, null, GUIDANCE, apart=setting.apart)
-    *_, latents = ddim(predict, noise(7, 1, side, side), ddim_levels(SD, steps))
-    del unet, predict
-    vae = replace(base, dtype=COMPUTE).vae()
-    assert vae.decode(latents, setting.rows).isfinite().all()
+    models = open_models(
+        base=folder / f"{family}.safetensors",
+        adapter=folder / f"{family}-adapter.safetensors",
+        image_encoder=folder / "image_encoder.safetensors",
+        device="cpu",
+        keep=False,
+        **SETTINGS[name],
+    )
+    prompt, null = prompts(models, TEXT, images=[ROOT / "tiny/example.png"], scale=SCALE)
+    size = {"height": side, "width": side}
+    (_,) = pictures(models, prompt, null, seed=7, steps=steps, guidance_scale=GUIDANCE, **size)
 
 
 @torch.no_grad()

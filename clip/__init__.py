@@ -4,6 +4,7 @@ from clip.encode import TextEncoder, TwoTowerEncoder
 from clip.model import SD15_TEXT, VIT_H, CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
 from clip.preprocess import preprocess
 from clip.tokenizer import tokenize
+from files.pictures import open_picture
 
 __all__ = [
     "SD15_TEXT",
@@ -14,6 +15,7 @@ __all__ = [
     "CLIPTextConfig",
     "TextEncoder",
     "TwoTowerEncoder",
+    "open_picture",
     "preprocess",
     "tokenize",
 ]

@@ -20,11 +20,12 @@ from clip import tokenize
 from files.pictures import save_png, to_pil
 from files.sheets import sheet
 from files.whole import write_text
+from generate.picture import denoise
 from ipadapter import IPAdapter, Prompt
 from ipadapter.adapter import image_features, null_features
 from ipadapter.objective import noise_loss
 from sample import TINY, TINY_FILES
-from sampler import SD, ddim, ddim_levels, guided, noise, v_weight
+from sampler import SAMPLERS, guided, noise, v_weight
 from tiny import drawings
 from tiny.measure import image_embeds, retrieval, text_embeds, thumbnail
 from training.cache import Cache
@@ -163,7 +164,8 @@ class Lab:
     @torch.no_grad()
     def pictures(self, variant: Variant, texts: Sequence[str] | None = None) -> Tensor:
         """Each unseen drawing as image prompt, beside a text of its own or none: (samples, count, 3, 128, 128)."""
-        args, done = self.args, []
+        args, done, sampler = self.args, [], SAMPLERS["ddim"]
+        levels = sampler.levels(self.base.schedule, args.ddim_steps)
         tokens = variant.projection(self.features(variant, self.patches))
         nothing = variant.projection(self.no_image(variant))
         text = self.text(tokenize(texts or [""] * len(tokens)))
@@ -175,8 +177,7 @@ class Lab:
                     prompt = variant.prompt(words, some)
                     null = variant.prompt(self.null["text"].expand_as(words), nothing.expand_as(some))
                     predict = guided(variant.unet, prompt, null, 7.5)
-                    for z in ddim(predict, start.expand(len(some), -1, -1, -1), ddim_levels(SD, args.ddim_steps)):
-                        pass
+                    z = denoise(sampler, predict, start.expand(len(some), -1, -1, -1), levels)
                     row.append(torch.cat([self.vae.decode(part) for part in z.split(4)]))
                     bar.update(len(some))
                 done.append(torch.cat(row))

@@ -75,7 +75,7 @@ def levels_of(image: Image.Image) -> tuple[float, float]:
     else their own least and greatest. Of floating-point numbers a twentieth at either end may lie outside, and is
     clipped: filters overshoot, and lights are brighter than white.
     """
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or image.format == "PNG":  # older Pillows call the 16 bits of a PNG I
         return 0, 65535
     values = numbers(image.resize([min(side, SAMPLE) for side in image.size], Image.Resampling.NEAREST))
     values = values[np.isfinite(values)]

@@ -11,8 +11,12 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        """Names out of files stand in messages: a line break or an escape sequence in one must not act on the screen."""
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        return printable(super().__str__())
+
+
+def printable(message: str) -> str:
+    """Names out of files stand in messages: a line break or an escape sequence in one must not act on the screen."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 class Notice(UserWarning):

@@ -33,7 +33,7 @@ def font_for(chars: str, size: int) -> ImageFont.FreeTypeFont:
     lacks = lacking(best, chars)
     for path in font_files() if lacks else ():
         with suppress(OSError):  # damaged, or of pictures in a size of their own
-            font = ImageFont.truetype(path, size)
+            font = ImageFont.truetype(str(path), size)
             if (less := lacking(font, chars)) < lacks:
                 best, lacks = font, less
             if not lacks:

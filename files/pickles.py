@@ -168,8 +168,10 @@ def open_zip(path: Path, file: BinaryIO) -> tuple[object, Storage]:
     def part(name: str) -> tuple[int, int]:
         """The first byte of a part of the archive, and its length."""
         info = members.get(folder + name)
-        if info is None or info.compress_type != zipfile.ZIP_STORED:
-            raise damaged(f"its part {name} is {'missing' if info is None else 'compressed'}")
+        if info is None or info.header_offset < 0:
+            raise damaged(f"its part {name} is missing")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise damaged(f"its part {name} is compressed")
         file.seek(info.header_offset + 26)
         name_and_extra = file.read(4)  # their lengths; they stand between the header and the content
         start = info.header_offset + 30 + sum(struct.unpack("<HH", name_and_extra.ljust(4, b"\0")))

@@ -283,7 +283,7 @@ def save_picture(image: Image.Image, path: Path, settings: dict | None = None) -
         comment = b"ASCII\0\0\0" + json.dumps({KEY: settings}).encode()
         if how["format"] == "WEBP" or len(comment) <= LONGEST:
             how["exif"] = Image.Exif()
-            how["exif"].get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+            how["exif"][ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
         else:
             warnings.warn(
                 f"{path}: the settings are too long for a JPEG, and left out; a .png holds them", PictureWarning, 2

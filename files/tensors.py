@@ -24,6 +24,12 @@ KINDS = {  # of files that are brought for weights, by their first bytes
     b"\xff\xd8\xff": "a picture (JPEG), not weights",
     b"RIFF": "a picture (WebP) or a sound, not weights",
 }
+QUANTISED = {  # by names that only such files have; without their scales the weights say nothing
+    r"(^|\.)(scaled_fp8|comfy_quant|scale_weight|weight_scale)$": "fp8 weights with scales beside them (scaled fp8)",
+    r"\.(absmax|quant_map|SCB)$|\.quant_state\.": "weights quantised by bitsandbytes",
+    r"\.(qweight|qzeros)$": "weights quantised in 4 bits (GPTQ, AWQ or SVDQuant)",
+    r"\.weight\.?_(data|scale)$": "weights quantised by quanto",
+}
 # What wrappers for several GPUs, for compiling and for saving memory put into names.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module)\.")
 
@@ -67,6 +73,11 @@ def read(path: str | Path) -> State:
         )
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
+    for sign, kind in QUANTISED.items():
+        if mark := next((key for key in state if re.search(sign, key)), None):
+            raise WeightsError(
+                f"{path}: {kind} are not read (it has {mark}); plain fp16, bf16, fp32 or fp8 ones are wanted"
+            )
     return unwrapped(state)
 
 

@@ -1,5 +1,7 @@
 """The one straight line: open models, say what the picture should show, make pictures."""
 
+import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
+
 from generate.models import Models, open_models
 from generate.picture import pictures
 from generate.prompt import prompts, scaled

@@ -10,7 +10,7 @@ from files.errors import UserError
 from files.pictures import to_pil
 from generate.models import Models
 from generate.prompt import sized
-from ipadapter import Prompt
+from ipadapter import Prompt, prepared
 from sampler import SAMPLERS, Level, Predict, Sampler, guided, noise_and_generators
 from vae import VAE
 
@@ -72,6 +72,8 @@ def pictures(
     unet = models.unet(face=any(p.images for p in prompts))
     for number, (p, n, some) in enumerate(parts, 1):
         p, n = rows(p, len(some)), rows(n, len(some))
+        if not models.low_memory:
+            p, n = (prepared(one, unet.cross_attentions()) for one in (p, n))
         predict = guided(unet, p, n, guidance_scale, schedule.prediction, apart=models.low_memory)
         start, generators = noise_and_generators(some, height, width)
         start = row.start(start.to(models.device), schedule, levels[0])

@@ -1,5 +1,6 @@
 """What a picture should show: texts and image prompts, as all that the UNet reads of them."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from ipadapter import IPAdapter, Prompt
 from unet import size_vector
 
 Picture = str | Path | Image.Image
+# What other tools would read as more than text: weights, chunks, LoRAs, embeddings.
+MARKS = re.compile(r"\([^()]*:\d[\d.]*\)|\bBREAK\b|<(?:lora|lyco|hypernet):[^>]*>|\bembedding:\S+")
 
 
 @torch.no_grad()
@@ -45,6 +48,9 @@ def prompts(
     """
     encode, pair = models.text_encoder(), []
     for name, given in (("prompt", text), ("negative_prompt", negative)):
+        if marks := MARKS.findall(given):
+            told = f"`{name}`: {', '.join(marks)}: taken as plain text; LoRAs are given by `lora`"
+            warnings.warn(Notice(told), stacklevel=2)
         if rest := cut(given):
             warnings.warn(Notice(f"`{name}` is longer than 75 tokens; cut off: {rest!r}"), stacklevel=2)
         features, pooled = encode(given) if name == "prompt" else encode.null(given)

@@ -8,6 +8,7 @@ K' = image W_k', V' = image W_v'    the image prompt, the adapter's own weights
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
@@ -35,7 +36,8 @@ class DecoupledCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, prompt: Prompt, grid: tuple[int, int] | None = None) -> Tensor:
         """x (batch, H*W, dim), grid (H, W), which masks need -> (batch, H*W, dim)."""
-        q, k, v = self.split(self.to_q(x)), self.to_k(prompt.text), self.to_v(prompt.text)
+        q, text = self.split(self.to_q(x)), prompt.text
+        k, v = (self.to_k(text), self.to_v(text)) if isinstance(text, Tensor) else text[self.layer]
         z = scaled_dot_product_attention(q, self.split(k), self.split(v))
         for k, v, gain in heard(prompt.images, self.layer, grid):
             z = z + gain * scaled_dot_product_attention(q, self.split(k), self.split(v))
@@ -83,6 +85,15 @@ def mask_per_query(mask: Tensor, grid: tuple[int, int] | None) -> Tensor:
     if grid is None:
         raise ValueError("an image prompt with a mask: the attention must be told the `grid` of its feature map")
     return interpolate(mask.float(), size=grid, mode="bicubic").flatten(2).unsqueeze(-1)
+
+
+def prepared(prompt: Prompt, layers: Iterable[nn.Module]) -> Prompt:
+    """The prompt with K and V of its text in place of the text: computed once for all steps, as K' and V' are.
+
+    Args:
+        layers: the cross-attentions of a backbone in the order of their numbers, with `to_k` and `to_v`.
+    """
+    return replace(prompt, text=[(layer.to_k(prompt.text), layer.to_v(prompt.text)) for layer in layers])
 
 
 def number(layers: Iterable[nn.Module]) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 Scale = float | Tensor  # one number, or one for each row of the batch: (batch,)
+# Keys and values of each cross-attention layer, in the order of their numbers; (batch, tokens, heads * head_dim).
+KeyValues = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,7 @@ class ImagePrompt:
     """One image prompt: what it says, how loudly, and where. `IPAdapter.prompt` makes it of tokens.
 
     Args:
-        key_values: K' and V' of each cross-attention layer, in the order of the adapter's keys; each (batch, num_tokens,
-            heads * head_dim).
+        key_values: K' and V'.
         scale: the weight of the image prompt, one for all layers or a sequence with one for each. Where it is the
             number 0 the prompt is silent, and the model is the base model, bit for bit.
         mask: (1 or batch, 1, H, W) in [0, 1] at any resolution, where the prompt acts; None: everywhere.
@@ -28,7 +29,7 @@ class ImagePrompt:
         ValueError: not as many scales as layers.
     """
 
-    key_values: Sequence[tuple[Tensor, Tensor]]
+    key_values: KeyValues
     scale: Scale | Sequence[Scale] = 1.0
     mask: Tensor | None = None
 
@@ -46,9 +47,14 @@ class ImagePrompt:
 class Prompt:
     """All that conditions a denoising step. It passes through the model untouched; cross-attention reads it."""
 
-    text: Tensor  # (batch, 77, context_dim), out of the text tower
+    text: Tensor | KeyValues  # (batch, 77, context_dim), out of the text tower; or what `prepared` made of it
     images: tuple[ImagePrompt, ...] = ()
     vector: Tensor | None = None  # (batch, vector_dim), for bases with a `label_emb` (SDXL); None for SD 1.x
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return (self.text if isinstance(self.text, Tensor) else self.text[0][0]).dtype
 
     @staticmethod
     def cat(prompts: Sequence["Prompt"]) -> "Prompt":
@@ -62,17 +68,21 @@ class Prompt:
         same("the number of image prompts", (len(prompt.images) for prompt in prompts))
         images = tuple(cat_images(row) for row in zip(*(prompt.images for prompt in prompts), strict=True))
         vector = stack("the vector", [prompt.vector for prompt in prompts])
-        return Prompt(stack("the text (tokens, width)", [prompt.text for prompt in prompts]), images, vector)
+        texts = [prompt.text for prompt in prompts]
+        plain = same("how their texts are given", ("plain" if isinstance(x, Tensor) else "prepared" for x in texts))
+        text = (stack if plain == "plain" else cat_key_values)("the text (tokens, width)", texts)
+        return Prompt(text, images, vector)
 
 
 def cat_images(row: Sequence[ImagePrompt]) -> ImagePrompt:
     """One image prompt of several, stacked along the batch."""
-    same("the number of layers", (len(image.key_values) for image in row))
-    key_values = [
-        tuple(stack("an image prompt (tokens, width)", tensors) for tensors in zip(*pairs, strict=True))
-        for pairs in zip(*(image.key_values for image in row), strict=True)
-    ]
+    key_values = cat_key_values("an image prompt (tokens, width)", [image.key_values for image in row])
     return ImagePrompt(key_values, cat_scales(row), cat_masks(row))
+
+
+def cat_key_values(what: str, rows: Sequence[KeyValues]) -> KeyValues:
+    same("the number of layers", map(len, rows))
+    return [tuple(stack(what, x) for x in zip(*pairs, strict=True)) for pairs in zip(*rows, strict=True)]
 
 
 def cat_scales(row: Sequence[ImagePrompt]) -> Scale | list[Scale]:

@@ -1,5 +1,7 @@
 """From noise to latents: the noise schedule, guidance, and six samplers that are called alike."""
 
+import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -26,7 +26,7 @@ def guided(
     Both prompts go through the UNet as one batch; at a guidance scale of 1 the unconditional one is not needed.
 
     Args:
-        unet: a `UNet`, or whatever is called like one: unet(x, t, prompt); it computes in the dtype of the prompt's text.
+        unet: a `UNet`, or whatever is called like one: unet(x, t, prompt); it computes in the prompt's dtype.
         prompt, null: what the picture should be, and what it should not (the unconditional or negative prompt).
         guidance_scale: 1 follows the prompt as trained, larger values exaggerate it.
         prediction: what the UNet was trained to predict, "eps" or "v" (Stable Diffusion 2.x at 768 pixels).
@@ -35,10 +35,11 @@ def guided(
     check("prediction", prediction, ("eps", "v"))
     if getattr(getattr(unet, "config", None), "guidance_dim", None):  # it is told the scale, and needs no second pass
         unet, guidance_scale = partial(unet, guidance_scale=guidance_scale), 1
+    dtype = prompt.dtype
     both = None if apart or guidance_scale == 1 else Prompt.cat([null, prompt])
 
     def predict(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        t, rows = torch.tensor(level.t, device=x.device), x.to(prompt.text.dtype)
+        t, rows = torch.tensor(level.t, device=x.device), x.to(dtype)
         if guidance_scale == 1:
             output = unet(rows, t, prompt).float()
         else:

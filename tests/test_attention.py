@@ -10,7 +10,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image, ImageDraw
 
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt, Resampler
-from ipadapter.attention import DecoupledCrossAttention, mask_per_query, number
+from ipadapter.attention import DecoupledCrossAttention, mask_per_query, number, prepared
 from unet import SD15, UNet
 
 LAYERS = 16
@@ -300,6 +300,18 @@ def test_guidance_with_a_scale_of_its_own_for_each_side(unet, base_adapter, draw
     e_null, e_prompt = unet(x, t, null), unet(x, t, prompt)
     both = unet(torch.cat([x, x]), t, Prompt.cat([null, prompt]))
     assert rel(both, torch.cat([e_null, e_prompt])) <= 1e-5
+
+
+def test_a_prepared_text_gives_the_same_bits(unet, base_adapter, x, text, embeds, draw):
+    prompt = Prompt(text, (said(base_adapter, embeds, 0.7),))
+    ready = prepared(prompt, unet.cross_attentions())
+    assert torch.equal(unet(x, T, ready), unet(x, T, prompt))
+    row = Prompt(draw(1, 77, 64), (said(base_adapter, draw(1, 1, 96), 0.4),))
+    both = Prompt.cat([ready, prepared(row, unet.cross_attentions())])
+    x, t = draw(3, 4, 8, 8), torch.tensor(500)
+    assert torch.equal(unet(x, t, both), unet(x, t, Prompt.cat([prompt, row])))
+    with pytest.raises(ValueError, match="^prompts that differ in how their texts are given do not stack"):
+        Prompt.cat([ready, row])
 
 
 def test_scales_that_agree_stay_numbers(base_adapter, draw):

@@ -18,6 +18,7 @@ from transformers import CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from clip import SD15_TEXT, VIT_H, CLIPImage, CLIPText, preprocess, tokenize
+from clip.preprocess import MEAN, STD
 from clip.tokenizer import CONTEXT, END, START, cut, decode, encode
 from weights.configs import image_config, text_config
 from weights.openclip import from_openclip
@@ -286,3 +287,20 @@ def test_preprocessing_to_another_size_equals_transformers():
     processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     theirs = torch.from_numpy(np.stack(processor(image, return_tensors="np").pixel_values))
     assert (preprocess(image, 64) - theirs).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("width, height", [(700, 1), (3, 300), (700, 5), (9, 601), (1500, 20)])
+def test_of_a_strip_the_middle_alone_is_made(width, height):
+    """As transformers, which resizes the whole of it, but for a rounding here and there."""
+    image = picture(width, height)
+    theirs = torch.from_numpy(np.stack(CLIPImageProcessorPil()(image, return_tensors="np").pixel_values))
+    apart = (preprocess(image) - theirs).abs() * torch.tensor(STD).view(3, 1, 1) * 255
+    assert apart.max() <= 1.01 and apart.mean() <= 1e-3
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (20_000, 3)])
+def test_a_strip_takes_no_memory(size):
+    """Resized whole, the first would have 3e9 pixels."""
+    found = preprocess(Image.new("RGB", size, (255, 0, 51)))[0]
+    wanted = (torch.tensor([1.0, 0, 0.2]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert (found - wanted.view(3, 1, 1)).abs().max() <= 1e-6

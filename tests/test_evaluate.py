@@ -23,9 +23,9 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from clip import preprocess
-from evaluate import result_names
 from measures import centre
 from training.pairs import open_pairs
+from training.results import result_names
 from weights import WeightsError
 from weights.clip import load_clip
 
@@ -407,8 +407,8 @@ MISTAKES = {
         ],
         "a base model is wanted here",
     ),
-    "base alone": (["--base", WEIGHTS / "sd-tiny.safetensors"], "--adapter FILE is wanted beside --base"),
-    "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter is wanted here"),
+    "base alone": (["--base", WEIGHTS / "sd-tiny.safetensors"], "--adapter is wanted beside"),
+    "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter for a UNet is wanted here"),
     "damaged settings": (["--pictures", "damaged"], "pictures.json: damaged"),
     "pictures under a file": (["--pictures", "notes.txt/x"], "--pictures notes.txt/x: cannot write there"),
     "output kind": (["--output", "x.txt"], "--output x.txt: a name that ends in .json is wanted"),
@@ -457,8 +457,11 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, data, results, monkeypat
 def test_keys_of_another_clip_are_named(tmp_path):
     state = small_open_clip().state_dict()
     save_file(state | {"visual.attn_pool.query": torch.zeros(2, 2)}, tmp_path / "coca.safetensors")
-    with pytest.raises(WeightsError, match="1 keys of no CLIP that is known here: visual.attn_pool.query"):
+    with pytest.raises(WeightsError, match="this is a CoCa"):
         load_clip(tmp_path / "coca.safetensors")
+    save_file(state | {"visual.more.query": torch.zeros(2, 2)}, tmp_path / "more.safetensors")
+    with pytest.raises(WeightsError, match=r"1 keys of no CLIP that is known here: visual\.more\.query"):
+        load_clip(tmp_path / "more.safetensors")
     state.pop("transformer.resblocks.1.ln_2.weight")
     save_file(state, tmp_path / "hole.safetensors")
     with pytest.raises(WeightsError, match=r"1 missing: text_model\.encoder\.layers\.1\.layer_norm2\.weight"):

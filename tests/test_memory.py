@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from counterparts import rel
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import unet.unet as unet_file
+from files.tensors import read
 from ipadapter import Prompt
 from unet.unet import attention, fused
-from weights import open_base
+from weights import open_base, pages
+from weights.fill import fill
+from weights.pages import ABSENT, give_back, kinds, whole_pages
 from weights.storage import LARGEST, STORAGES, Stored, store
 
 TINY_BASE = Path(__file__).parents[1] / "tiny/weights/sd-tiny.safetensors"
@@ -173,3 +177,79 @@ def test_the_tiny_base_loaded_in_half_and_stored_is_the_base_in_full(draw):
     store(half, torch.float16, torch.float32)
     assert torch.equal(half(*inputs), full(*inputs))
     assert sum(p.nbytes for p in half.parameters()) < 0.53 * sum(p.nbytes for p in full.parameters())
+
+
+# Pages of mapped files
+
+
+@pytest.fixture(params=["safetensors", "bin"])
+def mapped(request, tmp_path) -> dict[str, torch.Tensor]:
+    """fp16, 18 MB each weight; in memory, since it has been read."""
+    path = tmp_path / f"weights.{request.param}"
+    state = {key: value.half() for key, value in layers().state_dict().items()}
+    (save_file if request.param == "safetensors" else torch.save)(state, path)
+    found = read(path)
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    return found
+
+
+def in_memory(tensor: torch.Tensor) -> float:
+    """Which share of its pages."""
+    found = kinds(*whole_pages(tensor))
+    return 1 - found.count(ABSENT) / len(found)
+
+
+# A page that is read brings its neighbours along, up to 2 MB in all. Only Linux tells, and gives back.
+GONE = 0.3 if Path(pages.PAGEMAP).exists() else 1
+
+
+def test_pages_of_a_file_go_and_come_back(mapped):
+    weight = mapped["0.weight"]
+    before = weight.clone()
+    assert in_memory(weight) == 1
+    middle = weight[500:2500, 20:].mT
+    give_back(middle)
+    assert in_memory(middle) <= GONE
+    assert torch.equal(weight, before)
+
+
+def test_what_no_file_holds_stays(mapped):
+    """A copy, a tensor of a file with one number changed, one shorter than a page, one of nothing."""
+    changed = mapped["0.weight"]
+    changed[77, 77] = 7
+    tensors = [mapped["1.weight"].clone(), changed, mapped["0.bias"][:9], torch.empty(0), torch.tensor(3.0)]
+    before = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        give_back(tensor)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
+
+
+def layers(state: dict[str, torch.Tensor] | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(3000, 3000), nn.Linear(3000, 3000))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_file_is_not_held_beside_the_model_that_was_made_of_it(mapped, dtype):
+    """Only what the model reads straight from the file stays."""
+    model = fill(layers, dict(mapped), "file", dtype, "cpu")
+    shares = [in_memory(mapped[key]) for key in ("0.weight", "1.weight")]
+    assert max(shares) <= GONE if dtype == torch.float32 else shares == [1, 1]
+    assert all(torch.equal(weight, mapped[key].to(dtype)) for key, weight in model.state_dict().items())
+
+
+def test_a_stored_weight_is_in_memory_while_it_is_used(mapped):
+    model, x = store(fill(layers, mapped, "file", torch.half, "cpu"), torch.half, torch.float32), torch.ones(1, 3000)
+    out = model(x)
+    assert max(in_memory(layer._parameters["weight"]) for layer in model) <= GONE
+    assert torch.equal(model(x), out)
+    model[0]._parameters["weight"][0] += 1  # from here on it is no longer what the file has
+    changed = model(x)
+    assert not torch.equal(changed, out)
+    assert torch.equal(model(x), changed)
+
+
+def test_where_nobody_tells_what_pages_are_nothing_is_given_back(mapped, monkeypatch, tmp_path):
+    monkeypatch.setattr(pages, "PAGEMAP", str(tmp_path / "nothing"))
+    give_back(mapped["0.weight"])
+    monkeypatch.undo()
+    assert in_memory(mapped["0.weight"]) == 1

@@ -374,20 +374,36 @@ def test_a_folder_of_shards(tmp_path):
 
 
 def test_pictures_that_cannot_be_read_and_folders_without_any_are_told(tmp_path):
-    write_files(
-        tmp_path,
-        {"in/a.png": png(1), "in/a.txt": b"one", "in/b.HEIC": b"", "bare/a.parquet": b"", "bare/b.parquet": b""},
-    )
-    assert open_pairs(tmp_path / "in").told() == (
-        f"1 left out of the data; the first: {tmp_path}/in/b.HEIC: a .HEIC cannot be read; "
-        "jpg, jpeg, png, webp, gif, bmp, tif, tiff, avif can"
-    )
+    files = samples(1) | {"0000.NEF": b"", "x.svg": b"", "x.txt": b"x", "y.NEF": b""}  # a raw file lies beside its JPEG
+    folder, tar = write_files(tmp_path / "in", files), write_tar(tmp_path / "a.tar", files)
+    for data, names in ((folder, (f"{folder}/x.svg", f"{folder}/y.NEF")), (tar, (f"{tar}: x", f"{tar}: y"))):
+        pairs = open_pairs(data)
+        assert contents(pairs) == expected(1) and pairs.skipped_count == 2
+        for line, name in zip(pairs.skipped, names, strict=True):
+            assert line.startswith(f"{name}: a picture of a kind that cannot be read (jpg, jpeg, png, ")
+    write_files(tmp_path, {"bare/a.parquet": b"", "bare/b.parquet": b"", "bare/README.md": b""})
     with pytest.raises(
-        DataError, match=r"no pair to use: no pictures \(.*\) and no shards \(.*\) in it, but 2 \.parquet$"
+        DataError, match=r"no pair to use: no pictures \(.*\) and no shards \(.*\) in it, but 2 \.parquet"
     ):
         open_pairs(tmp_path / "bare")
-    tar = write_tar(tmp_path / "a.tar", samples(1) | {"x.heic": b"", "x.txt": b"x"})
-    assert "a.tar: x: a picture of a kind that cannot be read (heic, " in open_pairs(tar).told()
+
+
+def test_other_suffixes_of_pictures(tmp_path):
+    """A JPEG by its other names; HEIC where pillow-heif reads it, and else told when it is used."""
+    files = {"a.jfif": png(1), "a.txt": b"one", "b.HEIC": b"....ftypheic" + b"\0" * 99, "b.txt": b"two"}
+    pairs = open_pairs(write_files(tmp_path / "in", files))
+    assert len(pairs) == 2 and shade(pairs[0].image) == 1
+    with pytest.raises(BadSample, match=r"b\.HEIC: "):
+        pairs[1]
+
+
+def test_names_with_line_breaks_do_not_break_lines(tmp_path):
+    write_files(tmp_path / "in", {"a\nb.png": b"", "c\nd.png": b"", "c\nd.txt": b"x"})
+    pairs = open_pairs(tmp_path / "in")
+    assert pairs.told() == f"1 left out of the data; the first: {tmp_path}/in/a\\nb.png: no caption"
+    with pytest.raises(BadSample) as error:
+        pairs[0]
+    assert str(error.value).startswith(f"{tmp_path}/in/c\\nd.png: not a picture")
 
 
 def test_imagefolder(tmp_path):
@@ -531,6 +547,27 @@ def test_pictures_alone_where_none_has_a_caption(tmp_path, form):
     assert pairs.told().startswith("2 left out of the data; the first: ")
     good = write_tar(tmp_path / "b.tar", samples(1))
     assert [pair.text for pair in open_pairs([good, data({})], uncaptioned=True)] == ["caption 0", "", "", ""]
+
+
+@pytest.mark.parametrize("form", ["folder", "shard"])
+def test_json_without_captions_beside_all_pictures(tmp_path, form):
+    """As img2dataset writes it where there are none: pictures alone; where only some lack theirs, these are bad."""
+
+    def data(captions: list[str | None]) -> Path:
+        files = {}
+        for i, text in enumerate(captions):
+            note = {"width": 4, "caption": text} if text else {"width": 4}
+            files |= {f"{i:03d}.png": png(i), f"{i:03d}.json": json.dumps(note).encode()}
+        return write_files(tmp_path / "in", files) if form == "folder" else write_tar(tmp_path / "a.tar", files)
+
+    pairs = open_pairs([write_tar(tmp_path / "b.tar", samples(1)), data([None] * 40)], uncaptioned=True)
+    assert [pair.texts for pair in pairs] == [("caption 0",), *[()] * 40]
+    assert pairs.told().startswith("40 pictures have no caption")
+    for captions, uncaptioned in (([None] * 40, False), (["x", *[None] * 39], True)):
+        pairs = open_pairs(data(captions), uncaptioned=uncaptioned)
+        assert len(pairs) == 40 and pairs.told() == ""
+        with pytest.raises(BadSample, match='the JSON has no "text" or "caption"'):
+            pairs[1]
 
 
 # Lists

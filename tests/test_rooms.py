@@ -14,7 +14,7 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 GROUND = {"ipadapter", "clip", "vae", "files"}
 ALLOWED = {  # besides Python's own library: other rooms, and public packages
     "ipadapter": {"torch"},
-    "clip": {"torch", "numpy", "PIL", "ftfy", "regex"},
+    "clip": {"torch", "numpy", "PIL", "ftfy", "regex", "files.pictures"},
     "vae": {"torch"},
     "files/faces.py": {"torch", "numpy", "PIL", "safetensors", "insightface"},  # the last one where it is installed
     "files/pictures.py": {"torch", "numpy", "PIL", "pillow_heif"},  # likewise

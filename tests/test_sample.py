@@ -201,8 +201,11 @@ MISTAKES = {
     "lora": (["--prompt", "x", "--base", "lora.safetensors"], "a LoRA"),
     "holes": (["--prompt", "x", "--base", "holes.safetensors"], "2 missing: input_blocks.1.0.in_layers.0"),
     "adapter as base": (["--prompt", "x", "--base", WEIGHTS / "ip-adapter-tiny.safetensors"], "this is an IP-Adapter"),
-    "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter is wanted here"),
-    "base as encoder": (["--image-encoder", WEIGHTS / "sd-tiny.safetensors"], "a CLIP image encoder is wanted here"),
+    "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter for a UNet is wanted here"),
+    "base as encoder": (
+        ["--image-encoder", WEIGHTS / "sd-tiny.safetensors"],
+        "a CLIP image encoder (ViT) is wanted here",
+    ),
     "encoder as vae": (["--vae", WEIGHTS / "clip-tiny.safetensors"], "an autoencoder is wanted here"),
     "adapter of another base": (["--adapter", "sd15-adapter.safetensors"], "for SD 1.x (tokens of 768)"),
     "adapter of another encoder": (

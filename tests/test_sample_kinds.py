@@ -250,7 +250,10 @@ MISTAKES = {
         "--structure-scale: for FaceID-plus version 2",
     ),
     "raw faces": (["--adapter", "folder/raw.safetensors", "--image", EXAMPLE], "a Resampler of raw face embeddings"),
-    "another schedule": (["--prompt", "x", "--base", "folder/ztsnr.safetensors"], "'eps' given, 'v' wanted with zero_snr"),
+    "another schedule": (
+        ["--prompt", "x", "--base", "folder/ztsnr.safetensors"],
+        "'eps' given, 'v' wanted with zero_snr",
+    ),
     "a folder as picture": (["--prompt", "x", "--output", "folder/taken.png"], "taken.png: a folder"),
     "sampler": (["--prompt", "x", "--sampler", "plms"], "argument --sampler: invalid choice: 'plms'"),
     "too many steps": (

@@ -48,7 +48,7 @@ class Cache(Dataset):
                 raise DataError(f"{note}: damaged; delete the folder, and it is made anew") from None
             for key, value in self.notes.items():
                 if found.get(key) != value:
-                    raise DataError(f"--cache {folder}: made with another {key} ({found.get(key)}; now {value})")
+                    raise DataError(f"`cache` {folder}: made with another {key} ({found.get(key)}; now {value})")
         self.find()
 
     def find(self) -> None:
@@ -101,11 +101,11 @@ class Cache(Dataset):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"--cache {self.folder}: cannot write there ({error.strerror})") from None
+            raise DataError(f"`cache` {self.folder}: cannot write there ({error.strerror})") from None
         free = shutil.disk_usage(self.folder).free
         if wanted > free:
             raise DataError(
-                f"--cache {self.folder}: {wanted / 1e9:.1f} GB are needed for {len(missing):,} pairs, "
+                f"`cache` {self.folder}: {wanted / 1e9:.1f} GB are needed for {len(missing):,} pairs, "
                 f"{free / 1e9:.1f} GB are free"
             )
         write_text(self.folder / "cache.json", json.dumps(self.notes, indent=1))

@@ -53,7 +53,7 @@ def encoding_of(file: BinaryIO) -> str:
 
 
 def caption(content: bytes, suffix: str) -> tuple[str, ...]:
-    """The captions in a .txt, .json or .caption file. Raises ValueError that says what is wrong with it."""
+    """The captions in a .txt, .json or .caption file; () in JSON without any. Raises ValueError that says what is wrong."""
     encoding = encoding_of(io.BytesIO(content))
     try:
         text = content.decode(encoding, "replace" if encoding == GUESS else "strict")
@@ -67,8 +67,6 @@ def caption(content: bytes, suffix: str) -> tuple[str, ...]:
         found = texts_of(json.loads(text))
     except (ValueError, RecursionError):
         raise ValueError("the caption is not JSON") from None
-    if not found:
-        raise ValueError('the JSON has no "text" or "caption"')
     return tuple(text.strip() for text in found)
 
 

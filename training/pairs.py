@@ -16,7 +16,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -26,18 +26,13 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from files.errors import UserError, printable
 from files.pictures import PictureError, read_picture
 from training.captions import BESIDE, GUESS, LISTS, DataError, caption, encoding_of, listed
 from training.ranks import Ranks
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-UNREAD = (
-    "heic",
-    "heif",
-    "jxl",
-    "jfif",
-    "jpe",
-)  # pictures too; in a folder they are counted, not passed over in silence
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif", "jpe", "heic", "heif")
+UNREAD = ("jxl", "svg", "dng", "cr2", "cr3", "nef", "arw")  # pictures too: counted, not passed over in silence
 SHARDS = (".tar", ".tar.gz", ".tgz")
 FORMS = (
     "a folder of pictures with .txt, .json or .caption beside them or metadata.jsonl among them, .tar or .tar.gz shards "
@@ -50,7 +45,7 @@ BARE = "pictures have no caption; their text is empty"
 METADATA = ("metadata.jsonl", "metadata.csv")  # in a folder, of its pictures and those of the folders in it
 
 
-class BadSample(ValueError):
+class BadSample(UserError):
     """One sample that cannot be used; the message is one line that names its file, or its shard and key."""
 
 
@@ -125,7 +120,10 @@ class Pairs(Sequence[Pair]):
         if self.suffixes[row.suffix] == LISTED:
             return tuple(self.strings[row.text_offset + j] for j in range(row.text_size))
         with telling(self.label(i)):
-            return caption(self.written(row), self.suffixes[row.suffix].lower())
+            found = caption(self.written(row), self.suffixes[row.suffix].lower())
+            if not found:
+                raise ValueError('the JSON has no "text" or "caption"')
+            return found
 
     def row(self, i: int) -> Row:
         start = range(len(self))[i] * len(Row._fields)
@@ -161,7 +159,8 @@ class Pairs(Sequence[Pair]):
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         if size == WHOLE:
-            return Path(path).read_bytes()
+            with open(path, "rb") as file:
+                return file.read()
         file = self.unpacked if path in self.packed else self.opened(path)
         content = os.pread(file.fileno(), size, offset)  # unlike seek and read, safe where processes share the file
         if len(content) < size:
@@ -194,22 +193,23 @@ class Pairs(Sequence[Pair]):
         return found
 
     def identity(self, i: int, whole: bool = False) -> int:
-        row, path = self.row(i), self.strings[self.row(i).path]
-        hasher = hashlib.blake2b(self.names[i].encode("utf-8", "surrogatepass"), digest_size=8)
-        try:
-            size = os.stat(path).st_size if row.size == WHOLE else row.size
-            picture = self.read(path, row.offset, row.size) if whole else b""
+        """Of one pair; with `whole`, of what its picture holds too. What cannot be read is told when the pair is used."""
+        row = self.row(i)
+        path, size, content, picture = self.strings[row.path], row.size, b"", b""
+        with suppress(OSError, ValueError):
             if self.suffixes[row.suffix] == LISTED:
                 content = "\0".join(self.texts(i)).encode()
             else:
                 content = self.written(row)
-                if len(self.hashes) == i and encoding_of(io.BytesIO(content)) == GUESS:
+                if not whole and not content.isascii() and encoding_of(io.BytesIO(content)) == GUESS:
                     self.remark(GUESSED, self.label(i))
-        except (OSError, ValueError):  # it will be told when the pair is used
-            size, content, picture = -1, b"", b""
-        for part in (b"\0%d\0%d\0" % (size, len(content)), content, picture):
-            hasher.update(part)
-        return int.from_bytes(hasher.digest(), "big", signed=True)
+            if size == WHOLE:
+                size = os.stat(path).st_size
+            if whole:
+                picture = self.read(path, row.offset, row.size)
+        name = self.names[i].encode("utf-8", "surrogatepass")
+        parts = b"\0".join((name, b"%d" % size, b"%d" % len(content), content, picture))
+        return int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "big", signed=True)
 
     def add(self, name: str, row: Row) -> None:
         self.names.append(name)
@@ -230,10 +230,10 @@ class Pairs(Sequence[Pair]):
     def skip(self, line: str) -> None:
         self.skipped_count += 1
         if len(self.skipped) < 1000:
-            self.skipped.append(line)
+            self.skipped.append(printable(line))
 
     def remark(self, what: str, label: str) -> None:
-        self.remarks.setdefault(what, [0, label])[0] += 1
+        self.remarks.setdefault(what, [0, printable(label)])[0] += 1
 
     def told(self) -> str:
         """What the screen should say of the data: what was left out and what is remarkable, each with the first; or ''."""
@@ -292,6 +292,8 @@ def open_pairs(
                 pairs.skipped, pairs.skipped_count, pairs.remarks = deepcopy(before)
                 for path in paths:
                     add(pairs, path, data_root, seen, bare)
+        if uncaptioned:
+            forgo_captions(pairs, count)
         if len(pairs) == count:
             reasons = pairs.skipped[len(before[0]) :] or [f"no pictures ({', '.join(PICTURES)}) in it"]
             more = pairs.skipped_count - before[1] - 1
@@ -312,6 +314,27 @@ def add(pairs: Pairs, path: str, data_root: str | Path | None, seen: set[str] | 
             raise DataError(f"{path}: a file of an unknown kind; {FORMS} is wanted")
     except OSError as error:
         raise DataError(f"{path}: cannot be indexed ({error.strerror or error})") from None
+
+
+def forgo_captions(pairs: Pairs, start: int) -> None:
+    """Where the .json beside pictures hold no captions, as img2dataset writes them without these: pictures alone.
+
+    Told from 16 of the pairs from number `start` on.
+    """
+    numbers = range(start, len(pairs))
+    for i in numbers[:: len(numbers) // 16 + 1]:
+        row = pairs.row(i)
+        try:
+            mute = pairs.suffixes[row.suffix].lower() == "json" and not caption(pairs.written(row), "json")
+        except (OSError, ValueError):
+            mute = False
+        if not mute:
+            return
+    for i in numbers:
+        row = pairs.row(i)
+        pairs.remark(BARE, pairs.label(i))
+        row = row._replace(text_offset=0, text_size=0, suffix=pairs.suffix(LISTED))
+        pairs.rows[i * len(row) : (i + 1) * len(row)] = array("q", row)
 
 
 def expand(pattern: str) -> Iterator[str]:
@@ -338,7 +361,7 @@ def add_folder(pairs: Pairs, root: str, bare: bool) -> None:
     for path in coco_captions(root):
         told |= captions_in(pairs, path, coco_pictures(path))
     for folder, files in walk(root, onerror=lambda error: pairs.skip(str(error))):
-        here, beside, taken = os.path.abspath(folder), {}, {}
+        here, beside, taken, unread = os.path.abspath(folder), {}, {}, []
         for file in set(METADATA) & set(files):
             told |= captions_in(pairs, os.path.join(folder, file), here)
         for stem, suffix in map(os.path.splitext, files):
@@ -350,8 +373,7 @@ def add_folder(pairs: Pairs, root: str, bare: bool) -> None:
                 shards.append(path)
             elif suffix[1:].lower() not in PICTURES and not texts:
                 others[suffix.lower()] += 1
-                if suffix[1:].lower() in UNREAD:
-                    pairs.skip(f"{path}: a {suffix} cannot be read; {', '.join(PICTURES)} can")
+                unread += [(stem, path)] if suffix[1:].lower() in UNREAD else []
             else:
                 pictures += 1
                 name = os.path.relpath(os.path.join(folder, stem), root)
@@ -360,6 +382,9 @@ def add_folder(pairs: Pairs, root: str, bare: bool) -> None:
                     pairs.skip(f"{path}: {taken[stem]} has the same name")
                 else:
                     add_picture(pairs, name, path, path, written, texts, bare)
+        for stem, path in unread:
+            if stem not in taken:
+                pairs.skip(f"{path}: a picture of a kind that cannot be read ({', '.join(PICTURES)} can)")
     for path in told:
         pairs.skip(f"{path}: no such picture, though it has a caption")
     for path in shards:
@@ -516,7 +541,7 @@ def add_shard(pairs: Pairs, path: str, bare: bool) -> None:
         elif "picture" in group:
             pairs.skip(f"{path}: {key}: no caption")
         elif "unread" in group:
-            pairs.skip(f"{path}: {key}: a picture of a kind that cannot be read ({', '.join(UNREAD)})")
+            pairs.skip(f"{path}: {key}: a picture of a kind that cannot be read ({', '.join(PICTURES)} can)")
 
 
 def role(suffix: str) -> str | None:
@@ -535,15 +560,15 @@ def members(file: BinaryIO, start: int, end: int) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             flaw = "cut short or damaged"
             while member := tar.next():
-                if member.isreg() and member.offset_data + member.size > end:
-                    raise tarfile.TarError
+                if tar.offset <= member.offset or (member.isreg() and member.offset_data + member.size > end):
+                    raise tarfile.TarError  # the first of them would go on for ever
                 if member.isreg() and not member.issparse():
                     yield member
                 tar.members.clear()  # it would keep them all
             file.seek(tar.offset)
             if tar.offset + 512 > end or any(file.read(512)):  # next() is silent about a header cut in two
                 raise tarfile.TarError
-    except tarfile.TarError:
+    except (tarfile.TarError, ValueError, ArithmeticError):  # the others from sizes that no file has
         raise tarfile.TarError(flaw) from None
 
 

@@ -1,5 +1,7 @@
 """Stable Diffusion's UNet."""
 
+import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
+
 from unet.unet import SD15, SD21, SDXL, UNet, UNetConfig, size_vector
 
 __all__ = ["SD15", "SD21", "SDXL", "UNet", "UNetConfig", "size_vector"]

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from files.tensors import State, WeightsError
 from weights.kinds import what_is
+from weights.pages import give_back, give_back_freed
 
 # What checkpoints carry beside the weights: averaged copies, the noise schedule, position counters, the training loss,
 # temperatures and masks of text towers, what says that v is predicted.
@@ -36,8 +37,11 @@ def fill(
 ) -> nn.Module:
     """Build a model on `meta` and assign it the tensors of a file, one by one brought to dtype and device."""
     model = build(make, state, path)
+    give_back_freed()
     for key, value in state.items():
         state[key] = value.to(device, dtype, memory_format=layout(value, device))
+        if state[key] is not value:
+            give_back(value)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -39,6 +40,7 @@ OTHERS = {
     r"\.oft_": "OFT",
     r"\.(diff|diff_b)$": "whole differences of weights",
 }
+ONE = torch.ones(1)
 WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of the tokens that a UNet reads
 
 
@@ -166,7 +168,9 @@ def split(name: str) -> tuple[str, str]:
 
 def whole(layer: State) -> bool:
     down, up = layer.get("down"), layer.get("up")
-    return down is not None and up is not None and down.ndim > 1 < up.ndim and down.shape[0] == up.shape[1]
+    if down is None or up is None or layer.get("alpha", ONE).numel() != 1:
+        return False
+    return down.ndim > 1 < up.ndim and 0 < down.shape[0] == up.shape[1]
 
 
 def flat_unet(name: str, shape: tuple[int, set[int]]) -> str:

@@ -1,15 +1,17 @@
 """Weights that lie in memory in fewer bits than are computed with: fp16, bf16 or fp8, brought up layer by layer.
 
 Of a UNet nearly all bytes are the matrices of its Linear and Conv2d layers. Only these are lowered; norms, biases,
-embeddings and the small layers that tell the timestep stay as they compute. A file of fp16 weights kept in fp16 and
-computed with in fp32 gives the picture of fp32, bit for bit, in half the memory. (sample.py never holds a weight in
-more bits than the storage's, so out of an fp32 file the small ones are rounded to them, too.)
+embeddings and the small layers that tell the timestep stay as they compute. What a mapped file has in this dtype is
+read from there at each use, and in memory no longer. A file of fp16 weights kept in fp16 and computed with in fp32 gives
+the picture of fp32, bit for bit, in half the memory. (sample.py never holds a weight in more bits than the storage's,
+so out of an fp32 file the small ones are rounded to them, too.)
 """
 
 import torch
 from torch import Tensor, nn
 
 from weights.fill import layout
+from weights.pages import give_back, give_back_freed
 
 STORAGES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -27,6 +29,7 @@ class Stored(nn.Module):
     def weight(self) -> Tensor:
         stored = self._parameters["weight"]
         weight = stored.to(self.device or stored.device, self.compute)
+        give_back(stored)
         return weight * self.row_scale if stored.dtype == torch.float8_e4m3fn else weight
 
 
@@ -49,7 +52,8 @@ def store(
         if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(EXEMPT)
     ]
     for _, layer in layers:
-        weight, layer.row_scale = layer._parameters["weight"], None
+        weight = before = layer._parameters["weight"]
+        layer.row_scale = None
         if storage == torch.float8_e4m3fn:
             rows = weight.float()
             layer.row_scale = rows.abs().amax(dim=tuple(range(1, rows.ndim)), keepdim=True).clamp(min=1e-12) / LARGEST
@@ -57,6 +61,7 @@ def store(
             layer.row_scale = layer.row_scale.to(device, compute)
         weight = weight.to(storage, memory_format=layout(weight, device or weight.device))
         layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        give_back(before)
         layer.compute, layer.device = compute, device
         layer.__class__ = type(type(layer).__name__, (Stored, type(layer)), {})
     large = {layer._parameters["weight"] for _, layer in layers}
@@ -66,4 +71,5 @@ def store(
                 if tensor is not None and tensor not in large:
                     moved = tensor.to(device, compute if tensor.is_floating_point() else None)
                     tensors[name] = nn.Parameter(moved, False) if tensors is module._parameters else moved
+    give_back_freed()
     return model
