@@ -177,7 +177,7 @@ def parse() -> argparse.Namespace:
 
     args = parser.parse_args()
     if args.list:
-        print(table())
+        print(cli.flagged(table()))
         sys.exit(0)
     if args.again:  # what is not said anew is as it was
         parser.set_defaults(**again(args.again, parser.given()))

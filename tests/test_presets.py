@@ -14,6 +14,7 @@ from collections import namedtuple
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import huggingface_hub
 import pytest
@@ -66,8 +67,11 @@ def test_every_row_is_whole():
         assert re.fullmatch(r"[a-z0-9.-]+", row.name) and not row.name.endswith(presets.SUFFIXES)
         assert row.file.endswith(presets.SUFFIXES)
         assert row.repo is None or re.fullmatch(r"[\w.-]+/[\w.-]+", row.repo)
+        assert (row.revision is not None) == (row.repo is not None)
+        assert row.revision is None or re.fullmatch(r"[0-9a-f]{40}", row.revision)
         assert row.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", row.sha256)
         assert (row.side is not None) == (row.kind == "base") and (row.kind != "base" or len(row.families) == 1)
+    assert presets.REVISIONS.keys() == {row.repo for row in ROWS if row.repo}
     hashes = [row.sha256 for row in PRESETS.values() if row.sha256]
     assert len(set(hashes)) == len(hashes)
 
@@ -109,6 +113,10 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_sizes_are_those_of_the_architectures(name):
     assert PRESETS["adapter", name].megabytes == pytest.approx(2 * PARAMETERS[name] / 1e6, abs=0.6)
+
+
+def test_one_is_stored_with_four_bytes():
+    assert PRESETS["adapter", "noob-ipa-mark1"].megabytes == pytest.approx(4 * PARAMETERS["sdxl"] / 1e6, abs=0.6)
 
 
 def test_only_the_second_versions_of_faceid_plus_say_so():
@@ -186,6 +194,8 @@ def run(image: bool = True, **given: str) -> tuple[str, ...]:
         ({"adapter": "sdxl"}, "sdxl sdxl vit-bigg -"),
         ({"adapter": "sdxl-plus"}, "sdxl sdxl-plus vit-h -"),
         ({"adapter": "sdxl-plus", "base": "juggernaut-xl-9"}, "juggernaut-xl-9 sdxl-plus vit-h -"),
+        ({"adapter": "noob-ipa-mark1"}, "noobai-xl-1.1 noob-ipa-mark1 vit-bigg -"),
+        ({"base": "noobai-xl-1.1"}, "noobai-xl-1.1 noob-ipa-mark1 vit-bigg -"),
         ({"adapter": "faceid"}, "sd15 faceid - -"),
         ({"adapter": "faceid-plusv2"}, "sd15 faceid-plusv2 vit-h -"),
         ({"base": "sd15"}, "sd15 base vit-h -"),
@@ -313,6 +323,15 @@ def test_of_two_revisions_the_later_counts():
     assert cached(PLUS) == new
 
 
+def test_of_several_revisions_the_pinned_one_counts():
+    pinned = replace(PLUS, revision="a" * 40)
+    later = put(PLUS, CONTENT, "9" * 40)
+    assert cached(pinned) == later  # what its content is, its hash will tell
+    mine = put(PLUS, b"old", pinned.revision)
+    os.utime(mine, (1, 1))
+    assert cached(pinned) == mine and cached(PLUS) == later
+
+
 def test_a_link_without_its_blob_is_not_there():
     os.remove(os.path.realpath(put(PLUS)))
     assert cached(PLUS) is None
@@ -349,6 +368,7 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     child = None  # the process to interrupt
     interrupted = threading.Event()
+    asked: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -360,6 +380,8 @@ class Hub(BaseHTTPRequestHandler):
         repo = self.path.split("/resolve/")[0].strip("/")
         errors = {"someone/gated": (403, "GatedRepo"), "someone/gone": (401, "RepoNotFound")}
         errors |= {"someone/without": (404, "EntryNotFound"), "someone/busy": (503, "")}
+        errors |= {"someone/rewritten": (404, "RevisionNotFound")}
+        Hub.asked.append(self.path)
         if repo == "someone/silent":
             self.close_connection = True
             return
@@ -390,15 +412,18 @@ class Hub(BaseHTTPRequestHandler):
 CHILD = """
 import json, sys
 from pathlib import Path
+from typing import ClassVar
 from weights import WeightsError
 from weights.hub import cache, cached, fetch
 from weights.presets import Preset
 
 def preset(name):
-    return Preset("adapter", name, "models/plus.safetensors", 0.1, repo=f"someone/{name}", sha256=sys.argv[1])
+    pinned = "f" * 40 if name in ("pinned", "rewritten") else None
+    file = "models/plus.safetensors"
+    return Preset("adapter", name, file, 0.1, repo=f"someone/{name}", revision=pinned, sha256=sys.argv[1])
 
 said = {}
-for name in ("placed", "adapters", "adapters", "slow", "slow", "gated", "gone", "without", "busy", "silent", "other"):
+for name in ("placed", "adapters", "adapters", "slow", "slow", "gated", "gone", "without", "busy", "silent", "other", "pinned", "rewritten"):
     try:
         said.setdefault(name, []).append(str(fetch(preset(name))))
     except WeightsError as error:
@@ -444,6 +469,12 @@ def test_a_download_lands_in_the_cache_with_a_bar_and_is_found_there_again(downl
     assert "plus.safetensors: 100%" in err
 
 
+def test_a_file_is_asked_for_in_its_revision(downloads):
+    asked = [path for path in Hub.asked if path.startswith("/someone/pinned/")]
+    assert asked and all(path.startswith(f"/someone/pinned/resolve/{'f' * 40}/models/") for path in asked)
+    assert all("/resolve/main/" in path for path in Hub.asked if path.startswith("/someone/adapters/"))
+
+
 def test_an_interrupted_download_leaves_nothing_and_the_next_one_is_whole(downloads):
     said, _, _ = downloads
     (word, found, left), then = said["slow"]
@@ -458,6 +489,7 @@ def test_an_interrupted_download_leaves_nothing_and_the_next_one_is_whole(downlo
         ("gated", "someone/gated is gated: accept its terms"),
         ("gone", "the repository someone/gone is gone or not public"),
         ("without", "someone/without has no models/plus.safetensors any more"),
+        ("rewritten", f"someone/rewritten has no revision {'f' * 40} any more"),
         ("busy", "the hub does not give it now"),
         ("silent", "it cannot be reached"),
     ],

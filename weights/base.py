@@ -138,7 +138,8 @@ def open_base(
     layers = [(layer.to_k.out_features, layer.to_k.in_features) for layer in unet.cross_attentions()]
     for lora, _ in loras:
         check(lora, dict(zip(LORA_PARTS.values(), (unet, *texts), strict=False)))
-    trailing = not spacing and schedule.spacing == "trailing" and not schedule.zero_snr
+    # Distilled models are sampled so: few steps, from pure noise; and so are those that predict v with a zero SNR.
+    trailing = not spacing and schedule.spacing == "trailing" and schedule.prediction == "eps"
     turbo = trailing or any(key.startswith(TURBO) for key in state)
     vector_dim = unet.config.vector_dim
     return Base(

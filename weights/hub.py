@@ -24,13 +24,13 @@ def cache() -> Path:
 
 
 def cached(preset: Preset) -> Path | None:
-    """Where a preset's file lies on this machine; of several revisions the one that was fetched last."""
+    """Where a preset's file lies on this machine: in its own revision, or else in the one that was fetched last."""
     if preset.repo is None:
         return TREE / preset.file
     snapshots = cache() / f"models--{preset.repo.replace('/', '--')}" / "snapshots"
-    return max(
-        (path for path in snapshots.glob(f"*/{preset.file}") if path.is_file()), key=os.path.getmtime, default=None
-    )
+    pinned = snapshots / str(preset.revision) / preset.file
+    found = [path for path in snapshots.glob(f"*/{preset.file}") if path.is_file()]
+    return pinned if pinned in found else max(found, key=os.path.getmtime, default=None)
 
 
 def fetch(preset: Preset) -> Path:
@@ -62,10 +62,10 @@ def download(preset: Preset) -> Path:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url  # slow to import
 
         if not constants.HF_HUB_OFFLINE:  # of one request the error comes at once, the download tries for half a minute
-            get_hf_file_metadata(hf_hub_url(preset.repo, preset.file))
+            get_hf_file_metadata(hf_hub_url(preset.repo, preset.file, revision=preset.revision))
         if shutil.disk_usage(nearest).free < preset.megabytes * 10**6:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return Path(hf_hub_download(preset.repo, preset.file, cache_dir=folder))
+        return Path(hf_hub_download(preset.repo, preset.file, revision=preset.revision, cache_dir=folder))
     except Exception as error:  # noqa: BLE001, the hub's HTTP library, so its errors, differ between its versions
         raise WeightsError(
             f"`{preset.kind}` {preset.name}: not in {folder}, and {reason(error, preset)}; "
@@ -83,6 +83,8 @@ def reason(error: Exception, preset: Preset) -> str:
         return f"{preset.repo} is gated: accept its terms there with an account of yours, then run 'hf auth login'"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"the repository {preset.repo} is gone or not public"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{preset.repo} has no revision {preset.revision} any more"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return f"{preset.repo} has no {preset.file} any more"
     text = (str(error).splitlines() or [""])[0]

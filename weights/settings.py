@@ -3,6 +3,7 @@
 It is used, or refused where it cannot be; nothing is passed over.
 """
 
+import math
 import os
 import re
 from contextlib import suppress
@@ -30,7 +31,14 @@ NAMED = {
     "steps_offset": "steps_offset",
     "set_alpha_to_one": "set_alpha_to_one",
 }
-ONLY = {"prediction_type": ("epsilon", "v_prediction"), "num_train_timesteps": (1000,), "trained_betas": ()}
+ONLY = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "num_train_timesteps": (1000,),
+    "trained_betas": (),
+    "rescale_betas_zero_snr": (False, True),
+    "steps_offset": (0, 1),
+    "set_alpha_to_one": (False, True),
+}
 
 
 def schedule_of(path: str | Path, state: State, kind: Family, **asked: str | None) -> Schedule:
@@ -60,17 +68,28 @@ def scheduler_says(path: str | Path) -> dict[str, object]:
     """What a folder's scheduler says, as arguments of `Schedule`."""
     file = Path(path) / SCHEDULER
     config = read_json(file) if file.exists() else {}
-    if "EDM" in config.get("_class_name", "") or config.get("timestep_type") == "continuous":
+    made_by = str(config.get("_class_name"))
+    if "EDM" in made_by or config.get("timestep_type") == "continuous":
         raise WeightsError(f"{file}: made for the noise levels of EDM (arXiv 2206.00364), which are not supported")
-    if "Flow" in config.get("_class_name", ""):
+    if "Flow" in made_by:
         raise WeightsError(f"{file}: made for a flow, not for a diffusion; that is not supported")
     for name, allowed in ONLY.items():
         if (found := config.get(name)) not in (None, *allowed):
             raise WeightsError(
                 f"{file}: the {name} is {found!r}; {' and '.join(map(str, allowed)) or 'none'} supported"
             )
+    for name in ("beta_start", "beta_end"):
+        number(file, config, name, 1)
     said = {ours: config[theirs] for theirs, ours in NAMED.items() if config.get(theirs) is not None}
     return said | ({"prediction": PREDICTIONS[said["prediction"]]} if "prediction" in said else {})
+
+
+def number(file: Path, config: dict, name: str, below: float = math.inf) -> float | None:
+    """What a config says under a name, a number above 0; None for nothing."""
+    found = config.get(name)
+    if found is not None and not (isinstance(found, int | float) and 0 < found < below):
+        raise WeightsError(f"{file}: the {name} is {found!r}; a number above 0 and below {below:g} is wanted")
+    return found
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -103,4 +122,4 @@ def heed_vae(path: str | Path, kind: Family) -> Family:
             raise WeightsError(f"{file}: has {name}; an autoencoder whose latents are scaled alone is wanted")
     # Heeded only where a family overflows in fp16: all folders say so, as it is diffusers' default.
     half = kind.half_vae or not config.get("force_upcast", True)
-    return replace(kind, latent_scale=config.get("scaling_factor") or kind.latent_scale, half_vae=half)
+    return replace(kind, latent_scale=number(file, config, "scaling_factor") or kind.latent_scale, half_vae=half)
