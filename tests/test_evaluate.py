@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from clip import preprocess
-from measures import centre
+from measures import centre, open_judge
 from training.pairs import open_pairs
 from training.results import result_names
 from weights import WeightsError
@@ -452,6 +452,31 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, data, results, monkeypat
     run = evaluate("--data", data, "--results", results, "--output", tmp_path / "x.json")
     assert run.returncode == 2 and run.stderr.splitlines()[-1].endswith("cannot write (No space left on device)")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["folder", "index", "TorchScript"])
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_judge_scores_alike_whatever_it_comes_as(tmp_path, kind):
+    """A folder of transformers in shards, or an archive as OpenAI published its models: no config there, but three numbers."""
+    if kind == "TorchScript":
+        theirs = small_open_clip()
+        del theirs.context_length, theirs.vocab_size
+        for name, value in {"input_resolution": 64, "context_length": 77, "vocab_size": 49408}.items():
+            theirs.register_buffer(name, torch.tensor(value))
+        inputs = torch.ones(1, 3, 64, 64), torch.ones(1, 77, dtype=torch.long)
+        torch.jit.save(torch.jit.trace_module(theirs, {"forward": inputs}, strict=False), path := tmp_path / "x.pt")
+        file = saved(small_open_clip(), tmp_path / "x.safetensors")
+    else:
+        theirs = small_transformers("quick_gelu")
+        theirs.save_pretrained(tmp_path / "x", max_shard_size="5MB")
+        path = tmp_path / "x" if kind == "folder" else tmp_path / "x" / "model.safetensors.index.json"
+        file = saved(theirs, tmp_path / "x.safetensors")
+    found, wanted = open_judge(str(path), "cpu"), open_judge(str(file), "cpu", "quick")
+    picture = Image.effect_noise((80, 70), 50).convert("RGB")
+    assert found.gelu == "quick"
+    assert torch.equal(found.images([picture]), wanted.images([picture]))
+    assert torch.equal(found.texts(["a red fox"]), wanted.texts(["a red fox"]))
 
 
 def test_keys_of_another_clip_are_named(tmp_path):

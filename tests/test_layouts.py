@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -428,8 +429,6 @@ def test_tensors_that_are_not_plain_are_told(tmp_path, state):
 
 def bomb(folder: Path, program: bytes) -> Path:
     """A PyTorch file whose pickle is this program."""
-    import zipfile
-
     path = folder / "x.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", program)
@@ -469,8 +468,6 @@ def test_a_small_file_cannot_claim_much(tmp_path, program):
 
 
 def test_a_zip_archive_of_other_things_is_told(tmp_path, image_tower):
-    import zipfile
-
     saved(tmp_path / "clip.safetensors", image_tower.state_dict())
     with zipfile.ZipFile(tmp_path / "clip.zip", "w") as archive:
         archive.write(tmp_path / "clip.safetensors", "folder/clip.safetensors")
@@ -486,6 +483,30 @@ KINDS = {
     b"7z\xbc\xaf": "a 7z archive",
     b"\x89HDF\r\n": "an HDF5 file",
 }
+
+
+@pytest.mark.parametrize(
+    "mark, said",
+    [
+        ("scaled_fp8", "fp8 weights with scales beside them"),
+        ("model.diffusion_model.input_blocks.1.1.proj_in.scale_weight", "fp8 weights with scales beside them"),
+        ("unet.to_q.weight.absmax", "quantised by bitsandbytes"),
+        ("unet.to_q.weight.quant_state.bitsandbytes__nf4", "quantised by bitsandbytes"),
+        ("unet.to_q.SCB", "quantised by bitsandbytes"),
+        ("unet.to_q.qweight", "quantised in 4 bits"),
+        ("unet.to_q.weight._data", "quantised by quanto"),
+    ],
+)
+def test_quantised_weights_are_told_wherever_they_are_brought(tmp_path, image_tower, mark, said):
+    path = saved(tmp_path / "x.safetensors", image_tower.state_dict() | ones(mark))
+    for loader in (load_image_encoder, load_adapter, load_vae, open_base, read_lora):
+        assert said in refused(loader, path) and f"(it has {mark})" in refused(loader, path)
+
+
+def test_whole_numbers_are_no_weights(tmp_path, image_tower):
+    key = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    path = saved(tmp_path / "x.safetensors", image_tower.state_dict() | {key: torch.ones(512, 128, dtype=torch.int8)})
+    assert f"1 of whole numbers: {key} (torch.int8)" in refused(load_image_encoder, path)
 
 
 @pytest.mark.parametrize("head", KINDS, ids=KINDS.get)
