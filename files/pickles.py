@@ -54,7 +54,7 @@ INERT = re.compile(
 FORBIDDEN = {"EXT1", "EXT2", "EXT4", "PERSID", "INST", "OBJ", "NEWOBJ_EX", "INT", "LONG", "BYTEARRAY8", "NEXT_BUFFER"}
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # so began files before PyTorch 1.6
 STEPS = 1_000_000  # of a pickle, and names in what it makes; a whole SDXL checkpoint takes a tenth
-DEPTH = 64  # of dictionaries, or of modules, in each other
+DEPTH, NAME = 64, 1000  # of dictionaries, or modules, in each other; characters of a name
 MODEL = ("state_dict", "model_state_dict", "model", "module")  # what trainers call the model beside their notes
 
 
@@ -232,7 +232,7 @@ def named(content: object) -> Iterator[tuple[str, Inert]]:
     while todo:
         name, value, depth = todo.pop()
         count += 1
-        if count > STEPS or depth > DEPTH:
+        if count > STEPS or depth > DEPTH or len(name) > NAME:
             raise damaged("it has no end")
         if isinstance(value, Inert) and value.name.startswith(SCRIPT):
             value = value.state
