@@ -560,17 +560,17 @@ def read_settings_of(path: Path) -> None:
 
 SETTINGS = {
     "base": "tiny/weights/sd-tiny.safetensors",
-    "adapter": "x.safetensors",
-    "image_encoder": None,
+    "adapter": None,
     "prompt": "a fox",
+    "negative_prompt": "",
     "scale": [0.5, 1.0],
     "seed": 3,
     "steps": 20,
     "height": 512,
-    "image": ["~/fox.png"],
-    "lora": [["x.safetensors", 0.5]],
+    "image": ["tiny/example.png"],
+    "lora": [["tiny/weights/clip-tiny.safetensors", 0.5]],
     "faceid_v2": False,
-    "sha256": {"tiny/weights/sd-tiny.safetensors": "0" * 64, "x.safetensors": "1" * 64},
+    "sha256": {"x.safetensors": "1" * 64},
 }
 
 
