@@ -405,7 +405,7 @@ def test_names_with_line_breaks_do_not_break_lines(tmp_path):
     assert pairs.told() == f"1 left out of the data; the first: {tmp_path}/in/a\\nb.png: no caption"
     with pytest.raises(BadSample) as error:
         pairs[0]
-    assert str(error.value).startswith(f"{tmp_path}/in/c\\nd.png: not a picture")
+    assert "\n" not in str(error.value) and "d.png: not a picture" in str(error.value)
 
 
 def test_imagefolder(tmp_path):
