@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
 from sampler import SD, Schedule, add_noise, noise
-from training.order import Places, draws, pair_at, places
+from training.order import Places, draws, generator_at, pair_at, places
 from training.pairs import BadSample
 from training.ranks import Ranks
 from training.ready import Ready
@@ -171,6 +171,12 @@ def test_what_is_random_depends_on_seed_and_place_alone():
         assert one.mean() == pytest.approx(0, abs=0.05) and one.std() == pytest.approx(1, abs=0.04)
     columns = torch.stack([u, t / 1000, posterior[:, 0], noise[:, 0]])
     assert (torch.corrcoef(columns) - torch.eye(4)).abs().max() < 0.05
+
+
+def test_the_randomness_of_a_place_is_what_it_always_was():
+    """A run that was begun by an earlier version goes on with the same pairs and the same noise."""
+    seeds = [generator_at(seed, place).initial_seed() for seed, place in ((0, 5), (7, -1))]
+    assert seeds == [28486110198147923, 53795450754875127]
 
 
 def test_one_of_several_captions_is_drawn_at_each_place():
