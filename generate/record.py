@@ -156,7 +156,8 @@ def find_again(name: str, wanted: str | None, beside: Path) -> Path:
         UserError: nothing with that content is there.
     """
     old = Path(os.path.expanduser(name))
-    if old.exists() and (wanted is None or model_sha256(old) == wanted):
+    there = os.path.exists(old)  # unlike Path.exists, no error for names that no file can have
+    if there and (wanted is None or model_sha256(old) == wanted):
         return old
     published = (preset for preset in PRESETS.values() if preset.sha256 == wanted and wanted)
     places = [path for preset in published if (path := cached(preset))]
@@ -167,5 +168,5 @@ def find_again(name: str, wanted: str | None, beside: Path) -> Path:
     for path in places:
         if path.is_file() and sha256(path) == wanted:
             return path
-    found = "has another content now" if old.exists() else "is not there"
+    found = "has another content now" if there else "is not there"
     raise UserError(f"{name}: {found}, and no file with its SHA-256 ({(wanted or 'unknown')[:10]}...) was found")

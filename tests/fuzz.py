@@ -579,7 +579,23 @@ def settings_file(rng: Random, folder: Path) -> Path:
     settings = dict(SETTINGS)
     for key in rng.sample(list(settings), rng.randrange(3)):
         settings[key] = rng.choice(
-            (None, [], {}, "x", 3, -1, 1e300, [[]], [[1, 2, 3]], {"a": {}}, True, "../../x", "\0")
+            (
+                None,
+                [],
+                {},
+                "x",
+                3,
+                -1,
+                1e300,
+                [[]],
+                [[1, 2, 3]],
+                {"a": {}},
+                True,
+                "../../x",
+                "\0",
+                "x" * 300,
+                ["x" * 300],
+            )
         )
     text = json.dumps(settings)
     if rng.random() < 0.5:

@@ -469,7 +469,10 @@ MISTAKES = {
     ),
     "faces by name": (["--adapter", "faceid"], "--adapter faceid: a FaceID adapter, it reads faces"),
     "base alone": (["--base", WEIGHTS / "sd-tiny.safetensors"], "--adapter is wanted beside"),
-    "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter for a UNet is wanted here"),
+    "base as adapter": (
+        ["--adapter", WEIGHTS / "sd-tiny.safetensors"],
+        "an IP-Adapter for SD 1.x, SD 2.x or SDXL is wanted here",
+    ),
     "damaged settings": (["--pictures", "damaged"], "pictures.json: damaged"),
     "pictures under a file": (["--pictures", "notes.txt/x"], "--pictures notes.txt/x: cannot write there"),
     "output kind": (["--output", "x.txt"], "--output x.txt: a name that ends in .json is wanted"),

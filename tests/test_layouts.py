@@ -573,6 +573,8 @@ ADAPTERS = {
     ),
     "for FLUX (InstantX)": ones("image_proj.proj.0.weight", "ip_adapter.1.to_k_ip.weight", "ip_adapter.1.to_k_ip.bias"),
     "for SD 3": ones("image_proj.latents", "ip_adapter.1.to_k_ip.weight", "ip_adapter.1.norm_ip_k.weight"),
+    "for Kolors": {"image_proj.latents": torch.ones(1, 16, 2048), "image_proj.proj_in.weight": torch.ones(8, 1024)}
+    | ones("ip_adapter.1.to_k_ip.weight"),
     "for a transformer": ones("image_proj.latents", "ip_adapter.0.to_k_ip.weight", "ip_adapter.1.to_k_ip.weight"),
     "for a transformer ": ones("blocks.0.attn2.to_k_ip.weight"),
     "a PuLID adapter": ones("pulid_ca.0.norm1.weight", "pulid_encoder.x"),
@@ -590,7 +592,7 @@ ADAPTERS = {
 def test_other_adapters_are_refused_by_name(tmp_path, kind):
     path = saved(tmp_path / "x.bin", ADAPTERS[kind])
     said = refused(load_adapter, path)
-    assert "an IP-Adapter for a UNet is wanted here; this is" in said and kind.strip() in said
+    assert "an IP-Adapter for SD 1.x, SD 2.x or SDXL is wanted here; this is" in said and kind.strip() in said
 
 
 EMBEDDINGS = {
