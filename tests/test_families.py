@@ -330,6 +330,16 @@ def test_a_folder_of_diffusers_may_lack_what_comes_from_elsewhere(sd1, tmp_path)
     assert "no vae/; found" in refused(tmp_path, lambda path: open_base(path, text_encoder=[tmp_path / "text"]))
 
 
+def test_a_part_from_elsewhere_that_does_not_fit_is_named(sd1, tmp_path):
+    for name, prefix in (("vae", "first_stage_model."), ("text", TEXT["sd1"][0])):
+        state = part_of(load_file(sd1.base.path), prefix)
+        del state[next(key for key in state if key.endswith("bias"))]
+        save_file(state, tmp_path / f"{name}.safetensors")
+    assert "1 missing: " in refused(tmp_path / "vae.safetensors", lambda path: open_base(sd1.base.path, vae=path))
+    text = tmp_path / "text.safetensors"
+    assert "1 missing: " in refused(text, lambda path: open_base(sd1.base.path, text_encoder=[path]))
+
+
 def test_text_towers_that_are_none_or_too_few(sd1, sdxl, tmp_path):
     save_file(part_of(load_file(sd1.base.path), UNET), unet := tmp_path / "unet.safetensors")
     assert refused(unet, lambda path: open_base(sd1.base.path, text_encoder=[path])).startswith(

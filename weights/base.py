@@ -88,7 +88,8 @@ class Base:
     def part(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
         # Read anew each time: a mapped file costs nothing to open, and its pages can go when the model is built.
         part = parts(gather(self.path, self.vae_file, self.text_files), self.family)[name]
-        model = fill(part.make, part.state, self.path, dtype or self.dtype, self.device)
+        file = files_of(self.path, self.vae_file, self.text_files)[name]
+        model = fill(part.make, part.state, file, dtype or self.dtype, self.device)
         if self.loras and name in LORA_PARTS:
             merge(model, self.loras, LORA_PARTS[name], keep=False)
         return model
@@ -131,10 +132,11 @@ def open_base(
     check_whole(path, found, kind)
     used = (*(part.prefix for part in found.values()), *(prefix for tower in kind.text for prefix in tower.prefixes))
     left = [key for key in state if not key.startswith((*used, *MARKS)) and not IGNORED.match(key)]
+    files = files_of(path, vae, text_encoder)
     unet, _, *texts = (
-        build(part.make, part.state, path, left if name == "UNet" else None) for name, part in found.items()
+        build(part.make, part.state, files[name], left if name == "UNet" else None) for name, part in found.items()
     )
-    check_texts(path, unet, texts)
+    check_texts(files["text tower"], unet, texts)
     layers = [(layer.to_k.out_features, layer.to_k.in_features) for layer in unet.cross_attentions()]
     for lora, _ in loras:
         check(lora, dict(zip(LORA_PARTS.values(), (unet, *texts), strict=False)))
@@ -191,6 +193,12 @@ def gather(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -> 
     return state
 
 
+def files_of(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -> dict[str, str | Path]:
+    """Where each part comes from, for messages."""
+    texts = " and ".join(map(str, text_encoder)) or path
+    return {"UNet": path, "autoencoder": vae or path, "text tower": texts, "second text tower": texts}
+
+
 def read_text(path: Path) -> State:
     """A text tower in a file or a folder of its own, in the transformers layout or in OpenCLIP's; of a whole CLIP its half."""
     state = read_part(path)
@@ -200,7 +208,9 @@ def read_text(path: Path) -> State:
 
 
 def text_width(state: State) -> int:
-    return next(w.shape[-1] for key, w in state.items() if key.endswith("token_embedding.weight") and w.ndim)
+    return max(
+        (w.shape[-1] for key, w in state.items() if key.endswith("token_embedding.weight") and w.ndim), default=0
+    )
 
 
 def check_whole(path: str | Path, found: dict[str, Part], kind: Family) -> None:
@@ -251,8 +261,9 @@ def parts(state: State, kind: Family) -> dict[str, Part]:
 def text_state(state: State, tower: Tower) -> State:
     """A text tower's tensors in transformers' names."""
     if "positional_embedding" in state:
-        if "text_projection.weight" in state:  # as diffusers' converter writes it
-            state = state | {"text_projection": state["text_projection.weight"].mT}
+        transposed = state.get("text_projection.weight")  # as diffusers' converter writes it
+        if transposed is not None and transposed.ndim == 2:
+            state = state | {"text_projection": transposed.mT}
         state = text_from_openclip(state)
     state = from_diffusers(state)  # many early fine-tuned models have no `text_model.`
     # A whole tower of SD 2.x has 24 layers and a projection; folders, and files made of them, come without the last.

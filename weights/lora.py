@@ -20,6 +20,7 @@ from files.tensors import State, WeightsError, read
 from ipadapter import low_rank
 from ipadapter.low_rank import LowRank
 from weights.diffusers_names import unet_key, unet_shape
+from weights.families import of_width
 from weights.kinds import what_is
 
 PREFIX = re.compile(
@@ -41,7 +42,6 @@ OTHERS = {
     r"\.(diff|diff_b)$": "whole differences of weights",
 }
 ONE = torch.ones(1)
-WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # of the tokens that a UNet reads
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def made_for(lora: LoRA) -> str:
     widths = {change.shape[1] for name, change in unet.items() if name.endswith("attn2_to_k")}
     if len(widths) == 1:
         width = widths.pop()
-        return f"{WIDTHS.get(width, 'another base')} (its UNet reads tokens of {width})"
+        row = of_width(width)
+        return f"{row.name if row else 'another base'} (its UNet reads tokens of {width})"
     return "SDXL (two text towers)" if "text_2" in lora.parts else "a base that its names do not tell"
 
 
