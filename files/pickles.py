@@ -62,8 +62,11 @@ class Unfit(UserError):
     """What is wrong with a file; `read_pickle` puts the file's name before it."""
 
 
+DAMAGED = "damaged or cut short, not a whole PyTorch file"
+
+
 def damaged(reason: str) -> Unfit:
-    return Unfit(f"damaged or cut short, not a whole PyTorch file ({reason})")
+    return Unfit(f"{DAMAGED} ({reason})")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -140,7 +143,7 @@ def unpickle(file: BinaryIO) -> tuple[object, dict[str, Stored]]:
     """The next object in a file, and the storages that it speaks of."""
     start = file.tell()
     unpickler = Unpickler(file)
-    with untrusted(Unfit, str(damaged("its pickle"))):
+    with untrusted(Unfit, DAMAGED):
         for step, (opcode, arg, _) in enumerate(pickletools.genops(file)):
             if opcode.name in FORBIDDEN:
                 raise damaged(f"{opcode.name} in its pickle")
@@ -156,7 +159,7 @@ Storage = Callable[[Stored], UntypedStorage]
 
 def open_zip(path: Path, file: BinaryIO) -> tuple[object, Storage]:
     """What a file of PyTorch 1.6 and later holds; the numbers of its tensors lie in it as they lie in memory."""
-    with untrusted(Unfit, str(damaged("its zip archive"))):
+    with untrusted(Unfit, DAMAGED):
         members = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
         mapped = UntypedStorage.from_file(str(path), False, os.path.getsize(path))
     folder = next((name[: -len("data.pkl")] for name in members if re.fullmatch(r"([^/]*/)?data\.pkl", name)), None)
@@ -269,5 +272,5 @@ def view(storage: UntypedStorage, dtype: torch.dtype, offset: int, shape: tuple,
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if (0 not in shape and (last + 1) * dtype.itemsize > len(storage)) or prod(shape) * dtype.itemsize > limit:
         raise damaged("a tensor larger than what there is of it")
-    with untrusted(Unfit, str(damaged("a tensor of no shape"))):
+    with untrusted(Unfit, DAMAGED):
         return torch.empty(0, dtype=dtype).set_(storage).as_strided(shape, stride, offset)

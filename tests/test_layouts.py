@@ -129,6 +129,10 @@ def test_a_folder_is_told_apart_by_all_its_files(tmp_path, image_tower):
     save_file({key: value + 1 for key, value in read(shard).items()}, shard)
     assert model_sha256(tmp_path / "a") != model_sha256(tmp_path / "b")
     assert model_sha256(tmp_path / "a" / index) != before
+    theirs.save_pretrained(tmp_path / "c" / "image_encoder")
+    before = model_sha256(tmp_path / "c")
+    (tmp_path / "c" / "image_encoder" / "config.json").write_text("{}")
+    assert model_sha256(tmp_path / "c") != before
 
 
 @pytest.mark.parametrize(
