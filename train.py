@@ -39,8 +39,10 @@ from training.trainer import RATE_SCHEDULES, Trainer
 from training.validation import SHOWN, validation, validation_pictures
 from weights import load_adapter
 from weights.diffusers import model_sha256
+from weights.presets import BUNDLED
 
 MODELS = ("base", "image_encoder", "vae")
+NAMED = (*MODELS, "adapter")
 # Another run, if one of these differs.
 IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed", "data (pairs)", "data (sha256)")
 # What the step and the loop take under the names of their flags.
@@ -51,21 +53,18 @@ LOOP = ("steps", "batch_size", "workers", "save_every", "validate_every")
 def main() -> None:
     args = parse()
     ranks = Ranks(args.device, write=lambda line: tqdm.write(line, file=sys.stderr))
-    # First all that can be refused without the models, which may have to be fetched.
-    named = {name: vars(args)[name] for name in (*MODELS, "adapter")}
-    resolve_trainable(named)
+    # What can be refused without the models is refused before them: they may have to be fetched.
     monitors = [MONITORS[name]() for name in args.log]
     check_folder(args.output, args.resume)
     pairs = open_pairs(args.data, args.data_root, uncaptioned=True)
     shown = open_pairs(args.validation, args.data_root, uncaptioned=True) if args.validation else pairs
     how = {"device": ranks.device, "dtype": args.dtype_name, "keep": False, "tell": ranks.say}
-    models = open_models(**named, new_adapter=True, **how)
+    models = open_models(**{name: vars(args)[name] for name in NAMED}, new_adapter=True, **how)
     kind = trainable_kind(models, args.kind)
     hashes = {f"{name} (sha256)": model_sha256(path) for name in MODELS if (path := models.files.get(name))}
-    given = {key: value for key, value in vars(args).items() if key not in ("device", "resume")} | {"kind": kind}
-    given |= {name: str(path) for name, path in models.files.items()}
-    settings = given | {"processes": ranks.size, "torch": torch.__version__} | hashes
-    settings |= identity(pairs, args.limit, ranks)
+    settings = {key: value for key, value in vars(args).items() if key not in ("device", "resume")} | {"kind": kind}
+    settings |= {name: str(path) for name, path in models.files.items()}
+    settings |= {"processes": ranks.size, "torch": torch.__version__} | hashes | identity(pairs, args.limit, ranks)
     run = Run(args.output, ranks, settings, IDENTITY, args.resume, monitors)
     if told := pairs.told():
         ranks.say(told)
@@ -191,9 +190,14 @@ def parse() -> argparse.Namespace:
     cli.check_writable("--output", args.output, args.output)
     if args.base and not args.data:
         raise UserError("--data is wanted beside --base")
-    if not args.base and not args.data:
+    tiny = resolve_trainable({name: vars(args)[name] for name in NAMED})["base"] == BUNDLED and not args.base
+    if not args.data and not tiny:
+        raise UserError(
+            f"--data is wanted beside --adapter {args.adapter}, which brings another base than the tiny one"
+        )
+    if not args.data:
         args.cache = args.cache or args.output / "cache"
-    for name, value in (PAPER if args.base else TINY_RUN).items():
+    for name, value in (TINY_RUN if tiny else PAPER).items():
         kind_follows = name == "kind" and args.adapter
         if getattr(args, name) is None and not kind_follows and not (args.data and name in ("validation", "limit")):
             setattr(args, name, value)

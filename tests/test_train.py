@@ -526,6 +526,7 @@ def test_a_run_goes_on_with_the_same_data_wherever_they_lie_and_not_with_others(
         (["--base", "sd21", "--data", "d", "--image-encoder", "vit-h"], "--base sd21: SD 2.x, predicting v; training"),
         (["--adapter", "sdxl-plus"], "--base sdxl: SDXL, predicting eps; training is for SD 1.x"),
         (["--adapter", "faceid-plus"], "--adapter faceid-plus: a FaceID adapter, it reads faces"),
+        (["--adapter", "plus"], "--data is wanted beside --adapter plus, which brings another base"),
         (["--base", "sd15", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["--validation", "nowhere"], "nowhere: no such file or folder"),
         (["--log", "visdom"], "--log: invalid choice: 'visdom'"),

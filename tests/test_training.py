@@ -5,12 +5,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 import torch
 from counterparts import diffusers_unet_with, rel
 from diffusers.optimization import get_scheduler
 from torch.nn.functional import mse_loss
 
+from files.sheets import curve
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
 from sampler import SD, Schedule, add_noise, noise
@@ -312,6 +314,14 @@ def test_the_held_out_loss_tells_the_right_picture_from_none_and_from_a_stranger
         layer.to_v_ip.weight.zero_()  # an adapter that says nothing
     deaf = held_out_loss(unet, ours, given)
     assert all(row["right"] == row["none"] == row["stranger"] for row in deaf)
+
+
+def test_a_curve_of_a_million_steps_is_drawn_at_each_checkpoint():
+    """In a moment, and the fall is seen: black on the left above, on the right below."""
+    losses = (np.linspace(1, 0, 1_000_000) + np.random.default_rng(0).normal(0, 0.3, 1_000_000)).tolist()
+    page = np.asarray(curve([*losses, math.nan], "steps", "loss").convert("L"))
+    left, right = (np.flatnonzero(page[30:420, x] == 0) for x in (100, 900))
+    assert page.shape == (480, 960) and left.max() + 200 < right.min()
 
 
 def test_averaged_weights(unet):
