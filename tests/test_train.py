@@ -21,9 +21,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from counterparts import diffusers_unet
+from counterparts import diffusers_unet, listed_once
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_sample import FAST, sample
 
 from clip import preprocess, tokenize
 from ipadapter import Prompt
@@ -133,16 +134,16 @@ def test_the_adapter_is_read_by_sample_and_by_diffusers(run, tmp_path):
     for key, value in load_file(run / "adapter.safetensors").items():
         part, name = key.split(".", 1)
         state[part][name] = value.float()
-    theirs._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
+    with listed_once(theirs):
+        theirs._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
     torch.manual_seed(0)
     x, text, patches = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64), torch.randn(1, 65, 128)
     with torch.no_grad():
         ours = unet(x, torch.tensor(500), Prompt(text, (adapter.prompt(adapter.image_proj(patches)),)))
         wanted = theirs(x, 500, text, added_cond_kwargs={"image_embeds": [patches[:, None]]}).sample
     assert (ours - wanted).norm() / wanted.norm() < 1e-5
-    script = [sys.executable, ROOT / "sample.py", "--adapter", run / "adapter.safetensors", "--image"]
-    script += [ROOT / "tiny/example.png", "--steps", "2", "--output", tmp_path / "x.png"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    flags = ["--image", ROOT / "tiny/example.png", *FAST, "--output", tmp_path / "x.png"]
+    done = sample("--adapter", run / "adapter.safetensors", *flags)
     assert done.returncode == 0, done.stderr
 
 
