@@ -1,7 +1,8 @@
 """Changes of a model's weights that can be taken out again, above all LoRAs (arXiv 2106.09685): W + scale * up @ down.
 
 A change is a small value with `delta(weight)`: what is to be added to a weight, of its shape, on its device, in fp32.
-`merge` adds changes to the weights themselves, so they cost nothing per step.
+`merge` adds changes to the weights themselves, so they cost nothing per step. The forms beside LoRA are those of LyCORIS
+(arXiv 2309.14859) and DoRA (arXiv 2402.09353).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 
 
 class Change(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it fits; of a convolution the last sizes may be one product."""
+
     def delta(self, weight: Tensor) -> Tensor:
         """What is to be added to a weight, given in fp32: of its shape, on its device."""
 
@@ -40,6 +45,93 @@ class LowRank:
         if self.mid is None:
             return self.scale * (up @ down).view_as(weight)
         return self.scale * torch.einsum("or, rshw, si -> oihw", up, self.mid.to(weight), down).view_as(weight)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A matrix as the product of two; with a core, of a convolution: (rank, rank, height, width) between (rank, out or in)."""
+
+    a: Tensor  # (rows, rank)
+    b: Tensor  # (rank, columns)
+    core: Tensor | None = None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """On the device and in the dtype of a weight."""
+        a, b = self.a.to(weight), self.b.to(weight)
+        return a @ b if self.core is None else torch.einsum("ij..., ip, jr -> pr...", self.core.to(weight), a, b)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A matrix that is there as it is; as a change, a whole difference of weights, or of a norm."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return self.tensor.to(weight)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.tensor.to(weight).view_as(weight)
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """LoHa: two matrices of low rank, multiplied number by number."""
+
+    first: Factors
+    second: Factors
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.first.matrix(torch.empty(0)).shape)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return (self.scale * self.first.matrix(weight) * self.second.matrix(weight)).view_as(weight)
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """LoKr: each number of the first matrix stands before a copy of the second; either may be of low rank."""
+
+    first: Factors | Whole
+    second: Factors | Whole
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.product(torch.empty(0)).shape)
+
+    def product(self, weight: Tensor) -> Tensor:
+        first, second = self.first.matrix(weight), self.second.matrix(weight)
+        return torch.kron(first.view(*first.shape, *[1] * (second.ndim - first.ndim)), second)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.scale * self.product(weight).view_as(weight)
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """DoRA: the changed weight, its rows, or its columns, brought to lengths of their own."""
+
+    change: Change
+    lengths: Tensor  # (out,) or (out, 1, ...), or (1, in, ...)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.change.shape
+
+    def delta(self, weight: Tensor) -> Tensor:
+        changed = weight + self.change.delta(weight)
+        axis = int(self.lengths.ndim > 1 and self.lengths.shape[0] == 1 != weight.shape[0])
+        others = [i for i in range(weight.ndim) if i != axis]
+        sizes = [-1 if i == axis else 1 for i in range(weight.ndim)]
+        norms = torch.linalg.vector_norm(changed, dim=others, keepdim=True)
+        return self.lengths.to(weight).reshape(sizes) * changed / norms - weight
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """LoRAs merged into our models give what diffusers and peft compute with the same files."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from conftest import NARROW_TEXT, NARROW_UNET, NARROW_XL
@@ -19,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from clip import CLIPText
+from files.errors import Notice
 from files.tensors import WeightsError
-from ipadapter import FaceProjection, IPAdapter, Prompt
+from ipadapter import FaceProjection, IPAdapter, Prompt, low_rank
 from ipadapter.low_rank import LowRank
 from unet import UNet
-from weights.lora import check, merge, read_lora
+from weights.lora import change_of, check, merge, read_lora
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRANSFORMER = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -448,24 +451,32 @@ def test_each_layer_has_its_own_alpha(unet, tmp_path, draw):
         width = 64 if "attn2" in name else 32
         state |= {f"{prefix}.lora_down.weight": draw(4, width), f"{prefix}.lora_up.weight": draw(32, 4)}
         state[f"{prefix}.alpha"] = torch.tensor(alpha)
-    scales = [low_rank.scale for low_rank in read_lora(write(tmp_path / "a.safetensors", state)).parts["unet"].values()]
+    scales = [c["weight"].scale for c in read_lora(write(tmp_path / "a.safetensors", state)).parts["unet"].values()]
     assert scales == [0.25, 2.0]
 
 
+@pytest.mark.parametrize("key, kind", [("lora_unet_conv_in.oft_blocks", "OFT"), ("x.glora_a.weight", "GLoRA")])
+def test_other_kinds_are_refused_by_name(tmp_path, key, kind):
+    path = write(tmp_path / "other.safetensors", {key: torch.ones(2)})
+    with pytest.raises(WeightsError, match=rf"other.safetensors: {kind} is not supported \(.*\); LoRA, LoCon, LoHa,"):
+        read_lora(path)
+
+
 @pytest.mark.parametrize(
-    "key, kind",
+    "tensors",
     [
-        ("lora_unet_conv_in.dora_scale", "DoRA"),
-        ("unet.conv_in.lora_magnitude_vector", "DoRA"),
-        ("lora_unet_conv_in.hada_w1_a", "LoHa"),
-        ("lora_unet_conv_in.lokr_w1", "LoKr"),
-        ("lora_unet_conv_in.diff", "whole differences of weights"),
+        {"dora_scale": (4, 1)},  # of no change
+        {"hada_w1_a": (4, 2), "hada_w1_b": (2, 4), "hada_w2_a": (4, 2)},
+        {"hada_w1_a": (4, 2), "hada_w1_b": (3, 4), "hada_w2_a": (4, 2), "hada_w2_b": (2, 4)},
+        {"lokr_w1": (2, 2)},
+        {"lora_up.weight": (4, 2), "lora_down.weight": (2, 4), "diff": (4, 4)},
+        {"lora_up.weight": (4, 2), "lora_down.weight": (2, 4), "hada_w1_a": (4, 2)},
     ],
 )
-def test_other_kinds_are_refused_by_name(tmp_path, kohya_file, key, kind):
-    path = write(tmp_path / "other.safetensors", {key: torch.ones(2)})
-    with pytest.raises(WeightsError, match=rf"other.safetensors: {kind} is not supported \(.*\); LoRA and LoCon are"):
-        read_lora(path)
+def test_tensors_that_make_no_form_are_refused(tmp_path, draw, tensors):
+    state = {f"lora_unet_conv_in.{key}": draw(*shape) for key, shape in tensors.items()}
+    with pytest.raises(WeightsError, match=r"1 keys that belong to no pair of LoRA matrices: conv_in"):
+        read_lora(write(tmp_path / "hole.safetensors", state))
 
 
 def test_what_is_no_lora_is_refused_by_name(tmp_path, unet):
@@ -533,3 +544,132 @@ def test_as_many_numbers_in_another_shape_do_not_fit(unet, tmp_path):
     state = {f"{name}.lora_down.weight": torch.ones(4, 32), f"{name}.lora_up.weight": torch.ones(128, 4)}
     with pytest.raises(WeightsError, match=r"ff_net_2 \(128, 32\) for \(32, 128\)"):
         check(read_lora(write(tmp_path / "turned.safetensors", state)), {"unet": unet})
+
+
+# Other forms than LoRA
+
+
+class Two(nn.Module):
+    """A linear layer and a convolution under names that kohya's files have, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.conv = nn.Linear(12, 8), nn.Conv2d(4, 8, 3)
+
+
+FORMS = {
+    "LoHa": lambda: peft.LoHaConfig(r=2, alpha=3, init_weights=False),
+    "LoHa, a core": lambda: peft.LoHaConfig(r=2, alpha=3, init_weights=False, use_effective_conv2d=True),
+    "LoKr": lambda: peft.LoKrConfig(r=2, alpha=2, init_weights=False),
+    "LoKr, both of low rank": lambda: peft.LoKrConfig(r=1, alpha=3, init_weights=False, decompose_both=True),
+    "LoKr, a core": lambda: peft.LoKrConfig(r=1, alpha=3, init_weights=False, use_effective_conv2d=True),
+    "DoRA": lambda: peft.LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, use_dora=True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_equal_peft(form):
+    model, config = randomise(Two(), 1), FORMS[form]()
+    config.target_modules = {"lin", "conv"}
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    randomise_adapter(theirs)
+    layers = {"lin": {}, "conv": {}}
+    for key, w in peft.get_peft_model_state_dict(theirs).items():
+        name, tensor = re.fullmatch(r"base_model\.model\.(lin|conv)\.(\w+)(?:\.weight)?", key).groups()
+        layers[name][{"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "rows"}.get(tensor, tensor)] = w
+    alpha = getattr(config, "alpha", None) or config.lora_alpha
+    if form == "LoKr":  # of two whole matrices alpha says nothing in shared files; peft multiplies all the same
+        assert alpha == config.r
+    changes = {
+        name: change_of(layer | {"alpha": torch.tensor(float(alpha))})["weight"] for name, layer in layers.items()
+    }
+    wanted = theirs.merge_and_unload()
+    before = copy.deepcopy(model.state_dict())
+    undo = low_rank.merge(model, {f"{name}.weight": [(1.0, change)] for name, change in changes.items()})
+    for name in layers:
+        assert rel(model.get_parameter(f"{name}.weight"), wanted.get_parameter(f"{name}.weight")) <= 1e-5
+        assert rel(model.get_parameter(f"{name}.weight"), before[f"{name}.weight"]) > 0.01
+    undo()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def randomise_adapter(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for name, p in model.named_parameters():
+        if re.search("lora|hada|lokr", name):
+            p.data = 0.5 * torch.randn(p.shape, generator=generator) + ("magnitude" in name)
+
+
+def test_lengths_of_columns_are_the_formula(draw):
+    """LyCORIS' other kind of DoRA: one length for each column of the changed weight."""
+    w, up, down, lengths = draw(6, 5), draw(6, 2), draw(2, 5), draw(1, 5).abs()
+    layer = {"up": up, "down": down, "alpha": torch.tensor(1.0), "dora_scale": lengths}
+    changed = w + 0.5 * up @ down
+    wanted = lengths * changed / changed.square().sum(0, keepdim=True).sqrt()
+    assert rel(w + change_of(layer)["weight"].delta(w), wanted) <= 1e-6
+
+
+def test_norms_whole_differences_and_biases_are_added_to_the_unet(tmp_path, unet, draw):
+    name = "lora_unet_down_blocks_0_attentions_0"
+    state = {
+        f"{name}_norm.w_norm": draw(32),
+        f"{name}_norm.b_norm": draw(32),
+        f"{name}_transformer_blocks_0_attn1_to_q.diff": draw(32, 32),
+        "lora_unet_conv_in.diff": draw(32, 4, 3, 3),
+        "lora_unet_conv_in.diff_b": draw(32),
+    }
+    save_file(state, tmp_path / "x.safetensors")
+    ours = copy.deepcopy(unet)
+    undo = merge(ours, [(read_lora(tmp_path / "x.safetensors"), 0.5)], "unet")
+    block = "input_blocks.1.1"
+    places = {f"{block}.norm.weight": 0, f"{block}.norm.bias": 1, f"{block}.transformer_blocks.0.attn1.to_q.weight": 2}
+    places |= {"input_blocks.0.0.weight": 3, "input_blocks.0.0.bias": 4}
+    differences = list(state.values())
+    for key, value in ours.state_dict().items():
+        wanted = unet.state_dict()[key] + (0.5 * differences[places[key]] if key in places else 0)
+        assert torch.allclose(value, wanted, atol=1e-6), key
+    undo()
+    assert all(torch.equal(value, unet.state_dict()[key]) for key, value in ours.state_dict().items())
+
+
+def test_lycoris_names_are_those_of_kohya(tmp_path, unet, draw):
+    inner = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {"lokr_w1": draw(4, 4), "lokr_w2": draw(8, 8), "alpha": torch.tensor(1e9)}
+    made = []
+    for i, prefix in enumerate(("lycoris_", "lora_unet_")):
+        path = tmp_path / f"{i}.safetensors"
+        save_file({f"{prefix}{inner}.{key}": w for key, w in tensors.items()}, path)
+        ours = copy.deepcopy(unet)
+        merge(ours, [(read_lora(path), 1.0)], "unet", keep=False)
+        made.append(ours.input_blocks[1][1].transformer_blocks[0].attn1.to_q.weight)
+    wanted = unet.input_blocks[1][1].transformer_blocks[0].attn1.to_q.weight
+    wanted = wanted + torch.kron(tensors["lokr_w1"], tensors["lokr_w2"])
+    assert torch.equal(*made) and rel(made[0], wanted) <= 1e-6
+
+
+def test_open_clips_names_of_a_text_tower(tmp_path, text_tower, draw):
+    """q, k and v lie in one matrix there."""
+    up, down, fc = draw(192, 2), draw(2, 64), (draw(256, 2), draw(2, 64))
+    state = {
+        "lora_te_transformer_resblocks_1_attn_in_proj.lora_up.weight": up,
+        "lora_te_transformer_resblocks_1_attn_in_proj.lora_down.weight": down,
+        "lora_te_transformer_resblocks_1_mlp_c_fc.lora_up.weight": fc[0],
+        "lora_te_transformer_resblocks_1_mlp_c_fc.lora_down.weight": fc[1],
+    }
+    save_file(state, tmp_path / "x.safetensors")
+    ours = copy.deepcopy(text_tower)
+    merge(ours, [(read_lora(tmp_path / "x.safetensors"), 1.0)], "text")
+    layers = [tower.text_model["encoder"]["layers"][1] for tower in (ours, text_tower)]
+    for letter, part in zip("qkv", (up @ down).chunk(3), strict=True):
+        found, before = (getattr(layer.self_attn, f"{letter}_proj").weight for layer in layers)
+        assert rel(found, before + part) <= 1e-6
+    assert rel(layers[0].mlp.fc1.weight, layers[1].mlp.fc1.weight + fc[0] @ fc[1]) <= 1e-6
+
+
+def test_a_bundled_embedding_is_left_aside_and_told(tmp_path, draw):
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    state = {f"{key}.lora_up.weight": draw(32, 2), f"{key}.lora_down.weight": draw(2, 32)}
+    save_file(state | {"bundle_emb.sks.string_to_param.*": draw(2, 64)}, tmp_path / "x.safetensors")
+    with pytest.warns(Notice, match=r"textual inversions \(sks\) are left aside"):
+        lora = read_lora(tmp_path / "x.safetensors")
+    assert list(lora.parts) == ["unet"]

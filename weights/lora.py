@@ -1,47 +1,50 @@
 """LoRAs for the base model as files: what their names mean, and whether they fit.
 
-Read are the names of kohya-ss (`lora_unet_*`, `lora_te*_*`) and those of diffusers and peft (`unet.*`, `text_encoder*.*`),
-for linear layers and convolutions (LoCon).
+Read are the names of kohya-ss (`lora_unet_*`, `lora_te*_*`), those of diffusers and peft (`unet.*`, `text_encoder*.*`) and
+SimpleTuner's (`lycoris_*`), for linear layers, convolutions and norms; and all forms that are shared: LoRA and LoCon, LoHa,
+LoKr, DoRA, whole differences. The forms themselves are values (`ipadapter/low_rank.py`).
 """
 
 import json
 import math
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
+from files.errors import Notice
 from files.tensors import State, WeightsError, read
 from ipadapter import low_rank
-from ipadapter.low_rank import LowRank
+from ipadapter.low_rank import Change, Decomposed, Factors, Hadamard, Kronecker, LowRank, Whole
 from weights.diffusers_names import unet_key, unet_shape
 from weights.families import of_width
 from weights.kinds import what_is
 
 PREFIX = re.compile(
-    r"(?:(lora_unet_|unet\.|(?:model\.)?diffusion_model\.)|(lora_te2_|text_encoder_2\.)|(lora_te1?_|text_encoder\.))?"
+    r"(?:(lora_unet_|unet\.|(?:model\.)?diffusion_model\.)|(lora_te2_|text_encoder_2\.)|(lora_te1?_|text_encoder\.)|lycoris_)?"
     r"(?:base_model\.model\.)?"
 )
 PARTS = {1: "unet", 2: "text_2", 3: "text"}  # by the group of PREFIX that matched
-MATRIX = re.compile(
-    r"(?:\.lora_(down|up|mid|A|B)(?:\.\w+)?|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up))\.weight$"
-    r"|(?:[._]lora(?:_linear_layer)?)?(?:\.down\.weight)?\.(alpha)$"
+# What stands behind a layer's name. The first pattern that matches tells which tensor of the layer it is.
+TENSORS = (
+    (r"\.lora_(down|up|mid|A|B)(?:\.\w+)?\.weight$", {"A": "down", "B": "up"}),
+    (r"(?:\.lora|\.lora_linear_layer|_lora)\.(down|up)\.weight$", {}),
+    (r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$", {}),
+    (r"\.(dora_scale|lora_magnitude_vector)(?:\.\w+)?(?:\.weight)?$", {"lora_magnitude_vector": "rows"}),
+    (r"\.(diff|diff_b|w_norm|b_norm)$", {"w_norm": "diff", "b_norm": "diff_b"}),
+    (r"(?:[._]lora(?:_linear_layer)?)?(?:\.down\.weight)?\.(alpha)$", {}),
 )
 WHAT = {"unet": "the UNet", "text": "the text tower", "text_2": "a second text tower"}
-SAME = {"A": "down", "B": "up"}
-OTHERS = {
-    r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
-    r"\.hada_": "LoHa",
-    r"\.lokr_": "LoKr",
-    r"\.oft_": "OFT",
-    r"\.(diff|diff_b)$": "whole differences of weights",
-}
-ONE = torch.ones(1)
+OTHERS = {r"\.(oft_|boft_)": "OFT", r"\.(glora_|a1\.|b1\.)": "GLoRA"}
+BUNDLED = re.compile(r"^bundle_emb\.([^.]+)\.")  # textual inversions that some trainers put into the same file
+OPENCLIP = re.compile(r"^(?:transformer_)?resblocks_(\d+)_(\w+)$")
+INSIDE = {"attn_out_proj": "self_attn_out_proj", "mlp_c_fc": "mlp_fc1", "mlp_c_proj": "mlp_fc2"}
+INSIDE |= {"ln_1": "layer_norm1", "ln_2": "layer_norm2"}
 
 
 @dataclass(frozen=True)
@@ -49,40 +52,119 @@ class LoRA:
     """A file, read; the names of its layers are still the file's, with `_` for every `.`."""
 
     path: Path
-    parts: dict[str, dict[str, LowRank]]  # "unet", "text" (the first text tower), "text_2" -> name -> what is added
+    # "unet", "text" (the first text tower), "text_2" -> name -> what is added to its weight (and bias)
+    parts: dict[str, dict[str, dict[str, Change]]]
 
 
 def read_lora(path: str | Path) -> LoRA:
-    """A LoRA or LoCon in kohya's names or in those of diffusers and peft (.safetensors or .bin).
+    """A LoRA of any form that is read, in any of the names (.safetensors or .bin).
+
+    Textual inversions in the same file are left aside, with a Notice.
 
     Raises:
-        WeightsError: unreadable, no LoRA, one of another kind (DoRA, LoHa, LoKr, ...), or keys left over.
+        WeightsError: unreadable, no LoRA, one of another form (OFT, ...), or keys left over.
     """
     state = read(path)
     for mark, kind in OTHERS.items():
         if key := next((key for key in state if re.search(mark, key)), None):
-            raise WeightsError(f"{path}: {kind} is not supported ({key}); LoRA and LoCon are")
+            raise WeightsError(f"{path}: {kind} is not supported ({key}); LoRA, LoCon, LoHa, LoKr and DoRA are")
+    if bundled := sorted({match[1] for key in state if (match := BUNDLED.match(key))}):
+        told = f"{path}: its textual inversions ({', '.join(bundled)}) are left aside; the LoRA is used"
+        warnings.warn(Notice(told), stacklevel=2)
+        state = {key: w for key, w in state.items() if not BUNDLED.match(key)}
     found: dict[tuple[str, str], State] = {}
     left = []
     for key, w in state.items():
-        if match := MATRIX.search(key):
-            kind = match[1] or match[2] or match[3]
-            found.setdefault(split(key[: match.start()]), {})[SAME.get(kind, kind)] = w
+        for pattern, same in TENSORS:
+            if match := re.search(pattern, key):
+                found.setdefault(split(key[: match.start()]), {})[same.get(match[1], match[1])] = w
+                break
         else:
             left.append(key)
     if not found or any(key.startswith(("image_proj.", "ip_adapter.")) for key in left):
         raise WeightsError(f"{path}: a LoRA is wanted here; this is {what_is(state)}")
-    left += [name for (_, name), layer in found.items() if not whole(layer)]
+    config = peft_config(Path(path))
+    parts: dict[str, dict[str, dict[str, Change]]] = {}
+    for (part, name), layer in found.items():
+        try:
+            changes = change_of(layer, lambda rank, at=(part, name): peft_scale(config, *at, rank))
+        except (
+            KeyError,
+            IndexError,
+            RuntimeError,
+            ValueError,
+            ZeroDivisionError,
+        ):  # tensors missing, or of no one shape
+            left.append(name)
+            continue
+        parts.setdefault(part, {})[name.replace(".", "_")] = changes
     if left:
         raise WeightsError(f"{path}: {len(left)} keys that belong to no pair of LoRA matrices: {some(left)}")
-    config = peft_config(Path(path))
-    parts: dict[str, dict[str, LowRank]] = {}
-    for (part, name), layer in found.items():
-        rank = layer["down"].shape[0]
-        scale = layer["alpha"].item() / rank if "alpha" in layer else peft_scale(config, part, name, rank)
-        change = LowRank(layer["down"], layer["up"], layer.get("mid"), scale)
-        parts.setdefault(part, {})[name.replace(".", "_")] = change
     return LoRA(Path(path), parts)
+
+
+def change_of(layer: State, usual: Callable[[int], float] = lambda rank: 1.0) -> dict[str, Change]:
+    """What a layer's tensors add to its "weight" and its "bias".
+
+    Args:
+        layer: by the names in TENSORS.
+        usual: alpha / rank where no alpha is there.
+
+    Raises:
+        KeyError, ValueError and others: tensors that make no form.
+    """
+    left = set(layer)
+
+    def take(key: str) -> Tensor | None:
+        left.discard(key)
+        return layer.get(key)
+
+    def need(key: str) -> Tensor:
+        left.discard(key)
+        return layer[key]
+
+    def scale(rank: int) -> float:
+        return usual(rank) if (alpha := take("alpha")) is None else alpha.item() / rank
+
+    def factors(form: str, core: str | None = None) -> Factors:
+        a, b, middle = need(f"{form}_a"), need(f"{form}_b"), take(core) if core else None
+        inner = a.shape[0] if middle is not None else a.shape[1]
+        if not inner == b.shape[0] > 0:
+            raise ValueError(f"{form}: factors of {tuple(a.shape)} and {tuple(b.shape)}")
+        return Factors(a, b, middle)
+
+    changes: dict[str, Change] = {}
+    if "down" in layer or "up" in layer:
+        down, up = need("down"), need("up")
+        if not (down.ndim > 1 < up.ndim and 0 < down.shape[0] == up.shape[1]):
+            raise ValueError(f"factors of {tuple(up.shape)} and {tuple(down.shape)}")
+        changes["weight"] = LowRank(down, up, take("mid"), scale(down.shape[0]))
+    elif "hada_w1_a" in layer:
+        first, second = factors("hada_w1", "hada_t1"), factors("hada_w2", "hada_t2")
+        changes["weight"] = Hadamard(first, second, scale(first.b.shape[0]))
+    elif any(key.startswith("lokr_") for key in layer):
+        first, second = (
+            Whole(w) if (w := take(f"lokr_{i}")) is not None else factors(f"lokr_{i}", "lokr_t2" if i == "w2" else None)
+            for i in ("w1", "w2")
+        )
+        low = [matrix.b.shape[0] for matrix in (first, second) if isinstance(matrix, Factors)]
+        if not low:  # of two whole matrices alpha says nothing
+            take("alpha")
+        changes["weight"] = Kronecker(first, second, scale(low[-1]) if low else 1.0)
+    if "dora_scale" in layer or "rows" in layer:
+        rows = take("rows")
+        changes["weight"] = Decomposed(changes["weight"], take("dora_scale") if rows is None else rows.flatten())
+    for key, name in (("diff", "weight"), ("diff_b", "bias")):
+        if key in layer:
+            if name in changes:
+                raise ValueError(f"{key} beside another change")
+            changes[name] = Whole(take(key))
+            take("alpha")
+    for change in changes.values():
+        _ = change.shape  # of what does not fit together there is none
+    if left or not changes:
+        raise KeyError(*left)
+    return changes
 
 
 def merge(model: nn.Module, loras: list[tuple[LoRA, float]], part: str, keep: bool = True) -> Callable[[], None]:
@@ -99,7 +181,7 @@ def merge(model: nn.Module, loras: list[tuple[LoRA, float]], part: str, keep: bo
     Raises:
         WeightsError: a layer of a LoRA fits none of the model; then nothing was changed.
     """
-    changes: dict[str, list[tuple[float, LowRank]]] = {}
+    changes: dict[str, list[tuple[float, Change]]] = {}
     for lora, weight in loras:
         for name, change in targets(lora, part, model).items():
             changes.setdefault(name, []).append((weight, change))
@@ -121,23 +203,24 @@ def check(lora: LoRA, models: dict[str, nn.Module]) -> None:
         targets(lora, part, models[part])
 
 
-def targets(lora: LoRA, part: str, model: nn.Module) -> dict[str, LowRank]:
+def targets(lora: LoRA, part: str, model: nn.Module) -> dict[str, Change]:
     """Of one part of a LoRA: the model's name of each parameter -> what is added to it.
 
     Raises:
         WeightsError: layers that the model does not have, or has in another shape.
     """
-    shapes = {name: p.shape for name, p in model.named_parameters() if name.endswith(".weight") and p.ndim > 1}
-    flat = {flat_text(name.removesuffix(".weight").replace(".", "_")): name for name in shapes}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    flat = {flat_text(name.rpartition(".")[0].replace(".", "_")): name.rpartition(".")[0] for name in shapes}
     shape = unet_shape(shapes) if part == "unet" else None
     found, strangers = {}, []
-    for name, change in lora.parts.get(part, {}).items():
-        ours = flat.get(flat_unet(name, shape) if shape else flat_text(name))
-        wanted = tuple(shapes.get(ours, ()))
-        if change.shape[:2] == wanted[:2] and math.prod(change.shape) == math.prod(wanted):  # (1, 1) or no kernel
-            found[ours] = change
-        else:
-            strangers.append(f"{name} {change.shape}" + f" for {wanted}" * bool(wanted))
+    for name, changes in lora.parts.get(part, {}).items():
+        for inner, key, change in layers_of(name, changes):
+            ours = flat.get(flat_unet(inner, shape) if shape else flat_text(inner))
+            wanted = shapes.get(f"{ours}.{key}", ())
+            if fits(change.shape, wanted):
+                found[f"{ours}.{key}"] = change
+            else:
+                strangers.append(f"{name} {change.shape}" + f" for {wanted}" * bool(wanted))
     if strangers:
         raise WeightsError(
             f"{lora.path}: {len(strangers)} of its {len(lora.parts[part])} layers for {WHAT[part]} fit none of this base: "
@@ -146,12 +229,33 @@ def targets(lora: LoRA, part: str, model: nn.Module) -> dict[str, LowRank]:
     return found
 
 
+def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a change of one shape can be added to a weight of another: (1, 1) or no kernel, or a kernel laid flat."""
+    return bool(wanted) and shape[:1] == wanted[:1] and math.prod(shape) == math.prod(wanted)
+
+
+def layers_of(name: str, changes: dict[str, Change]) -> Iterator[tuple[str, str, Change]]:
+    """Layer, "weight" or "bias", and change; OpenCLIP's names are told, where q, k and v lie in one matrix."""
+    if not (match := OPENCLIP.search(name)):
+        yield from ((name, key, change) for key, change in changes.items())
+        return
+    layer, inner = f"encoder_layers_{match[1]}_", match[2]
+    for key, change in changes.items():
+        if not inner.startswith("attn_in_proj"):
+            yield layer + INSIDE[inner], key, change
+        elif isinstance(change, LowRank):
+            for letter, up in zip("qkv", change.up.chunk(3), strict=True):
+                yield f"{layer}self_attn_{letter}_proj", key, replace(change, up=up)
+        else:
+            yield name, key, change  # which fits nothing
+
+
 def made_for(lora: LoRA) -> str:
     """Which base a LoRA seems to belong to, by its names and shapes."""
     unet = lora.parts.get("unet", {})
     if any(re.search("(double|single|joint)_blocks|^transformer|single_transformer", name) for name in unet):
         return "a transformer (FLUX, SD 3 or another), not a UNet"
-    widths = {change.shape[1] for name, change in unet.items() if name.endswith("attn2_to_k")}
+    widths = {c["weight"].shape[1] for name, c in unet.items() if name.endswith("attn2_to_k") and "weight" in c}
     if len(widths) == 1:
         width = widths.pop()
         row = of_width(width)
@@ -163,15 +267,10 @@ def split(name: str) -> tuple[str, str]:
     """Part and layer, without what trainers put around the layer's name."""
     match = PREFIX.match(name)
     inner = name[match.end() :].replace(".processor", "")
-    part = PARTS.get(match.lastindex) or ("text" if inner.startswith(("text_model", "encoder.layers")) else "unet")
+    part = PARTS.get(match.lastindex) or (
+        "text" if inner.startswith(("text_model", "encoder.layers", "resblocks", "transformer_resblocks")) else "unet"
+    )
     return part, inner
-
-
-def whole(layer: State) -> bool:
-    down, up = layer.get("down"), layer.get("up")
-    if down is None or up is None or layer.get("alpha", ONE).numel() != 1:
-        return False
-    return down.ndim > 1 < up.ndim and 0 < down.shape[0] == up.shape[1]
 
 
 def flat_unet(name: str, shape: tuple[int, set[int]]) -> str:
