@@ -556,7 +556,7 @@ TOWERS = {
         "visual.conv1.weight", "visual.bn1.weight", "visual.attnpool.q_proj.weight"
     ),
     "a CoCa": lambda: open_clip_model().state_dict() | ones("visual.attn_pool.query", "text_decoder.x"),
-    "a vision transformer, but not CLIP's": lambda: ones("cls_token", "pos_embed", "blocks.0.attn.qkv.weight"),
+    "a vision transformer in timm's layout": lambda: ones("cls_token", "pos_embed", "blocks.0.attn.qkv.weight"),
     "the image encoder of a BLIP": lambda: ones("embeddings.class_embedding", "encoder.layers.0.attn.qkv.weight"),
     "without its class embedding": lambda: ones("vision_model.pre_layrnorm.weight"),
 }
@@ -612,6 +612,24 @@ def test_an_embedding_is_told_wherever_it_is_brought(tmp_path, kind):
     path = saved(tmp_path / "x.pt", EMBEDDINGS[kind])
     for loader in (read_lora, load_adapter, load_image_encoder, load_vae, open_base):
         assert "this is a textual-inversion embedding" in refused(loader, path)
+
+
+def test_halves_are_told_as_such(tmp_path, base_adapter, vae, image_tower, text_tower):
+    """No line says that what is wanted is what was brought."""
+    for part, other in (("ip_adapter.", "image_proj."), ("image_proj.", "ip_adapter.")):
+        half = {key: w for key, w in base_adapter.state_dict().items() if key.startswith(part)}
+        said = refused(load_adapter, saved(tmp_path / "x.safetensors", half))
+        assert said.endswith(f"only half of an IP-Adapter, without {other}*")
+    state = base_adapter.state_dict()
+    del state["ip_adapter.1.to_k_ip.weight"]
+    assert "1 missing: ip_adapter.1.to_k_ip.weight" in refused(load_adapter, saved(tmp_path / "x.safetensors", state))
+    state = vae.state_dict()
+    del state["encoder.conv_in.weight"]
+    assert "1 missing: encoder.conv_in.weight" in refused(load_vae, saved(tmp_path / "x.safetensors", state))
+    both = image_tower.state_dict() | text_tower.state_dict()
+    del both["text_projection.weight"]
+    said = refused(load_clip, saved(tmp_path / "x.safetensors", both))
+    assert "this is a CLIP model of width 128" in said and said.endswith(", without text_projection.weight")
 
 
 def test_an_autoencoder_of_another_family_says_so_in_its_config(tmp_path, vae):

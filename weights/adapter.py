@@ -27,9 +27,11 @@ def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: t
         WeightsError: unreadable, another kind of file, or keys missing or left over.
     """
     state = adapter_names(read_part(path))
-    found = "ip_adapter.1.to_k_ip.weight" in state and any(key.startswith("image_proj.") for key in state)
-    if not found or other_base(state):
+    lacks = [part for part in ("ip_adapter.", "image_proj.") if not any(key.startswith(part) for key in state)]
+    if len(lacks) == 2 or other_base(state):
         raise WeightsError(f"{path}: an IP-Adapter for SD 1.x, SD 2.x or SDXL is wanted here; this is {what_is(state)}")
+    if lacks:
+        raise WeightsError(f"{path}: only half of an IP-Adapter, without {lacks[0]}*")
     if not PROJECTIONS & state.keys():
         raise WeightsError(
             f"{path}: an IP-Adapter whose image projection is none of: base, light, plus, full-face, FaceID, "

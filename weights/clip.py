@@ -19,6 +19,12 @@ ASIDE = {
     "logit_scale",
     "logit_bias",
 } | OPENAI_NUMBERS  # beside the towers: first of all the temperature of the training
+ESSENTIAL = (
+    "vision_model.embeddings.class_embedding",
+    "text_model.embeddings.token_embedding.weight",
+    "visual_projection.weight",
+    "text_projection.weight",
+)
 OPENAI = {(768, 512), (1024, 768)}  # widths of the image and the text tower of OpenAI's ViT-B and ViT-L
 
 
@@ -44,9 +50,10 @@ def load_clip(
     names, _ = clip_names(read)
     state = {key: value for key, value in names.items() if key not in ASIDE and not IGNORED.match(key)}
     image, text = ({key: w for key, w in state.items() if key.startswith(side)} for side in (IMAGE, TEXT))
-    whole = {"visual_projection.weight", "text_projection.weight"} <= state.keys()
-    if not whole or "text_model.embeddings.token_embedding.weight" not in text or no_clip(read):
-        raise WeightsError(f"{path}: a whole CLIP (ViT), both towers, is wanted here; this is {what_is(read)}")
+    lacks = [key for key in ESSENTIAL if key not in state]
+    if lacks or no_clip(read):
+        without = f", without {lacks[0]}" if len(lacks) == 1 else ""
+        raise WeightsError(f"{path}: a whole CLIP (ViT), both towers, is wanted here; this is {what_is(read)}{without}")
     if left := [key for key in state if key not in image and key not in text]:
         raise WeightsError(f"{path}: {len(left)} keys of no CLIP that is known here: {', '.join(left[:4])}")
     said = {side: read_config(path, side) for side in ("image", "text")}

@@ -71,7 +71,7 @@ TOWERS = (  # image encoders that are not CLIP's vision transformer
         "a DINO image encoder",
         r"^(\w+\.)?(embeddings\.(cls|mask|register)_tokens?$|(mask|storage|register)_tokens?$|rope_embed|blocks\.\d+\.ls1)",
     ),
-    ("a vision transformer, but not CLIP's", r"^(vit\.|cls_token$|pos_embed$|patch_embed\.proj\.)"),
+    ("a vision transformer in timm's layout", r"^(vit\.|cls_token$|pos_embed$|patch_embed\.proj\.)"),
     (
         "the image encoder of a BLIP or another language model",
         r"^(visual_encoder|q_?former)\.|^(vision_model\.)?encoder\.layers\.\d+\.(self_)?attn\.qkv\.",
@@ -171,7 +171,8 @@ def adapter_is(state: State) -> str:
         kind = f"base, reads embeddings of {columns(state, 'image_proj.proj.weight')}"
     else:
         return "of an unknown kind"
-    return f"{kind}, {adapter_base(columns(state, 'ip_adapter.1.to_k_ip.weight'))}"
+    layer = next((key for key in state if key.endswith("to_k_ip.weight")), "")
+    return f"{kind}, {adapter_base(columns(state, layer))}" if layer else kind
 
 
 def adapter_base(width: int) -> str:
