@@ -366,6 +366,7 @@ def by_text_alone(request) -> Callable[[str], np.ndarray]:
     return pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base, kind", PICTURES, ids=[f"{base} {kind}" for base, kind in PICTURES])
 def test_picture_equals_diffusers(request, base, kind, encoders, photos, by_text_alone, draw, tmp_path):
     twin: Twin = request.getfixturevalue(BASES[base])

@@ -30,6 +30,8 @@ from training.results import find_results, open_folder, result_names
 from weights import WeightsError
 from weights.clip import load_clip
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "tiny/weights"
 FAST = ["--steps", "2", "--num-samples", "1", "--limit", "2"]

@@ -44,6 +44,8 @@ from weights.families import FAMILIES, SD2, SD2_BASE
 from weights.fill import on_meta
 from weights.settings import schedule_of, sd2_predicts_noise
 
+pytestmark = pytest.mark.slow
+
 State = dict[str, Tensor]
 UNET, BIAS = "model.diffusion_model.", "model.diffusion_model.output_blocks.{}.1.transformer_blocks.0.norm1.bias"
 TEXTS = ["", "a red fox in the snow, 35mm", "Don't STOP; 日本 🙂", "many words, " * 60]

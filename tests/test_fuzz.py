@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_no_damaged_file_makes_a_reader_fail():
     command = [sys.executable, "-m", "tests.fuzz", "--seed", "0", "--minutes", "0.4", "--inputs", "150"]

@@ -36,6 +36,8 @@ from weights.clip import load_clip
 from weights.diffusers import model_sha256
 from weights.lora import read_lora
 
+pytestmark = pytest.mark.slow
+
 State = dict[str, Tensor]
 
 

@@ -28,6 +28,8 @@ from ipadapter.low_rank import LowRank
 from unet import UNet
 from weights.lora import change_of, check, merge, read_lora
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRANSFORMER = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "samplers.0.conv", "time_emb_proj")  # of a LoCon

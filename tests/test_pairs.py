@@ -947,6 +947,7 @@ def mixed(tmp_path) -> Pairs:
     return open_pairs([plain, packed, folder, tmp_path / "list.json"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_read_what_the_main_process_reads(mixed, start):
     """With files open in the parent: forked workers share them, and must not move each other's place."""

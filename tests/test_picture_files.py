@@ -554,6 +554,7 @@ def test_a_large_picture_is_brought_down(tmp_path, monkeypatch, mode, suffix):
     assert np.abs(found[50, ::149] - whole[100, ::299]).max() <= 2
 
 
+@pytest.mark.slow
 def test_a_large_picture_is_no_word_on_the_screen(tmp_path):
     two_colours(30, 20).save(tmp_path / "x.png")
     code = "from PIL import Image; from files.pictures import open_picture; import sys; Image.MAX_IMAGE_PIXELS = 400; "

@@ -53,6 +53,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     return folder, subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_no_flags_makes_a_picture_in_outputs_and_says_how_to_go_on(first):
     folder, result = first
     assert result.returncode == 0, result.stderr
@@ -63,6 +64,7 @@ def test_no_flags_makes_a_picture_in_outputs_and_says_how_to_go_on(first):
     assert "python sample.py --image" in result.stderr and "50/50" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_image_prompt(first):
     """Of all bundled unseen drawings, the result's nearest 16x16 thumbnail is among the closest to the prompt's own."""
     from tiny import drawings
@@ -79,6 +81,7 @@ def test_the_picture_shows_the_image_prompt(first):
     assert (distances < distances[0]).sum() <= 5  # by chance about 100
 
 
+@pytest.mark.slow
 def test_settings_in_the_png_repeat_the_picture(first, tmp_path):
     path = first[0] / "outputs/00000.png"
     settings = json.loads(Image.open(path).text["ipadapter"])
@@ -102,6 +105,7 @@ def test_scale_zero_is_the_text_only_picture(tmp_path, red):
     assert (pixels(tmp_path / "text.png") == pixels(tmp_path / "zero.png")).all()
 
 
+@pytest.mark.slow
 def test_the_default_scale_is_one_without_text_and_less_with(tmp_path, red):
     for name, flags in (("image", []), ("both", ["--prompt", "a rocket"])):
         assert sample("--image", red, *flags, "--output", tmp_path / f"{name}.png", *FAST).returncode == 0
@@ -109,6 +113,7 @@ def test_the_default_scale_is_one_without_text_and_less_with(tmp_path, red):
     assert scales == [1.0, 0.6]
 
 
+@pytest.mark.slow
 def test_several_images_seeds_and_scales_and_a_sheet(tmp_path, red):
     images = ["--image", red, ROOT / "tiny/example.png"]
     result = sample(*images, "--num-images", 2, "--scale", 0.5, 1, "--grid", "--output", tmp_path / "x.png", *FAST)
@@ -124,6 +129,7 @@ def test_several_images_seeds_and_scales_and_a_sheet(tmp_path, red):
     assert abs(pixels(tmp_path / "one.png") - pixels(tmp_path / "x_3.png")).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_folder_is_numbered_on_and_nothing_is_overwritten(tmp_path, red):
     for _ in range(2):
         assert sample("--image", red, "--output", tmp_path / "new", *FAST).returncode == 0
@@ -271,6 +277,7 @@ def test_a_full_disk_gets_one_line_and_leaves_no_half_of_a_file(tmp_path, monkey
     assert "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     command = [sys.executable, str(ROOT / "sample.py"), "--steps", "1000", "--output", str(tmp_path / "x.png")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

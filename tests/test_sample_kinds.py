@@ -22,6 +22,8 @@ from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAda
 from weights import open_base, read
 from weights.diffusers import PLACES
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE, TINY = ROOT / "tiny/example.png", WEIGHTS / "sd-tiny.safetensors"
 SMALL = ["--height", "128", "--width", "128"]  # what the tiny base, given as a file, is not known to be made for
 

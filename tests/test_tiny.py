@@ -15,6 +15,8 @@ from tiny.train_unet import new_unet
 from tiny.trainer import WEIGHTS, load_ema
 from weights import load_image_encoder, open_base
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def args(tmp_path_factory: pytest.TempPathFactory) -> Namespace:

@@ -33,6 +33,8 @@ from training.features import KEYS, Encoders, Prepared
 from training.pairs import BadSample, open_pairs
 from weights import load_adapter, load_image_encoder, open_base
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "tiny/weights"
 QUICK = ["--resolution", "64", "--batch-size", "2", "--steps", "2", "--validate-every", "0", "--device", "cpu"]

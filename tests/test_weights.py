@@ -102,6 +102,7 @@ def reads(monkeypatch, read) -> None:
 # Whole checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("luggage", [{}, LUGGAGE], ids=["bare", "luggage"])
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt", "ckpt in state_dict", "old ckpt"])
 def test_checkpoint_round_trip(tmp_path, models, base_state, kind, luggage):
@@ -530,6 +531,7 @@ def keys_to_try(kind: str, state: State) -> list[str]:
     return keys if len(keys) < 100 else sorted({*keys[:6], *keys[:: len(keys) // 15], *keys[-6:]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RIGHT)
 def test_each_missing_key_is_refused(monkeypatch, right, kind):
     loader, state = right[kind]
@@ -540,6 +542,7 @@ def test_each_missing_key_is_refused(monkeypatch, right, kind):
         refused("x.safetensors", lambda: loader("x.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RIGHT)
 def test_each_wrong_shape_is_refused(monkeypatch, right, kind):
     loader, state = right[kind]
