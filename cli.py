@@ -69,7 +69,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         message = str(error)
         if message.startswith("Caught "):  # out of a DataLoader worker, its traceback before it
-            message = message.strip().splitlines()[-1].partition(": ")[2]
+            message = error.args[0].strip().splitlines()[-1].partition(": ")[2]
         fail(message)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):

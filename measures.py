@@ -42,8 +42,8 @@ def open_judge(clip: str | None, device: torch.device, gelu: str | None = None) 
     """The CLIP that scores, in fp32 whatever made the pictures.
 
     Args:
-        clip: a file, or MODEL/PRETRAINED as open_clip names it; None: the tiny model's own.
-        gelu: of a file, "quick" or "erf"; None: what the sizes that OpenAI published have.
+        clip: a file or folder, or MODEL/PRETRAINED as open_clip names it; None: the tiny model's own.
+        gelu: of a file, "quick" or "erf"; None: as `load_clip` finds it.
 
     Raises:
         UserError: no such file or name, or one that cannot be loaded.

@@ -27,55 +27,55 @@ from tqdm import tqdm
 
 import cli
 from files.errors import UserError
-from generate import Models, open_models
+from generate import open_models
 from training.loop import training
+from training.monitors import MONITORS
 from training.pairs import identity, open_pairs
 from training.ranks import Ranks
 from training.ready import ready
-from training.recipes import KINDS, PAPER, TINY_RUN, new_adapter
-from training.run import Run, stored_settings
-from training.trainer import Trainer
-from training.validation import validate, validation_prompts
+from training.recipes import KINDS, PAPER, TINY_RUN, new_adapter, resolve_trainable, trainable_kind
+from training.run import Run, check_folder, stored_settings
+from training.trainer import RATE_SCHEDULES, Trainer
+from training.validation import SHOWN, validation, validation_pictures
 from weights import load_adapter
 from weights.diffusers import model_sha256
+from weights.presets import BUNDLED
 
 MODELS = ("base", "image_encoder", "vae")
+NAMED = (*MODELS, "adapter")
 # Another run, if one of these differs.
 IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed", "data (pairs)", "data (sha256)")
+# What the step and the loop take under the names of their flags.
+RECIPE = ("seed", "learning_rate", "weight_decay", "loss", "warmup", "clip_grad", "ema", "steps")
+LOOP = ("steps", "batch_size", "workers", "save_every", "validate_every")
 
 
 def main() -> None:
     args = parse()
-    ranks = Ranks(args.device)
-    models = open_models(
-        base=args.base,
-        adapter=args.adapter,
-        image_encoder=args.image_encoder,
-        vae=args.vae,
-        new_adapter=True,
-        device=ranks.device,
-        dtype=args.dtype_name,
-        keep=False,
-        tell=ranks.say,
-    )
-    kind = trainable(models, args.kind)
-    hashes = {f"{name} (sha256)": model_sha256(path) for name in MODELS if (path := models.files.get(name))}
-    given = {key: value for key, value in vars(args).items() if key not in ("device", "resume")} | {"kind": kind}
-    given |= {name: str(models.files[name]) for name in (*MODELS, "adapter") if name in models.files}
-    settings = given | {"processes": ranks.size, "torch": torch.__version__} | hashes
+    ranks = Ranks(args.device, write=lambda line: tqdm.write(line, file=sys.stderr))
+    # What can be refused without the models is refused before them: they may have to be fetched.
+    monitors = [MONITORS[name]() for name in args.log]
+    check_folder(args.output, args.resume)
     pairs = open_pairs(args.data, args.data_root, uncaptioned=True)
-    settings |= identity(pairs, args.limit, ranks)
-    run = Run(args.output, ranks, settings, IDENTITY, args.resume)
+    shown = open_pairs(args.validation, args.data_root, uncaptioned=True) if args.validation else pairs
+    how = {"device": ranks.device, "dtype": args.dtype_name, "keep": False, "tell": ranks.say}
+    models = open_models(**{name: vars(args)[name] for name in NAMED}, new_adapter=True, **how)
+    kind = trainable_kind(models, args.kind)
+    hashes = {f"{name} (sha256)": model_sha256(path) for name in MODELS if (path := models.files.get(name))}
+    settings = {key: value for key, value in vars(args).items() if key not in ("device", "resume")} | {"kind": kind}
+    settings |= {name: str(path) for name, path in models.files.items()}
+    settings |= {"processes": ranks.size, "torch": torch.__version__} | hashes | identity(pairs, args.limit, ranks)
+    run = Run(args.output, ranks, settings, IDENTITY, args.resume, monitors)
     if told := pairs.told():
         ranks.say(told)
-    prompts = []
+    held_out = []
     if args.validate_every and ranks.first:
-        shown = open_pairs(args.validation, args.data_root, uncaptioned=True) if args.validation else pairs
-        prompts = validation_prompts(shown, " ".join(args.validation or args.data))
+        held_out = validation_pictures(shown, " ".join(args.validation or args.data))
     seen = ready(
         models,
         pairs,
-        prompts,
+        held_out[:SHOWN],
+        held_out if args.validation else [],  # else they are trained on
         ranks,
         patches=kind != "base",
         resolution=args.resolution,
@@ -97,15 +97,11 @@ def main() -> None:
         torch.compile(unet) if args.compile else unet,
         seen.null,
         ranks,
-        seed=args.seed,
         dtype=models.dtype,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        loss=args.loss,
         drop=(args.drop_text, args.drop_image, args.drop_both),
-        warmup=args.warmup,
-        clip_grad=args.clip_grad,
-        ema=args.ema,
+        rate_schedule=args.schedule,
+        noise_schedule=models.base.schedule,
+        **{name: vars(args)[name] for name in RECIPE},
     )
     ranks.say(f"{sum(p.numel() for p in adapter.parameters()):,} trainable parameters, {len(seen.source):,} pairs")
     run.open(trainer, pairs, args.resume)
@@ -114,13 +110,9 @@ def main() -> None:
             trainer,
             run,
             seen,
-            steps=args.steps,
-            batch_size=args.batch_size,
             accumulation=args.grad_accumulation,
-            workers=args.workers,
-            save_every=args.save_every,
-            validate_every=args.validate_every,
-            draw=lambda: validate(models, unet, trainer, seen, args.resolution),
+            **{name: vars(args)[name] for name in LOOP},
+            validate=validation(models, unet, trainer, seen, run),
         ):
             bar.update()
             bar.set_postfix(loss=f"{run.smooth:.4f}", lr=f"{trainer.rate:.1e}")
@@ -134,20 +126,6 @@ def main() -> None:
     ranks.close()
 
 
-def trainable(models: Models, kind: str | None) -> str:
-    """The kind of adapter that is trained. Raises UserError for what cannot be."""
-    base, given = models.base, models.adapter_kind
-    if base.family.name != "SD 1.x" or base.schedule.prediction != "eps":
-        predicts = f"{base.family.name}, predicting {base.schedule.prediction}"
-        raise UserError(f"`base` {base.path}: {predicts}; training is for SD 1.x, predicting eps")
-    found = KINDS.get(type(given.image_proj)) if given else kind
-    if not found:
-        raise UserError(f"`adapter` {models.files['adapter']}: FaceID; {', '.join(KINDS.values())} can be trained")
-    if kind and kind != found:
-        raise UserError(f"`kind` {kind}: the adapter given ({models.files['adapter']}) is of the kind {found}")
-    return found
-
-
 def parse() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -157,14 +135,12 @@ def parse() -> argparse.Namespace:
     files = parser.add_argument_group("files, models also by name")
     cli.models(files)
     add = files.add_argument
-    forms = (
-        "tar shards (globs and {000..099} work), folders of these or of pictures with .txt, .json or .caption, with "
-    )
+    forms = "tar shards (globs and {000..099} work), folders of these or of pictures with .txt, .json, .caption or "
     forms += "metadata.jsonl or COCO's annotations, or without captions; .json, .jsonl and .csv lists of "
     add("--data", nargs="+", metavar="D", help=f'pairs: {forms}{{"image_file", "text"}}')
     root = "where relative paths in lists start (default: each list's own folder)"
     add("--data-root", type=cli.path, metavar="DIR", help=root)
-    drawn = "pairs whose pictures are drawn now and then (default: from --data)"
+    drawn = "pairs held out, drawn and measured now and then (default: some of --data, drawn alone)"
     add("--validation", nargs="+", metavar="D", help=drawn)
     add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     kept = "keep what the encoders make here; for each pair they run once, also where data grow or are moved"
@@ -180,6 +156,7 @@ def parse() -> argparse.Namespace:
     add("--grad-accumulation", type=cli.whole(1), default=1, metavar="N", help="batches to a step (default: 1)")
     add("--learning-rate", type=cli.number(0), metavar="R", help=preset("learning_rate"))
     add("--warmup", type=cli.whole(0), metavar="N", help="steps in which it grows " + preset("warmup"))
+    add("--schedule", choices=RATE_SCHEDULES, default="constant", help="what it does then (default: constant)")
     add("--weight-decay", type=cli.number(0), default=0.01, metavar="D", help="(default: %(default)s)")
     add("--clip-grad", type=cli.number(0), default=0.0, metavar="N", help="largest norm (default: 0, none)")
     add("--loss", choices=("eps", "v"), help="error of the noise, or weighted as that of v (default: eps; tiny v)")
@@ -199,8 +176,10 @@ def parse() -> argparse.Namespace:
     add("--workers", type=cli.whole(0), metavar="N", help="processes that read pairs (default: 4 beside a GPU, else 0)")
     save = "steps from checkpoint to checkpoint " + preset("save_every")
     add("--save-every", type=cli.whole(1), metavar="N", help=save)
-    draw = "the same for pictures, 0: none " + preset("validate_every")
+    draw = "the same for pictures and the held-out loss, 0: none " + preset("validate_every")
     add("--validate-every", type=cli.whole(0), metavar="N", help=draw)
+    beside = "log there too, where it is installed; several with spaces between"
+    add("--log", nargs="*", choices=MONITORS, default=[], help=beside)
 
     args = parser.parse_args()
     if args.resume:  # what is not said anew is as it was
@@ -211,9 +190,14 @@ def parse() -> argparse.Namespace:
     cli.check_writable("--output", args.output, args.output)
     if args.base and not args.data:
         raise UserError("--data is wanted beside --base")
-    if not args.base and not args.data:
+    tiny = resolve_trainable({name: vars(args)[name] for name in NAMED})["base"] == BUNDLED and not args.base
+    if not args.data and not tiny:
+        raise UserError(
+            f"--data is wanted beside --adapter {args.adapter}, which brings another base than the tiny one"
+        )
+    if not args.data:
         args.cache = args.cache or args.output / "cache"
-    for name, value in (PAPER if args.base else TINY_RUN).items():
+    for name, value in (TINY_RUN if tiny else PAPER).items():
         kind_follows = name == "kind" and args.adapter
         if getattr(args, name) is None and not kind_follows and not (args.data and name in ("validation", "limit")):
             setattr(args, name, value)

@@ -3,7 +3,7 @@
 python -m experiments.custom_base --style openmoji
 
 The tiny UNet is fine-tuned on the drawings of one style with their captions, without any adapter; then the bundled
-adapter, trained on the original base, is put to both. What is kept of its effect is the part of the gain in CLIP-I
+adapter, trained on the original base, prompts both. What is kept of its effect is the part of the gain in CLIP-I
 (over an empty prompt, on the same base) that is left on the custom base.
 """
 

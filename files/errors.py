@@ -1,5 +1,6 @@
 """A user's mistakes and what a user should know, as one base class each; what libraries raise becomes the first."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,12 +12,22 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        line = printable(" ".join(super().__str__().splitlines()))
+        return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+
+
+LONGEST = 2000  # characters of a message
+
+
+# Control characters, also those of lines and of the direction of writing.
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+LONGEST = 2000  # characters of a message
 
 
 def printable(message: str) -> str:
     """Names out of files stand in messages: a line break or an escape sequence in one must not act on the screen."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    message = UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), message)
+    return message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
 
 
 class Notice(UserWarning):

@@ -54,7 +54,7 @@ INERT = re.compile(
 FORBIDDEN = {"EXT1", "EXT2", "EXT4", "PERSID", "INST", "OBJ", "NEWOBJ_EX", "INT", "LONG", "BYTEARRAY8", "NEXT_BUFFER"}
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # so began files before PyTorch 1.6
 STEPS = 1_000_000  # of a pickle, and names in what it makes; a whole SDXL checkpoint takes a tenth
-DEPTH = 64  # of dictionaries, or of modules, in each other
+DEPTH, NAME = 64, 1000  # of dictionaries, or modules, in each other; characters of a name
 MODEL = ("state_dict", "model_state_dict", "model", "module")  # what trainers call the model beside their notes
 
 
@@ -62,8 +62,11 @@ class Unfit(UserError):
     """What is wrong with a file; `read_pickle` puts the file's name before it."""
 
 
+DAMAGED = "damaged or cut short, not a whole PyTorch file"
+
+
 def damaged(reason: str) -> Unfit:
-    return Unfit(f"damaged or cut short, not a whole PyTorch file ({reason})")
+    return Unfit(f"{DAMAGED} ({reason})")
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -140,7 +143,7 @@ def unpickle(file: BinaryIO) -> tuple[object, dict[str, Stored]]:
     """The next object in a file, and the storages that it speaks of."""
     start = file.tell()
     unpickler = Unpickler(file)
-    with untrusted(Unfit, str(damaged("its pickle"))):
+    with untrusted(Unfit, DAMAGED):
         for step, (opcode, arg, _) in enumerate(pickletools.genops(file)):
             if opcode.name in FORBIDDEN:
                 raise damaged(f"{opcode.name} in its pickle")
@@ -156,7 +159,7 @@ Storage = Callable[[Stored], UntypedStorage]
 
 def open_zip(path: Path, file: BinaryIO) -> tuple[object, Storage]:
     """What a file of PyTorch 1.6 and later holds; the numbers of its tensors lie in it as they lie in memory."""
-    with untrusted(Unfit, str(damaged("its zip archive"))):
+    with untrusted(Unfit, DAMAGED):
         members = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
         mapped = UntypedStorage.from_file(str(path), False, os.path.getsize(path))
     folder = next((name[: -len("data.pkl")] for name in members if re.fullmatch(r"([^/]*/)?data\.pkl", name)), None)
@@ -232,7 +235,7 @@ def named(content: object) -> Iterator[tuple[str, Inert]]:
     while todo:
         name, value, depth = todo.pop()
         count += 1
-        if count > STEPS or depth > DEPTH:
+        if count > STEPS or depth > DEPTH or len(name) > NAME:
             raise damaged("it has no end")
         if isinstance(value, Inert) and value.name.startswith(SCRIPT):
             value = value.state
@@ -269,5 +272,5 @@ def view(storage: UntypedStorage, dtype: torch.dtype, offset: int, shape: tuple,
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if (0 not in shape and (last + 1) * dtype.itemsize > len(storage)) or prod(shape) * dtype.itemsize > limit:
         raise damaged("a tensor larger than what there is of it")
-    with untrusted(Unfit, str(damaged("a tensor of no shape"))):
+    with untrusted(Unfit, DAMAGED):
         return torch.empty(0, dtype=dtype).set_(storage).as_strided(shape, stride, offset)

@@ -54,35 +54,74 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     )
 
 
+COLOURS = ("black", "#c0392b", "#2471a3", "#1e8449")
+MOST = 2000  # points of a curve; of more, means stand for those side by side
+
+
 def curve(values: Sequence[float], x_title: str, y_title: str) -> Image.Image:
     """Values against their number, 1, 2, ...: each in grey, and in black the mean of those around it."""
-    size, left, top, right, bottom = (960, 480), 80, 24, 936, 432
-    page = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
-    values = np.array([v for v in values if math.isfinite(v)] or [0.0])
-    window = max(1, len(values) // 20)
-    kernel = np.ones(min(len(values), 2 * window + 1))
-    smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-    low, high = np.percentile(values, [0, 99])
-    low, high = (low, high) if high > low else (low - 1, high + 1)
+    numbers = np.array([v for v in values if math.isfinite(v)] or [0.0])
+    last = len(numbers)
+    numbers = np.array([part.mean() for part in np.array_split(numbers, min(last, MOST))])
+    window = max(1, len(numbers) // 20)
+    kernel = np.ones(min(len(numbers), 2 * window + 1))
+    smooth = np.convolve(numbers, kernel, "same") / np.convolve(np.ones(len(numbers)), kernel, "same")
+    axes = Axes((1, last), tuple(np.percentile(numbers, [0, 99]).tolist()), x_title, y_title)
+    x = np.linspace(1, last, len(numbers))
+    axes.line(x, numbers, "#bbbbbb", 1)
+    axes.line(x, smooth, "black", 3)
+    return axes.page
 
-    def points(row: np.ndarray) -> list[tuple[float, float]]:
-        x = np.linspace(left, right, len(row)) if len(row) > 1 else np.array([(left + right) / 2])
-        y = bottom - (row.clip(low, high) - low) / (high - low) * (bottom - top)
-        return list(zip(x.tolist(), y.tolist(), strict=True))
 
-    for i in range(5):
-        y = bottom - i / 4 * (bottom - top)
-        draw.line([(left, y), (right, y)], fill="#dddddd")
-        draw.text((left - 8, y), f"{low + i / 4 * (high - low):.4g}", fill="black", font=font, anchor="rm")
-        x = left + i / 4 * (right - left)
-        draw.text((x, bottom + 8), f"{1 + i / 4 * (len(values) - 1):,.0f}", fill="black", font=font, anchor="mt")
-    draw.text(((left + right) / 2, bottom + 28), x_title, fill="black", font=font, anchor="mt")
-    draw.text((8, 4), y_title, fill="black", font=font)
-    for row, colour, width in ((values, "#bbbbbb", 1), (smooth, "black", 3)):
-        if len(row) > 1:
-            draw.line(points(row), fill=colour, width=width)
+def plot(lines: dict[str, Sequence[tuple[float, float]]], x_title: str, y_title: str) -> Image.Image:
+    """Lines of points (x, y), each with its name in its colour."""
+    points = np.array(
+        [point for line in lines.values() for point in line if all(map(math.isfinite, point))] or [(0, 0)]
+    )
+    axes = Axes(*((float(column.min()), float(column.max())) for column in points.T), x_title, y_title)
+    for i, (name, line) in enumerate(lines.items()):
+        axes.line(*np.array(line).T, COLOURS[i % len(COLOURS)], 2)
+        axes.draw.text(
+            (RIGHT - 8, TOP + 18 + 18 * i), name, fill=COLOURS[i % len(COLOURS)], font=axes.font, anchor="rs"
+        )
+    return axes.page
+
+
+def stacked(pages: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one width below each other."""
+    whole = Image.new("RGB", (pages[0].width, sum(page.height for page in pages)), "white")
+    for i, page in enumerate(pages):
+        whole.paste(page, (0, sum(above.height for above in pages[:i])))
+    return whole
+
+
+LEFT, TOP, RIGHT, BOTTOM = 80, 24, 936, 432
+
+
+class Axes:
+    """A page with two axes; x and y: their ends."""
+
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_title: str, y_title: str):
+        self.x, self.y = x, (y if y[1] > y[0] else (y[0] - 1, y[0] + 1))
+        self.page = Image.new("RGB", (960, 480), "white")
+        self.draw, self.font = ImageDraw.Draw(self.page), ImageFont.load_default(14)
+        for i in range(5):
+            y, x = BOTTOM - i / 4 * (BOTTOM - TOP), LEFT + i / 4 * (RIGHT - LEFT)
+            self.draw.line([(LEFT, y), (RIGHT, y)], fill="#dddddd")
+            self.text((LEFT - 8, y), f"{self.y[0] + i / 4 * (self.y[1] - self.y[0]):.4g}", "rm")
+            self.text((x, BOTTOM + 8), f"{self.x[0] + i / 4 * (self.x[1] - self.x[0]):,.0f}", "mt")
+        self.text(((LEFT + RIGHT) / 2, BOTTOM + 28), x_title, "mt")
+        self.text((LEFT, TOP - 8), y_title, "ls")
+
+    def text(self, at: tuple[float, float], text: str, anchor: str) -> None:
+        self.draw.text(at, text, fill="black", font=self.font, anchor=anchor)
+
+    def line(self, x: np.ndarray, y: np.ndarray, colour: str, width: int) -> None:
+        """A single point is a dot."""
+        (x0, x1), (y0, y1) = self.x, self.y
+        across = LEFT + ((x - x0) / (x1 - x0) if x1 > x0 else np.full(len(x), 0.5)) * (RIGHT - LEFT)
+        up = BOTTOM - (y.clip(y0, y1) - y0) / (y1 - y0) * (BOTTOM - TOP)
+        if len(x) > 1:
+            self.draw.line(list(zip(across.tolist(), up.tolist(), strict=True)), fill=colour, width=width)
         else:
-            (x, y) = points(row)[0]
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-    return page
+            self.draw.ellipse([across[0] - 3, up[0] - 3, across[0] + 3, up[0] + 3], fill=colour)

@@ -31,6 +31,7 @@ QUANTISED = {  # by names that only such files have; without their scales the we
     r"\.weight\.?_(data|scale)$": "weights quantised by quanto",
 }
 # What wrappers for several GPUs, for compiling and for saving memory put into names.
+MODULE = re.compile(r"^(?:module\.)+")
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module)\.")
 
 
@@ -107,6 +108,6 @@ def shards(index: Path) -> list[Path]:
 
 def unwrapped(state: State) -> State:
     """Without what wrappers put into the names."""
-    while all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    if all(key.startswith("module.") for key in state):
+        state = {MODULE.sub("", key): value for key, value in state.items()}
     return {WRAPPERS.sub("", key): value for key, value in state.items()}

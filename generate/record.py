@@ -5,6 +5,7 @@ from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
+from types import UnionType
 
 import torch
 
@@ -86,7 +87,7 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
         UserError: no picture of ours, one that does not say what each file was, or a file that is nowhere.
     """
     settings = read_settings(picture)
-    if not settings or not {"base", "sha256", "seed", "scale"} <= settings.keys():
+    if not settings or not sound(settings):
         raise UserError(f"`again` {picture}: holds no settings that make it again")
     hashes, beside = settings["sha256"], picture.parent
 
@@ -114,6 +115,33 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
     return arguments
 
 
+def sound(settings: dict) -> bool:
+    """Whether settings are such as `record` writes, each of its kind: a picture may come from anywhere."""
+
+    def are(kinds: type | UnionType, *values: object) -> bool:
+        return all(isinstance(value, kinds) for value in values)
+
+    def of(*names: str) -> list[object]:
+        return [settings.get(name) for name in names]
+
+    hashes, scale = settings.get("sha256"), settings.get("scale")
+    lists = {name: settings.get(name, []) for name in ("image", "face_embedding", "text_encoder", "lora")}
+    if not (are(dict, hashes) and are(list, *lists.values()) and {"base", "seed"} <= settings.keys()):
+        return False
+    loras = lists.pop("lora")
+    names = [name for paths in lists.values() for name in paths]
+    return (
+        are(str | None, *hashes.values(), *of(*ROLES, "sampler", "prediction", "spacing", "storage", "dtype"))
+        and are(str, *names, *of("prompt", "negative_prompt"))
+        and are(int | None, *of("seed", "steps", "height", "width"))
+        and are(float | int | None, *of("guidance_scale", "structure_scale"))
+        and are(float | int, *(scale if isinstance(scale, list) else [scale]))
+        and all(
+            are(list, pair) and len(pair) == 2 and are(str, pair[0]) and are(float | int, pair[1]) for pair in loras
+        )
+    )
+
+
 def find_again(name: str, wanted: str | None, beside: Path) -> Path:
     """The file that a picture was made with: under its old name, or wherever its content is.
 
@@ -128,7 +156,8 @@ def find_again(name: str, wanted: str | None, beside: Path) -> Path:
         UserError: nothing with that content is there.
     """
     old = Path(os.path.expanduser(name))
-    if old.exists() and (wanted is None or model_sha256(old) == wanted):
+    there = os.path.exists(old)  # unlike Path.exists, no error for names that no file can have
+    if there and (wanted is None or model_sha256(old) == wanted):
         return old
     published = (preset for preset in PRESETS.values() if preset.sha256 == wanted and wanted)
     places = [path for preset in published if (path := cached(preset))]
@@ -139,5 +168,5 @@ def find_again(name: str, wanted: str | None, beside: Path) -> Path:
     for path in places:
         if path.is_file() and sha256(path) == wanted:
             return path
-    found = "has another content now" if old.exists() else "is not there"
+    found = "has another content now" if there else "is not there"
     raise UserError(f"{name}: {found}, and no file with its SHA-256 ({(wanted or 'unknown')[:10]}...) was found")

@@ -40,7 +40,10 @@ class IPAdapter(nn.Module):
 
     @classmethod
     def for_unet(cls, unet: nn.Module, image_proj: Projection) -> "IPAdapter":
-        """A new adapter that starts as the paper's does: each W_k' and W_v' a copy of the layer's W_k and W_v."""
+        """A new adapter that starts as the paper's does: each W_k' and W_v' a copy of the layer's W_k and W_v.
+
+        unet: a `UNet`, or any model whose `cross_attentions()` lists layers with `to_k` and `to_v`.
+        """
         layers: list[DecoupledCrossAttention] = list(unet.cross_attentions())
         adapter = cls(image_proj, [(layer.to_k.out_features, layer.to_k.in_features) for layer in layers])
         for layer, ip in zip(layers, adapter.key_values(), strict=True):

@@ -32,6 +32,12 @@ from unet import SD15, SD21, UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import open_base
 
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All of it takes all cores; files that are named take this process, since another would import torch anew."""
+    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else min(os.cpu_count(), 4)
+
+
 NARROW_UNET = replace(SD15, channels=(32, 64, 96, 96), context_dim=64)
 # SDXL's peculiarities: two transformer depths, none at the finest level, heads of 64, linear projections, a vector.
 NARROW_XL = UNetConfig(

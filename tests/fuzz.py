@@ -41,13 +41,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+import cli
 from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
 from files.errors import UserError
 from files.faces import read_embedding
 from files.pictures import open_picture, read_settings
+from generate.record import again
 from ipadapter import FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
 from training.pairs import BadSample, open_pairs
 from unet import SD15, UNet
@@ -555,6 +558,96 @@ def read_settings_of(path: Path) -> None:
         read_settings(path)
 
 
+SETTINGS = {
+    "base": "tiny/weights/sd-tiny.safetensors",
+    "adapter": None,
+    "prompt": "a fox",
+    "negative_prompt": "",
+    "scale": [0.5, 1.0],
+    "seed": 3,
+    "steps": 20,
+    "height": 512,
+    "image": ["tiny/example.png"],
+    "lora": [["tiny/weights/clip-tiny.safetensors", 0.5]],
+    "faceid_v2": False,
+    "sha256": {"x.safetensors": "1" * 64},
+}
+
+
+def settings_file(rng: Random, folder: Path) -> Path:
+    """A picture of ours whose settings are changed, as text or one by one."""
+    settings = dict(SETTINGS)
+    for key in rng.sample(list(settings), rng.randrange(3)):
+        settings[key] = rng.choice(
+            (
+                None,
+                [],
+                {},
+                "x",
+                3,
+                -1,
+                1e300,
+                [[]],
+                [[1, 2, 3]],
+                {"a": {}},
+                True,
+                "../../x",
+                "\0",
+                "x" * 300,
+                ["x" * 300],
+            )
+        )
+    text = json.dumps(settings)
+    if rng.random() < 0.5:
+        text = changed(rng, text.encode()).decode("utf-8", "replace")
+    info = PngInfo()
+    info.add_itxt("ipadapter", text)
+    Image.new("RGB", (8, 8)).save(folder / "x.png", pnginfo=info)
+    return folder / "x.png"
+
+
+TEXTS = (
+    "0.5",
+    "0,0.5,1",
+    "512",
+    "cuda:1",
+    "cpu",
+    "x.safetensors:0.5",
+    "-1",
+    "1e300",
+    "ddim",
+    "0.3:0.7",
+    "nan",
+    "a fox",
+    "~/x",
+)
+
+
+def text_file(rng: Random, folder: Path) -> Path:
+    return written(folder / "x.txt", changed(rng, rng.choice(TEXTS).encode(), rng.choice(TEXTS).encode()))
+
+
+def read_texts(path: Path) -> None:
+    """As every kind of flag, by the parser that the scripts have."""
+    text = os.fsdecode(path.read_bytes()).replace("\0", "")  # no argument of a process can have one
+    kinds = (
+        cli.whole(0),
+        cli.whole(1, 9),
+        cli.number(),
+        cli.share,
+        cli.seed(9),
+        cli.text,
+        cli.weighted,
+        cli.side,
+        cli.device,
+    )
+    for kind in (*kinds, cli.path):
+        parser = cli.Parser(exit_on_error=True)
+        parser.add_argument("--x", type=kind)
+        with contextlib.suppress(SystemExit):
+            parser.parse_args([f"--x={text}"])
+
+
 def face_file(rng: Random, folder: Path) -> Path:
     face = np.random.default_rng(0).standard_normal((2, 512)).astype(rng.choice(("float32", "float16", "float64")))
     if rng.random() < 0.3:
@@ -656,6 +749,8 @@ KINDS = {
     "bases": Kind(tensors_file("base"), open_base),
     "LoRAs": Kind(tensors_file("lora"), read_a_lora),
     "pictures": Kind(picture_file, read_a_picture),
+    "settings": Kind(settings_file, again),
+    "texts": Kind(text_file, read_texts),
     "faces": Kind(face_file, read_embedding),
     "tars": Kind(tar_file, read_pairs),
     "captions": Kind(captions_folder, read_pairs),
@@ -713,7 +808,9 @@ def attempt(kind: Kind, name: str, seed: int, number: int, folder: Path) -> str:
         kind.read(path)
         verdict = "read"
     except UserError as error:
-        verdict = "refused" if str(error).isprintable() else f"more than one line: {str(error)[:200]!r}"
+        said = str(error)
+        plain = len(said) < 3000 and not re.search(r"[\x00-\x1f\x7f]", said)
+        verdict = "refused" if plain else f"not one line: {said[:200]!r}"
     except Exception as error:  # noqa: BLE001, that is what is looked for
         where = traceback.extract_tb(error.__traceback__)
         ours = next((f for f in reversed(where) if str(ROOT) in f.filename and "fuzz" not in f.filename), where[-1])

@@ -371,8 +371,9 @@ def test_picture_equals_diffusers(request, base, kind, encoders, photos, by_text
     twin: Twin = request.getfixturevalue(BASES[base])
     kind, path = KINDS[kind], tmp_path / "adapter.safetensors"
     save_file(adapter_for(twin.parts[1], kind).state_dict(), path)
-    adapter, encoder = load_adapter(path), encoders[kind.wide]
-    check_fit(adapter, path, twin.base, encoder if adapter.reads_clip else None, "encoder")
+    adapter = load_adapter(path)
+    encoder = encoders[kind.wide] if adapter.reads_clip else None
+    check_fit(adapter, path, twin.base, encoder, "encoder")
     order = Order(
         pictures=photos[: kind.pictures],
         faces=normalize(draw(kind.faces, 512)) if kind.faces else None,

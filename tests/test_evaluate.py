@@ -23,9 +23,10 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
 from clip import preprocess
-from measures import centre
+from files.errors import UserError
+from measures import centre, open_judge
 from training.pairs import open_pairs
-from training.results import result_names
+from training.results import find_results, open_folder, result_names
 from weights import WeightsError
 from weights.clip import load_clip
 
@@ -298,6 +299,14 @@ def test_pictures_made_otherwise_are_not_taken(made, data, tmp_path):
     assert run.returncode == 2 and "holds other files" in run.stderr
 
 
+def test_a_folder_in_which_nothing_was_made_is_in_nobodys_way(tmp_path):
+    open_folder(tmp_path / "x", {"scale": 1.0})
+    open_folder(tmp_path / "x", {"scale": 0.5})
+    touched(tmp_path, "x/sub/a_0.png")
+    with pytest.raises(UserError, match="made with `scale` 0.5, now it is 1.0"):
+        open_folder(tmp_path / "x", {"scale": 1.0})
+
+
 def test_captions_as_text_prompts(made, data, tmp_path):
     assert evaluate("--data", data, *FAST, "--text", "--output", tmp_path / "x.json").returncode == 0
     assert np.abs(pixels(tmp_path / "x/0_0.png") - pixels(made[0] / "x/0_0.png")).max() > 8
@@ -345,6 +354,57 @@ def test_a_picture_without_caption_has_a_clip_i_alone_and_one_with_several_its_f
     assert found["none"]["clip_i"] == pytest.approx(found["single"]["clip_i"])
     assert (found["none"]["clip_t"], found["none"]["pairs"][1]["clip_t_x2.5"]) == (None, None)
     assert "CLIP-T             -    no captions" in run.stdout, run.stdout
+
+
+def touched(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "files, found, left",
+    [
+        (["a.jpg", "b.WEBP", "b.txt"], {"a": ["a.jpg"], "b": ["b.WEBP"]}, []),
+        (["a_00.png", "a_01.png", "a_10.png"], {"a": ["a_00.png", "a_01.png", "a_10.png"]}, []),
+        (["a_1.jpeg", "a_3.jpeg", "a_20.jpeg"], {"a": ["a_1.jpeg", "a_3.jpeg", "a_20.jpeg"]}, []),
+        (["a/0.png", "a/2.png", "a/x.png"], {"a": ["a/0.png", "a/2.png"]}, ["a/x.png"]),
+        (["s/c_4.png", "s/c/x.png", "z.png", "z/0.png"], {"s/c": ["s/c_4.png"]}, ["z.png", "s/c/x.png"]),
+        (["d.png", "d_1.png"], {"d": ["d.png"], "d_1": ["d_1.png"]}, []),  # the pair d_1's, not d's
+        (["d_0.png", "d_1.png", "d_1_0.png"], {"d": ["d_0.png", "d_1.png"], "d_1": ["d_1_0.png"]}, []),
+    ],
+)
+def test_results_under_other_hands_names(tmp_path, files, found, left):
+    names = ["a", "b", "s/c", "d", "d_1"]
+    results, others = find_results(touched(tmp_path, *files), names)
+    assert {name: [str(p.relative_to(tmp_path)) for p in paths] for name, paths in results.items()} == found
+    assert [str(path.relative_to(tmp_path)) for path in others] == left
+
+
+@pytest.mark.parametrize(
+    "files", [["a.png", "a.jpg"], ["a.png", "a_3.png"], ["a_0.png", "a/0.png"], ["a_1.png", "a_01.png"]]
+)
+def test_two_files_for_one_result_are_refused(tmp_path, files):
+    with pytest.raises(UserError, match="both .* and .* are there; which is it"):
+        find_results(touched(tmp_path, *files), ["a"])
+
+
+def test_what_is_not_scored_is_told(tmp_path, data, results):
+    for i in range(2):
+        picture = Image.open(results / f"{i}_0.png")
+        for name in (f"{i}_1.jpg", f"{i}_2.jpg", f"other{i}.png"):
+            picture.save(tmp_path / name)
+    flags = ["--data", data, "--results", tmp_path, "--limit", 2, "--output", tmp_path / "o/x.json"]
+    run = evaluate(*flags, "--num-samples", 1)
+    assert run.returncode == 0, run.stderr
+    assert f"not scored: 4 pictures in {tmp_path}; the first: {tmp_path / 'other0.png'}" in run.stderr.splitlines()[-1]
+    found = json.loads((tmp_path / "o/x.json").read_text())
+    assert (found["n"], found["samples"], found["not_scored"], found["skipped"]) == (2, 2, 4, [])
+    assert evaluate(*flags).returncode == 0
+    again = json.loads((tmp_path / "o/x.json").read_text())
+    assert (again["samples"], again["not_scored"]) == (4, 2)
+    assert again["clip_i"] == pytest.approx(found["clip_i"], abs=1e-6)  # the same picture twice
 
 
 def test_only_bad_pairs_are_an_error(tmp_path, data):
@@ -407,8 +467,12 @@ MISTAKES = {
         ],
         "a base model is wanted here",
     ),
+    "faces by name": (["--adapter", "faceid"], "--adapter faceid: a FaceID adapter, it reads faces"),
     "base alone": (["--base", WEIGHTS / "sd-tiny.safetensors"], "--adapter is wanted beside"),
-    "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter for a UNet is wanted here"),
+    "base as adapter": (
+        ["--adapter", WEIGHTS / "sd-tiny.safetensors"],
+        "an IP-Adapter for SD 1.x, SD 2.x or SDXL is wanted here",
+    ),
     "damaged settings": (["--pictures", "damaged"], "pictures.json: damaged"),
     "pictures under a file": (["--pictures", "notes.txt/x"], "--pictures notes.txt/x: cannot write there"),
     "output kind": (["--output", "x.txt"], "--output x.txt: a name that ends in .json is wanted"),
@@ -454,10 +518,35 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, data, results, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["folder", "index", "TorchScript"])
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_judge_scores_alike_whatever_it_comes_as(tmp_path, kind):
+    """A folder of transformers in shards, or an archive as OpenAI published its models: no config there, but three numbers."""
+    if kind == "TorchScript":
+        theirs = small_open_clip()
+        del theirs.context_length, theirs.vocab_size
+        for name, value in {"input_resolution": 64, "context_length": 77, "vocab_size": 49408}.items():
+            theirs.register_buffer(name, torch.tensor(value))
+        inputs = torch.ones(1, 3, 64, 64), torch.ones(1, 77, dtype=torch.long)
+        torch.jit.save(torch.jit.trace_module(theirs, {"forward": inputs}, strict=False), path := tmp_path / "x.pt")
+        file = saved(small_open_clip(), tmp_path / "x.safetensors")
+    else:
+        theirs = small_transformers("quick_gelu")
+        theirs.save_pretrained(tmp_path / "x", max_shard_size="5MB")
+        path = tmp_path / "x" if kind == "folder" else tmp_path / "x" / "model.safetensors.index.json"
+        file = saved(theirs, tmp_path / "x.safetensors")
+    found, wanted = open_judge(str(path), "cpu"), open_judge(str(file), "cpu", "quick")
+    picture = Image.effect_noise((80, 70), 50).convert("RGB")
+    assert found.gelu == "quick"
+    assert torch.equal(found.images([picture]), wanted.images([picture]))
+    assert torch.equal(found.texts(["a red fox"]), wanted.texts(["a red fox"]))
+
+
 def test_keys_of_another_clip_are_named(tmp_path):
     state = small_open_clip().state_dict()
     save_file(state | {"visual.attn_pool.query": torch.zeros(2, 2)}, tmp_path / "coca.safetensors")
-    with pytest.raises(WeightsError, match="this is a CoCa"):
+    with pytest.raises(WeightsError, match=r"this is a CoCa \(it has visual.attn_pool.query\)"):
         load_clip(tmp_path / "coca.safetensors")
     save_file(state | {"visual.more.query": torch.zeros(2, 2)}, tmp_path / "more.safetensors")
     with pytest.raises(WeightsError, match=r"1 keys of no CLIP that is known here: visual\.more\.query"):

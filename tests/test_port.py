@@ -34,7 +34,7 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 from ipadapter import ImageProjection, IPAdapter, Prompt, heard, number
 from ipadapter.objective import Objective
-from sampler import SD, guided
+from sampler import SAMPLERS, Schedule, guided
 from unet.unet import timestep_embedding
 
 
@@ -284,13 +284,16 @@ def test_scale_zero_is_the_backbone_bit_for_bit(model, adapter, inputs):
         assert torch.equal(model(x, T, Prompt(text, (adapter.prompt(tokens, scale),))), bare)
 
 
-def test_guidance_serves_it(model, adapter, inputs):
-    """The sampler's side of a port: nothing."""
+def test_guidance_and_samplers_serve_it(model, adapter, inputs):
+    """The sampler's side of a port: its schedule, a value."""
     x, text, tokens = inputs
     prompt, null = Prompt(text, (adapter.prompt(tokens, 0.6),)), Prompt(-text, (adapter.prompt(-tokens, 0.4),))
-    t = torch.tensor(500)
-    e_prompt, e_null = model(x, t, prompt), model(x, t, null)
-    assert rel(guided(model, prompt, null, 4.5)(x, SD.level(500))[0], e_null + 4.5 * (e_prompt - e_null)) <= 1e-5
+    t, schedule = torch.tensor(500), Schedule(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    e_prompt, e_null, predict = model(x, t, prompt), model(x, t, null), guided(model, prompt, null, 4.5)
+    assert rel(predict(x, schedule.level(500))[0], e_null + 4.5 * (e_prompt - e_null)) <= 1e-5
+    sampler = SAMPLERS["dpm++"]
+    *_, latents = sampler.run(predict, x, sampler.levels(schedule, 3))
+    assert latents.shape == x.shape and latents.isfinite().all()
 
 
 @torch.enable_grad()

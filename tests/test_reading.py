@@ -77,6 +77,18 @@ def step() -> tuple[list[CodeType], set[CodeType]]:
     return longest, entered - {on_step.__code__} | set(longest)
 
 
+def test_keys_and_values_are_computed_once_a_run():
+    """Of the text and of the image prompt, and of their absence: neither changes from step to step."""
+    models = open_models(device="cpu")
+    layers, calls = list(models.unet().cross_attentions()), []
+    asked = [m for layer in layers for m in (layer.to_k, layer.to_v)]
+    asked += [m for ip in models.adapter().key_values() for m in (ip.to_k_ip, ip.to_v_ip)]
+    for module in asked:
+        module.register_forward_hook(lambda *_: calls.append(1))
+    list(pictures(models, *prompts(models, "red apple", images=[ROOT / "tiny/example.png"]), steps=3))
+    assert len(layers) == 16 and len(calls) == 2 * len(asked)
+
+
 def lines(functions: set[CodeType]) -> set[tuple[str, int]]:
     """(file, line) of all lines of these functions that are not blank, docstrings and comments among them."""
     found = set()

@@ -201,7 +201,10 @@ MISTAKES = {
     "lora": (["--prompt", "x", "--base", "lora.safetensors"], "a LoRA"),
     "holes": (["--prompt", "x", "--base", "holes.safetensors"], "2 missing: input_blocks.1.0.in_layers.0"),
     "adapter as base": (["--prompt", "x", "--base", WEIGHTS / "ip-adapter-tiny.safetensors"], "this is an IP-Adapter"),
-    "base as adapter": (["--adapter", WEIGHTS / "sd-tiny.safetensors"], "an IP-Adapter for a UNet is wanted here"),
+    "base as adapter": (
+        ["--adapter", WEIGHTS / "sd-tiny.safetensors"],
+        "an IP-Adapter for SD 1.x, SD 2.x or SDXL is wanted here",
+    ),
     "base as encoder": (
         ["--image-encoder", WEIGHTS / "sd-tiny.safetensors"],
         "a CLIP image encoder (ViT) is wanted here",

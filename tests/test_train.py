@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -13,14 +14,17 @@ from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from counterparts import diffusers_unet
+from counterparts import diffusers_unet, listed_once
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_sample import FAST, sample
 
 from clip import preprocess, tokenize
 from ipadapter import Prompt
@@ -130,16 +134,16 @@ def test_the_adapter_is_read_by_sample_and_by_diffusers(run, tmp_path):
     for key, value in load_file(run / "adapter.safetensors").items():
         part, name = key.split(".", 1)
         state[part][name] = value.float()
-    theirs._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
+    with listed_once(theirs):
+        theirs._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
     torch.manual_seed(0)
     x, text, patches = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64), torch.randn(1, 65, 128)
     with torch.no_grad():
         ours = unet(x, torch.tensor(500), Prompt(text, (adapter.prompt(adapter.image_proj(patches)),)))
         wanted = theirs(x, 500, text, added_cond_kwargs={"image_embeds": [patches[:, None]]}).sample
     assert (ours - wanted).norm() / wanted.norm() < 1e-5
-    script = [sys.executable, ROOT / "sample.py", "--adapter", run / "adapter.safetensors", "--image"]
-    script += [ROOT / "tiny/example.png", "--steps", "2", "--output", tmp_path / "x.png"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    flags = ["--image", ROOT / "tiny/example.png", *FAST, "--output", tmp_path / "x.png"]
+    done = sample("--adapter", run / "adapter.safetensors", *flags)
     assert done.returncode == 0, done.stderr
 
 
@@ -147,6 +151,7 @@ def test_validation_and_curve_are_pictures(tmp_path, data, cache):
     flags = ["--data", data, "--cache", cache, "--output", tmp_path / "run", "--validate-every", 1]
     done = train(*QUICK, *flags)
     assert done.returncode == 0, done.stderr
+    assert "held_out" not in (tmp_path / "run/log.jsonl").read_text()  # these are trained on
     strips = sorted((tmp_path / "run/validation").iterdir())
     assert [path.name for path in strips] == ["00000001.png", "00000002.png"]
     sizes = {Image.open(path).size for path in strips}
@@ -155,6 +160,84 @@ def test_validation_and_curve_are_pictures(tmp_path, data, cache):
     assert 0 < abs(first - second).mean() < 30  # the same noise, another adapter
     assert Image.open(tmp_path / "run/validation.png").width > 3 * 64
     assert np.asarray(Image.open(tmp_path / "run/curve.png").convert("L")).min() == 0
+
+
+def test_the_loss_of_pictures_held_out_is_logged_shown_and_drawn(tmp_path, data, cache):
+    flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--validate-every", 2]
+    done = train(*flags, "--validation", data / "0.png", "--limit", 6)
+    assert done.returncode == 2 and "a file of an unknown kind" in done.stderr
+    others = copy_pairs(data, tmp_path / "others", (6, 7))
+    done = train(*flags, "--validation", others, "--limit", 6, "--save-every", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 2: held-out loss") == 1
+    *steps, line = log(tmp_path / "run")
+    assert [step["step"] for step in steps] == [1, 2] and line.keys() == {"step", "held_out", "levels"}
+    for name, mean in line["held_out"].items():
+        assert mean == pytest.approx(np.mean([level[name] for level in line["levels"]]))
+    assert [level["t"] for level in line["levels"]] == [100, 300, 500, 700, 900]
+    assert Image.open(tmp_path / "run/curve.png").size == (960, 2 * 480)
+    (tmp_path / "run/validation/00000002.png").unlink()  # as if it had been killed before they were drawn
+    done = train("--output", tmp_path / "run", "--resume", "--steps", 3)
+    assert done.returncode == 0 and (tmp_path / "run/validation/00000002.png").exists(), done.stderr
+    assert [("held_out" in line, line["step"]) for line in log(tmp_path / "run")] == [
+        *[(False, 1), (False, 2), (True, 2), (False, 3), (True, 3)]
+    ]
+
+
+class Board:
+    """A stand-in for the writers of TensorBoard and wandb."""
+
+    made: ClassVar[list["Board"]] = []
+
+    def __init__(self, *given: object, **how: object):
+        self.given, self.how, self.got, self.closed = given, how, [], False
+        Board.made.append(self)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.got.append((step, name, value))
+
+    def add_image(self, name: str, picture: np.ndarray, step: int, dataformats: str) -> None:
+        self.got.append((step, name, (picture.shape[2], dataformats)))
+
+    def flush(self) -> None:
+        pass
+
+    def log(self, values: dict, step: int) -> None:
+        self.got += [(step, name, value) for name, value in values.items()]
+
+    def close(self) -> None:
+        self.closed = True
+
+    finish = close
+
+
+def test_tensorboard_and_wandb_get_what_the_log_gets(tmp_path, data, cache):
+    tensorboard, wandb = ModuleType("torch.utils.tensorboard"), ModuleType("wandb")
+    tensorboard.SummaryWriter, wandb.init, wandb.Image = Board, Board, lambda picture: picture.mode
+    flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--save-every", 1]
+    with patch.dict(sys.modules, {"torch.utils.tensorboard": tensorboard, "wandb": wandb}):
+        Board.made.clear()
+        done = train(*flags, "--validate-every", 2, "--log", "tensorboard", "wandb")
+        assert done.returncode == 0, done.stderr
+        assert train("--output", tmp_path / "run", "--resume", "--steps", 3).returncode == 0
+    first, second, *again = Board.made
+    numbers = [(line["step"], key, line[key]) for line in log(tmp_path / "run") for key in ("loss", "lr")]
+    assert first.got == [*numbers[:4], (2, "validation", (3, "HWC"))]
+    assert second.got == [*numbers[:4], (2, "validation", "RGB")]
+    assert (first.given, first.how["purge_step"]) == ((str(tmp_path / "run/tensorboard"),), 1)
+    assert second.how["config"]["steps"] == 2 and second.how["dir"] == str(tmp_path / "run")
+    assert all(board.got[:2] == numbers[4:] and board.closed for board in again) and first.closed and second.closed
+    assert again[0].how["purge_step"] == 3 and again[1].how["id"] == second.how["id"]  # gone on with
+
+
+@pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_log_that_is_not_installed_is_one_line(tmp_path, data, name, module):
+    with patch.dict(sys.modules, {module: None}):
+        done = train(*QUICK, "--data", data, "--output", tmp_path / "run", "--log", name)
+    assert done.returncode == 2 and re.fullmatch(
+        rf"--log {name}: not installed \(.*\): pip install {name}\n", done.stderr
+    )
+    assert not (tmp_path / "run").exists()
 
 
 # One result, however it is come by
@@ -166,6 +249,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_bit_for_bit_the_same(run, data
     wait_for_step(3, tmp_path / "run", process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    assert Image.open(tmp_path / "run/curve.png").size == (960, 480)  # as of the checkpoint: a run can be watched
     done = train(*flags, "--resume")
     assert done.returncode == 0, done.stderr
     assert same(tmp_path / "run", run)
@@ -181,7 +265,7 @@ def test_ctrl_c_ends_behind_the_step_and_loses_nothing(run, data, cache, tmp_pat
     err = process.communicate()[1]
     assert process.returncode == 130
     assert "--resume goes on behind step" in err and "Traceback" not in err
-    assert 1 <= len(log(tmp_path / "run")) < 6
+    assert 1 <= len(log(tmp_path / "run")) < 6 and (tmp_path / "run/curve.png").exists()
     assert train(*flags, "--resume").returncode == 0
     assert same(tmp_path / "run", run)
 
@@ -386,6 +470,8 @@ def test_bad_pairs_are_left_out_counted_and_named(data, tmp_path):
         (folder / f"{i}.png").write_bytes(b"no picture")
     done = train(*QUICK, "--data", folder, "--output", tmp_path / "none")
     assert done.returncode == 2 and "none of the 3 pairs can be used" in done.stderr
+    done = train(*QUICK, "--data", data, "--output", tmp_path / "none", "--steps", 1)
+    assert done.returncode == 0, done.stderr  # what never made a step is no run, and in nobody's way
 
 
 def test_what_is_left_out_and_what_has_no_caption_is_said(data, tmp_path):
@@ -436,6 +522,16 @@ def test_a_run_goes_on_with_the_same_data_wherever_they_lie_and_not_with_others(
         (["--base", str(ROOT / "tiny/weights/sd-tiny.safetensors"), "--data", "d"], "--image-encoder is wanted beside"),
         (["--adapter", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--resume"], "holds no run to go on with"),
+        # Told by the names alone, before anything is fetched.
+        (["--base", "sdxl", "--data", "d"], "--base sdxl: SDXL, predicting eps; training is for SD 1.x"),
+        (["--base", "sd21", "--data", "d", "--image-encoder", "vit-h"], "--base sd21: SD 2.x, predicting v; training"),
+        (["--adapter", "sdxl-plus"], "--base sdxl: SDXL, predicting eps; training is for SD 1.x"),
+        (["--adapter", "faceid-plus"], "--adapter faceid-plus: a FaceID adapter, it reads faces"),
+        (["--adapter", "plus"], "--data is wanted beside --adapter plus, which brings another base"),
+        (["--base", "sd15", "--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--validation", "nowhere"], "nowhere: no such file or folder"),
+        (["--log", "visdom"], "--log: invalid choice: 'visdom'"),
+        (["--schedule", "step"], "--schedule: invalid choice: 'step'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, flags, wanted):

@@ -5,18 +5,23 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 import torch
 from counterparts import diffusers_unet_with, rel
+from diffusers.optimization import get_scheduler
 from torch.nn.functional import mse_loss
 
+from files.sheets import curve
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
-from sampler import SD, add_noise
-from training.order import Places, draws, pair_at, places
+from sampler import SD, Schedule, add_noise, noise
+from training.order import Places, draws, generator_at, pair_at, places
 from training.pairs import BadSample
 from training.ranks import Ranks
-from training.trainer import Trainer
+from training.ready import Ready
+from training.trainer import RATE_SCHEDULES, Trainer, rate_at
+from training.validation import TIMESTEPS, held_out_loss
 from unet import SD15, UNet
 
 RECIPE = {
@@ -170,6 +175,12 @@ def test_what_is_random_depends_on_seed_and_place_alone():
     assert (torch.corrcoef(columns) - torch.eye(4)).abs().max() < 0.05
 
 
+def test_the_randomness_of_a_place_is_what_it_always_was():
+    """A run that was begun by an earlier version goes on with the same pairs and the same noise."""
+    seeds = [generator_at(seed, place).initial_seed() for seed, place in ((0, 5), (7, -1))]
+    assert seeds == [28486110198147923, 53795450754875127]
+
+
 def test_one_of_several_captions_is_drawn_at_each_place():
     """From seed and place alone, each of them as often; what was drawn before there were several is as it was."""
 
@@ -251,6 +262,66 @@ def test_warmup_and_clipping(unet):
     clipped.update([([0], features("base", [0]))])
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in clipped.params.values()))
     assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", RATE_SCHEDULES)
+def test_the_learning_rate_behind_the_warmup_is_that_of_diffusers(schedule):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3.0)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=20)
+    for step in range(20):
+        ours = rate_at(step, 3.0, 4, schedule, 20)
+        assert ours == pytest.approx(theirs.get_last_lr()[0] if step >= 4 else 3.0 * (step + 1) / 5, abs=1e-12)
+        optimizer.step()
+        theirs.step()
+    assert rate_at(0, 1.0, 0, schedule, 1) == 1.0
+
+
+def test_noise_is_added_by_the_schedule_of_the_base(unet):
+    linear = Schedule(0.0001, 0.02, "linear")
+    ours = trainer(unet, loss="v", drop=(0, 0, 0), noise_schedule=linear)
+    places, batch = [0, 1, 2], features("base", [0, 1, 2])
+    noisy, noise, t, *_, weight = ours.noised(places, batch)
+    _, _, posterior, _ = draws(0, places, (4, 8, 8))
+    a = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64), 0)[t].float()
+    x = batch["mean"] + batch["std"] * posterior
+    wanted = a.sqrt().view(-1, 1, 1, 1) * x + (1 - a).sqrt().view(-1, 1, 1, 1) * noise
+    assert torch.allclose(noisy, wanted, atol=1e-6) and torch.allclose(weight, (1 / a).clamp(max=16), rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_held_out_loss_tells_the_right_picture_from_none_and_from_a_stranger(unet):
+    """Written out, one picture and one noise level at a time."""
+    ours = trainer(unet)
+    batch = features("base", [0, 1, 2])
+    held_out = {"mean": batch["mean"], "image": batch["image"]}
+    given = Ready(None, None, None, None, 64, [], torch.empty(0), held_out)
+    rows = held_out_loss(unet, ours, given)
+    assert [row["t"] for row in rows] == list(TIMESTEPS)
+    text, eps = ours.null["text"][None], noise(0, 3, 64, 64)
+    for row in rows:
+        t = torch.tensor([row["t"]])
+        for name in ("right", "none", "stranger"):
+            errors = []
+            for i in range(3):
+                image = {"right": batch["image"][i], "none": torch.zeros(96), "stranger": batch["image"][i - 1]}[name]
+                prompt = Prompt(text, (ours.adapter.prompt(ours.adapter.image_proj(image[None])),))
+                found = unet(add_noise(batch["mean"][i : i + 1], eps[i : i + 1], t), t, prompt)
+                errors.append(mse_loss(found, eps[i : i + 1]).item())
+            assert row[name] == pytest.approx(sum(errors) / 3, rel=1e-5)
+    assert len({row["right"], row["none"], row["stranger"]}) == 3
+    for layer in ours.adapter.ip_adapter.values():
+        layer.to_v_ip.weight.zero_()  # an adapter that says nothing
+    deaf = held_out_loss(unet, ours, given)
+    assert all(row["right"] == row["none"] == row["stranger"] for row in deaf)
+
+
+def test_a_curve_of_a_million_steps_is_drawn_at_each_checkpoint():
+    """In a moment, and the fall is seen: black on the left above, on the right below."""
+    losses = (np.linspace(1, 0, 1_000_000) + np.random.default_rng(0).normal(0, 0.3, 1_000_000)).tolist()
+    page = np.asarray(curve([*losses, math.nan], "steps", "loss").convert("L"))
+    left, right = (np.flatnonzero(page[30:420, x] == 0) for x in (100, 900))
+    assert page.shape == (480, 960) and left.max() + 200 < right.min()
 
 
 def test_averaged_weights(unet):

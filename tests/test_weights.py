@@ -457,7 +457,11 @@ WRONG = [  # loader, file, what the message says was found
     ("encoder", "text tower", "this is a CLIP text tower"),
     ("encoder", "VAE", "this is an autoencoder"),
     ("encoder", "SD 3", "this is an SD 3 checkpoint"),
-    ("adapter", "image encoder", "an IP-Adapter for a UNet is wanted here; this is a CLIP image encoder"),
+    (
+        "adapter",
+        "image encoder",
+        "an IP-Adapter for SD 1.x, SD 2.x or SDXL is wanted here; this is a CLIP image encoder",
+    ),
     ("adapter", "kohya LoRA", "this is a LoRA"),
     ("adapter", "VAE", "this is an autoencoder"),
     ("adapter", "SD 2", "this is a whole SD 2.x checkpoint"),

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from training.cache import deaf
@@ -26,11 +25,12 @@ def training(
     accumulation: int = 1,
     # Processes that read pairs.
     workers: int = 0,
-    # Steps from checkpoint to checkpoint, and from validation to validation; 0: no validation.
+    # Steps from checkpoint to checkpoint.
     save_every: int = 1000,
+    # Steps from validation to validation; 0: none.
     validate_every: int = 1000,
-    # Makes the pictures of a validation.
-    draw: Callable[[], list[Image.Image]] = list,
+    # Draws and measures how far it has come; called by the process that writes.
+    validate: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
     """Train from where the trainer is, yielding the number of each finished step; the run's folder is kept up to date.
 
@@ -43,6 +43,13 @@ def training(
     order = places(trainer.place, (steps - trainer.step) * accumulation, batch_size, ranks.rank, ranks.size)
     drawn = Places(ready.source, trainer.seed)
     batches = iter(DataLoader(drawn, 1, None, None, order, workers, stack, worker_init_fn=deaf))
+    every = validate_every if ready.prompts else 0
+
+    def due() -> bool:
+        return every > 0 and (trainer.step % every == 0 or trainer.step == steps)
+
+    if trainer.step and due() and not run.shown():  # killed between a checkpoint and its validation
+        validate()
     while trainer.step < steps and not stop:
         parts = []
         for at, pairs_or_features, bad in islice(batches, accumulation):
@@ -52,11 +59,8 @@ def training(
         yield trainer.step
         if trainer.step % save_every == 0 or trainer.step == steps:
             run.save()
-        if ready.prompts and validate_every and trainer.step % validate_every == 0:
-            run.show(ready.prompts, draw())
+        if due():
+            validate()
     if trainer.step < steps:
         run.save()
-        return
-    if ready.prompts and not run.shown():  # also where a run was killed between its last step and here
-        run.show(ready.prompts, draw())
     run.close()

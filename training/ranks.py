@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -14,9 +15,11 @@ class Ranks:
 
     Args:
         device: of this process.
+        write: shows a line.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, write: Callable[[str], object] | None = None):
+        self.write = write or (lambda line: sys.stderr.write(line + "\n"))
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.device = device
         if self.size > 1:
@@ -33,7 +36,7 @@ class Ranks:
     def say(self, line: str) -> None:
         """To the screen, once."""
         if self.first:
-            sys.stderr.write(line + "\n")
+            self.write(line)
 
     def mean(self, value: float) -> float:
         """The mean of a number over the processes."""

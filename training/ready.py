@@ -1,6 +1,7 @@
 """From models and pairs to what a training step reads: the encoders' work, done at each step or once."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from clip import CLIPImageConfig, preprocess
 from generate.models import Models
 from training.cache import Cache
 from training.features import Encoders, Features, Prepared
-from training.pairs import Pairs
+from training.pairs import BadSample, Pair, Pairs
 from training.ranks import Ranks
 
 
@@ -25,15 +26,18 @@ class Ready:
     encode: Callable[[Features], Features]  # nothing more to do, or the encoders
     null: Features  # of the empty prompt and of no image
     encoder: CLIPImageConfig
+    resolution: int
     prompts: list[Image.Image]  # of the validation
     prompt_features: Tensor
+    held_out: Features  # of pictures that are not trained on: "mean" and "image"; empty, where there are none
 
 
 def ready(
     models: Models,
     pairs: Pairs,
-    # Pictures that will be drawn now and then.
+    # Pictures that will be drawn now and then, and those of which the loss will be measured.
     prompts: list[Image.Image],
+    held_out: list[Image.Image],
     ranks: Ranks,
     # Whether the adapter reads all patches of the image tower, or its embedding.
     patches: bool,
@@ -61,13 +65,20 @@ def ready(
         source = Cache(cache, (hashes or {}) | made_by, prepared.identities())
         fill(source, encoders, prepared, null, ranks, workers, on_pair)
     features = [encoders.image_features(preprocess(prompt, size)) for prompt in prompts]
+    measured = []
+    for picture in held_out:
+        with suppress(BadSample):  # too thin
+            seen = prepared.seen(Pair("", picture, ()))
+            measured.append(encoders.pictures({key: value[None] for key, value in seen.items()}))
     return Ready(
         source,
+        resolution=resolution,
         encode=(lambda features: features) if cache else encoders,
         null=null,
         encoder=image.config,
         prompts=prompts,
         prompt_features=torch.cat(features) if features else torch.empty(0),
+        held_out={key: torch.cat([row[key] for row in measured]) for key in ("mean", "image") if measured},
     )
 
 

@@ -90,7 +90,7 @@ def readable(
         try:
             pair = pairs[i]
             if name not in found:
-                wanted = f"nor {name}_0.png, nor {name}/0.png, with this or another suffix of a picture"
+                wanted = f"nor {name}_0.png, nor {name}/0.png; .jpg, .webp and others will do"
                 raise PictureError(f"{folder / name}.png: no such picture, {wanted}")
             yield i, name, pair, [open_picture(path) for path in found[name]]
         except (BadSample, PictureError) as error:
@@ -103,17 +103,18 @@ def readable(
 def open_folder(folder: Path, settings: dict) -> None:
     """A folder for pictures, with all that they depend on as pictures.json; pictures made otherwise are refused."""
     before = made_with(folder)
-    if before is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"`pictures` {folder}: holds other files; a new or empty folder is wanted")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / NOTE, json.dumps(settings, indent=1))
-    for name, value in settings.items():
-        if before and before.get(name) != value:
-            raise UserError(
-                f"`pictures` {folder}: made with `{name.removesuffix('_name')}` {before.get(name)}, now it is {value}; "
-                "go on with the same settings, or name a new folder"
-            )
+    if before is None and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"`pictures` {folder}: holds other files; a new or empty folder is wanted")
+    if before and any(folder.rglob("*.png")):  # without any, a run that failed at its start is in nobody's way
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"`pictures` {folder}: made with `{name.removesuffix('_name')}` {before.get(name)}, now it is {value}; "
+                    "go on with the same settings, or name a new folder"
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / NOTE, json.dumps(settings, indent=1))
 
 
 def made_with(folder: Path) -> dict | None:

@@ -1,7 +1,9 @@
 """The step of the optimiser, with all its state."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ipadapter.adapter import IPAdapter
 from ipadapter.objective import Objective, drops
-from sampler import add_noise, v_weight
+from sampler import SD, Schedule, add_noise, v_weight
 from training.features import Features
 from training.order import draws
 from training.ranks import Ranks
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+RATE_SCHEDULES = ("constant", "cosine", "linear")
 COUNTS = ("step", "place", "skipped", "in_a_row")  # what the trainer counts
 
 
@@ -29,8 +32,10 @@ class Trainer:
             loss of a model that predicts v (arXiv 2202.00512). It says more of large forms, and sooner.
         drop: probabilities of dropping the text, the image, and both.
         warmup: steps in which the learning rate grows from 0.
+        rate_schedule: what it does then, see `rate_at`; `steps`: where it ends.
         clip_grad: largest norm of the gradient; 0: as it comes.
         ema: decay of the averaged weights; 0: none.
+        noise_schedule: the base's.
     """
 
     def __init__(
@@ -48,9 +53,13 @@ class Trainer:
         warmup: int,
         clip_grad: float,
         ema: float,
+        rate_schedule: str = "constant",
+        steps: int = 0,
+        noise_schedule: Schedule = SD,
     ):
         self.adapter, self.ranks, self.seed, self.dtype, self.loss, self.drop = adapter, ranks, seed, dtype, loss, drop
-        self.top_rate, self.warmup, self.clip_grad, self.decay = learning_rate, warmup, clip_grad or torch.inf, ema
+        self.clip_grad, self.decay, self.noise_schedule = clip_grad or torch.inf, ema, noise_schedule
+        self.rates = partial(rate_at, top=learning_rate, warmup=warmup, schedule=rate_schedule, steps=steps)
         self.null = {key: value.to(ranks.device, dtype) for key, value in null.items()}
         objective = Objective(adapter, unet, dtype)
         self.objective = DistributedDataParallel(objective) if ranks.size > 1 else objective
@@ -69,7 +78,7 @@ class Trainer:
 
         Returns the loss, the mean over all processes. A step whose loss or gradient is not finite changes nothing.
         """
-        self.rate = self.top_rate * min(1.0, (self.step + 1) / (self.warmup + 1))
+        self.rate = self.rates(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.zero_grad()
@@ -99,8 +108,9 @@ class Trainer:
     def noised(self, places: list[int], features: Features) -> tuple[Tensor | float, ...]:
         """The arguments of `Objective.forward`, with what is random at these places."""
         features = {key: value.to(self.ranks.device) for key, value in features.items()}
-        noisy, noise, t, text, image = noised(features, self.null, self.seed, places, self.drop)
-        return noisy.to(self.dtype), noise, t, text, image, v_weight(t) if self.loss == "v" else 1.0
+        noisy, noise, t, text, image = noised(features, self.null, self.seed, places, self.drop, self.noise_schedule)
+        weight = v_weight(t, self.noise_schedule) if self.loss == "v" else 1.0
+        return noisy.to(self.dtype), noise, t, text, image, weight
 
     @torch.no_grad()
     def average(self) -> None:
@@ -145,8 +155,23 @@ class Trainer:
             self.scaler.load_state_dict(notes["scaler"])
 
 
+def rate_at(step: int, top: float, warmup: int, schedule: str, steps: int) -> float:
+    """The learning rate of step 0, 1, ...: it grows to `top` in `warmup` steps.
+
+    Then it stays there ("constant"), or falls in a line ("linear") or as half a cosine (arXiv 1608.03983) to 0 behind the
+    last of `steps`.
+    """
+    grown, fallen = min(1.0, (step + 1) / (warmup + 1)), min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    return top * grown * {"constant": 1, "linear": 1 - fallen, "cosine": (1 + math.cos(math.pi * fallen)) / 2}[schedule]
+
+
 def noised(
-    features: Features, null: Features, seed: int, places: list[int], drop: tuple[float, float, float]
+    features: Features,
+    null: Features,
+    seed: int,
+    places: list[int],
+    drop: tuple[float, float, float],
+    schedule: Schedule = SD,
 ) -> tuple[Tensor, ...]:
     """A batch with what is random at its places: noisy latents, the noise, t, text and image, some of them dropped.
 
@@ -159,4 +184,4 @@ def noised(
     drop_text, drop_image = drops(u, *drop)
     text = torch.where(drop_text[:, None, None], null["text"], text)
     image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), null["image"], image)
-    return add_noise(mean.float() + std.float() * posterior, noise, t), noise, t, text, image
+    return add_noise(mean.float() + std.float() * posterior, noise, t, schedule), noise, t, text, image

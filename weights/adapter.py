@@ -14,7 +14,7 @@ from weights.configs import count
 from weights.diffusers import read_part
 from weights.families import ENCODERS, of_width
 from weights.fill import fill
-from weights.kinds import adapter_base, transformer, what_is
+from weights.kinds import adapter_base, other_base, what_is
 
 
 def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> IPAdapter:
@@ -28,8 +28,8 @@ def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: t
     """
     state = adapter_names(read_part(path))
     found = "ip_adapter.1.to_k_ip.weight" in state and any(key.startswith("image_proj.") for key in state)
-    if not found or transformer(state):
-        raise WeightsError(f"{path}: an IP-Adapter for a UNet is wanted here; this is {what_is(state)}")
+    if not found or other_base(state):
+        raise WeightsError(f"{path}: an IP-Adapter for SD 1.x, SD 2.x or SDXL is wanted here; this is {what_is(state)}")
     if not PROJECTIONS & state.keys():
         raise WeightsError(
             f"{path}: an IP-Adapter whose image projection is none of: base, light, plus, full-face, FaceID, "

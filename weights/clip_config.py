@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clip import CLIPImage, CLIPText
 from files.tensors import WeightsError
-from weights.diffusers import read_json
+from weights.diffusers import part_files, read_json
 
 SIDES = {"image": "vision", "text": "text"}
 HEADS = {"image": 12, "text": 8}  # in transformers, where the config does not say
@@ -66,7 +66,7 @@ def read_config(path: str | Path, side: str) -> Config | None:
     Raises:
         WeightsError: not readable.
     """
-    folder = Path(path) if os.path.isdir(path) else Path(path).parent
+    folder = part_files(path)[0].parent if os.path.isdir(path) else Path(path).parent
     for name, values_of in (("config.json", transformers_values), ("open_clip_config.json", open_clip_values)):
         if (folder / name).is_file() and (values := values_of(read_json(folder / name), side)):
             return Config(folder / name, {"num_attention_heads": HEADS[side]} | values)

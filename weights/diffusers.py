@@ -75,12 +75,16 @@ def read_part(path: str | Path) -> State:
 def part_files(folder: str | Path) -> list[Path]:
     """The weight files of a folder of one model: of variants the plain one, then `.fp16`; of formats safetensors.
 
+    Where it has none itself, those of `image_encoder/` in it: so they lie in h94/IP-Adapter.
+
     Raises:
         WeightsError: no weights here, or a shard is missing.
     """
     folder = Path(folder)
     names = filter(WEIGHTS.fullmatch, listed(folder))
     names = sorted(names, key=lambda n: ("open_clip" in n, "fp16" in n, ".bin" in n, "index" in n))
+    if not names and (folder / "image_encoder").is_dir():
+        return part_files(folder / "image_encoder")
     if not names:
         wanted = "diffusion_pytorch_model or model, .safetensors or .bin"
         raise WeightsError(f"{folder}: a folder without weights ({wanted}); {listing(folder)}")
@@ -91,8 +95,8 @@ def folder_files(path: str | Path) -> list[Path]:
     """All files that are read of a diffusers folder, or of a folder of one model."""
     path = Path(path)
     parts = [path / part for part in PLACES | TWO_TOWERS if (path / part).is_dir()]
-    settings = (path / SCHEDULER, path / VAE_CONFIG) if parts else (path / CONFIG,)
     found = [file for part in parts or [path] for file in part_files(part)]
+    settings = (path / SCHEDULER, path / VAE_CONFIG) if parts else (found[0].with_name(CONFIG),)
     return found + [file for file in settings if file.exists()]
 
 

@@ -52,7 +52,7 @@ SMALL = (  # what is trained beside a base model, and is no adapter of ours
     ("a textual-inversion embedding", r"^(emb_params$|string_to_param\.|clip_[lg]$|<[^>]*>$)"),
     ("the state of an optimizer, not a model", r"^(optimizer\.)?(state\.\d+\.(exp_avg|step)|exp_avg)"),
     ("a PuLID adapter", r"^(pulid_|id_adapter)"),
-    ("an IP-Adapter for a transformer, not for a UNet", r"^blocks\.\d+\..*_ip\."),
+    ("an IP-Adapter for a transformer, which is not supported", r"^blocks\.\d+\..*_ip\."),
     ("a T2I-Adapter", r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)"),
     ("an AnimateDiff motion module", r"motion_modules\."),
     ("an upscaler (ESRGAN)", r"^(params(_ema)?\.)?(conv_first\.|RRDB_trunk\.|model\.\d+\.(sub\.|weight))"),
@@ -134,10 +134,11 @@ def no_clip(state: State) -> bool:
     return any(re.search(sign, key) for _, sign in TOWERS for key in state)
 
 
-def transformer(state: State) -> str:
-    """The transformer that an IP-Adapter is made for, as "FLUX (XLabs)"; empty for the adapters of UNets.
+def other_base(state: State) -> str:
+    """The base that an IP-Adapter is made for and that is not read here, as "FLUX (XLabs)"; empty for all other adapters.
 
-    Those have odd numbers for their layers, and two matrices for each, without biases.
+    Those of transformers do not have odd numbers for their layers, and two matrices for each, without biases. That of
+    Kolors is as SDXL's, but its Resampler wider (so ComfyUI_IPAdapter_plus tells it too).
     """
 
     def has(pattern: str) -> bool:
@@ -149,13 +150,15 @@ def transformer(state: State) -> str:
         return "SD 3"
     if has(r"^ip_adapter\.\d+\.to_[kv]_ip\.bias"):
         return "FLUX (InstantX)"
+    if columns(state, "image_proj.latents") == 2048 and columns(state, "image_proj.proj_in.weight") == 1024:
+        return "Kolors"
     return "a transformer" if has(r"^ip_adapter\.\d*[02468]\.to_k_ip\.") else ""
 
 
 def adapter_is(state: State) -> str:
     """What kind of adapter, for which base."""
-    if other := transformer(state):
-        return f"for {other}, not for a UNet"
+    if other := other_base(state):
+        return f"for {other}, which is not supported"
     if "image_proj.latents" in state:
         kind = f"plus, reads {columns(state, 'image_proj.proj_in.weight')} wide patch features"
     elif "image_proj.perceiver_resampler.proj_in.weight" in state:

@@ -70,15 +70,13 @@ def load_image_encoder(
     """A CLIP image tower (ViT) in the layout of transformers, OpenCLIP or OpenAI; what else the file holds is left aside.
 
     Args:
-        path: a file (OpenAI's TorchScript archives too), an index of shards, or transformers' folder; also one that has
+        path: a file (OpenAI's TorchScript archives too), an index of shards, or transformers' folder, or one that has
             it as `image_encoder/`. What a `config.json` there says of heads and GELU counts; else the width tells, and
             for the GELU the layout: OpenCLIP's has the exact one, OpenAI's own files the approximation.
 
     Raises:
         WeightsError: unreadable, another kind of file, keys missing or left over, or a config that contradicts them.
     """
-    if os.path.isdir(Path(path) / "image_encoder"):
-        path = Path(path) / "image_encoder"
     state = read_part(path)
     names, openclip = clip_names(state)
     if "vision_model.embeddings.class_embedding" not in names or no_clip(state):
