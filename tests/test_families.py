@@ -545,6 +545,7 @@ def test_the_autoencoder_of_a_folder_says_its_scale_and_its_precision(sd1, sdxl,
         assert refused(file, lambda path, name=name: open_base(tmp_path / name)) == (
             "has latents_mean; an autoencoder whose latents are scaled alone is wanted"
         )
+        assert "has latents_mean" in refused(file, lambda path: open_base(twin.base.path, vae=path.parent))  # noqa: B023
 
 
 # A UNet that is told the guidance scale

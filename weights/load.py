@@ -11,11 +11,12 @@ from files.tensors import State, WeightsError
 from vae import SD_VAE, VAE
 from weights import configs
 from weights.clip_config import read_config
-from weights.diffusers import CONFIG, read_json, read_part
+from weights.diffusers import CONFIG, read_part
 from weights.diffusers_names import from_diffusers
 from weights.fill import IGNORED, fill, under
 from weights.kinds import no_clip, what_is
 from weights.openclip import OPENAI_NUMBERS, clip_names
+from weights.settings import vae_says
 
 # Parts of a whole CLIP model that an image encoder does without.
 TEXT_SIDE = re.compile(rf"text(_model)?\.|text_projection|(logit_scale|logit_bias|{'|'.join(OPENAI_NUMBERS)})$")
@@ -59,7 +60,7 @@ def vae_state(path: str | Path) -> State:
 def check_scale(path: str | Path, latent_scale: float) -> None:
     """Refuse an autoencoder in whose folder it says that its latents are scaled otherwise than the base's."""
     config = Path(path) / CONFIG
-    said = read_json(config).get("scaling_factor", latent_scale) if os.path.isfile(config) else latent_scale
+    said = vae_says(config).get("scaling_factor") or latent_scale
     if said != latent_scale:
         raise WeightsError(
             f"{config}: its latents are scaled by {said}, the base's by {latent_scale}: another family's"

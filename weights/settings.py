@@ -110,16 +110,22 @@ def sd2_predicts_noise(state: State) -> bool:
 
 
 def heed_vae(path: str | Path, kind: Family) -> Family:
-    """The family's row, changed by what a folder's autoencoder says of its scale and its precision.
+    """The family's row, changed by what a folder's autoencoder says of its scale and its precision."""
+    said = vae_says(Path(path) / VAE_CONFIG)
+    # Heeded only where a family overflows in fp16: all folders say so, as it is diffusers' default.
+    half = kind.half_vae or not said.get("force_upcast", True)
+    return replace(kind, latent_scale=said.get("scaling_factor") or kind.latent_scale, half_vae=half)
+
+
+def vae_says(file: Path) -> dict[str, object]:
+    """The config of an autoencoder in diffusers' layout; where there is none, nothing.
 
     Raises:
-        WeightsError: its latents are not scaled alone.
+        WeightsError: it cannot be read, or its latents are not scaled alone.
     """
-    file = Path(path) / VAE_CONFIG
-    config = read_json(file) if file.exists() else {}
+    config = read_json(file) if file.is_file() else {}
     for name in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(name):
             raise WeightsError(f"{file}: has {name}; an autoencoder whose latents are scaled alone is wanted")
-    # Heeded only where a family overflows in fp16: all folders say so, as it is diffusers' default.
-    half = kind.half_vae or not config.get("force_upcast", True)
-    return replace(kind, latent_scale=number(file, config, "scaling_factor") or kind.latent_scale, half_vae=half)
+    number(file, config, "scaling_factor")
+    return config
