@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from clip import tokenize
-from files.pictures import save_png, to_pil
+from files.pictures import save_picture, to_pil
 from files.sheets import sheet
 from files.whole import write_text
 from generate.picture import denoise
@@ -215,5 +215,7 @@ class Lab:
         self.args.output.mkdir(parents=True, exist_ok=True)
         write_text(self.args.output / f"{name}.json", json.dumps({"settings": settings, "rows": rows}, indent=1))
         lines = [to_pil(x[:SHOWN]) for x in (self.x, *columns.values())]
-        save_png(sheet(list(zip(*lines, strict=True)), ["image prompt", *columns]), self.args.output / f"{name}.png")
+        save_picture(
+            sheet(list(zip(*lines, strict=True)), ["image prompt", *columns]), self.args.output / f"{name}.png"
+        )
         print(self.args.output / f"{name}.json", self.args.output / f"{name}.png", sep="\n")

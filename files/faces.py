@@ -68,7 +68,7 @@ def find_faces(images: list[Image.Image], names: list[str]) -> tuple[Tensor, lis
     """
     if not (find_spec("insightface") and find_spec("onnxruntime")):
         raise FaceError(
-            "this adapter reads faces: give --face-embedding FILE (.npy or .safetensors, 512 numbers), or install "
+            "this adapter reads faces: give `face_embedding` FILE (.npy or .safetensors, 512 numbers), or install "
             "insightface and onnxruntime, and the faces are read off the pictures"
         )
     try:
@@ -79,7 +79,7 @@ def find_faces(images: list[Image.Image], names: list[str]) -> tuple[Tensor, lis
         app.prepare(ctx_id=0, det_size=(DETECT[0], DETECT[0]))
     except Exception as error:  # noqa: BLE001, it fetches and unpacks its models here and wraps no error
         raise FaceError(
-            f"insightface does not start ({type(error).__name__}: {error}); or give --face-embedding"
+            f"insightface does not start ({type(error).__name__}: {error}); or give `face_embedding`"
         ) from None
     embeddings, crops = [], []
     for image, name in zip(images, names, strict=True):

@@ -292,9 +292,6 @@ def save_picture(image: Image.Image, path: Path, settings: dict | None = None) -
         image.save(part, **how)
 
 
-save_png = save_picture
-
-
 def read_settings(path: str | Path) -> dict | None:
     """The settings that `save_picture` wrote into a picture; None if it has none that can be read.
 

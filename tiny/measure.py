@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate, linear, normalize
 from tqdm import tqdm
 
 from clip import CLIPImage, CLIPText, tokenize
-from files.pictures import save_png, to_pil
+from files.pictures import save_picture, to_pil
 from files.sheets import sheet
 from ipadapter import ImagePrompt, IPAdapter, Prompt
 from sampler import SD, ddim, ddim_levels, guided, noise
@@ -105,7 +105,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "measure.json").write_text(json.dumps(found, indent=1))
     # The first drawings of the split, ten to a line: image prompts, and below them what each run makes of them.
-    save_png(sheet([row[i : i + 10] for i in (0, 10) for row in rows]), args.output / "measure.png")
+    save_picture(sheet([row[i : i + 10] for i in (0, 10) for row in rows]), args.output / "measure.png")
 
 
 def retrieval(scores: Tensor) -> dict[str, float]:

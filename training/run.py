@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from files.errors import UserError
-from files.pictures import save_png
+from files.pictures import save_picture
 from files.sheets import curve, plot, sheet, stacked
 from files.tensors import WeightsError
 from files.whole import read_checked, write, write_text
@@ -219,7 +219,7 @@ class Run:
         strip = Image.new("RGB", (width * len(pictures), height))
         for i, picture in enumerate(pictures):
             strip.paste(picture, (i * width, 0))
-        save_png(strip, self.folder / "validation" / f"{self.trainer.step:08d}.png")
+        save_picture(strip, self.folder / "validation" / f"{self.trainer.step:08d}.png")
         strips = sorted((self.folder / "validation").glob("*.png"))
         chosen = [strips[i] for i in sorted({0, len(strips) // 2, len(strips) - 1})]
         columns = []
@@ -228,7 +228,7 @@ class Run:
                 columns.append([whole.crop((i * width, 0, (i + 1) * width, height)) for i in range(len(pictures))])
         titles = ["image prompt", *(f"step {int(path.stem):,}" for path in chosen)]
         page = sheet(list(zip(prompts, *columns, strict=True)), titles, side=max(width, 128))
-        save_png(page, self.folder / "validation.png")
+        save_picture(page, self.folder / "validation.png")
         for monitor in self.monitors:
             monitor.picture(self.trainer.step, "validation", page)
         self.draw()
@@ -244,7 +244,7 @@ class Run:
         pages = [curve(self.losses, "steps", "loss")] if self.losses else []
         pages += [plot(lines, "steps", "loss of pictures held out")] if self.held_out else []
         if pages:
-            save_png(stacked(pages), self.folder / "curve.png")
+            save_picture(stacked(pages), self.folder / "curve.png")
 
     def close(self) -> None:
         """The last curve; nothing is written behind this."""
