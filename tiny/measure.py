@@ -4,8 +4,9 @@ python -m tiny.measure
 python -m tiny.measure --runs image
 
 Seen from outside: the models are read from their files like anybody's, and whether a result shows its image prompt is
-told by 16x16 colour thumbnails and by the judge (tiny/judge.py), a network that nothing else uses. CLIP-I and CLIP-T
-are by the adapter's own encoder, and flatter.
+told by 16x16 colour thumbnails, which no adapter was trained with (the image tower was tuned so that a 32x32 copy can be
+read off its embedding), and by the judge (tiny/judge.py), a network that nothing else uses. CLIP-I and CLIP-T are by the
+adapter's own encoder, and flatter.
 """
 
 import argparse
