@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tiny import drawings
 from tiny.latents import scaled_vae, towers
@@ -43,6 +43,8 @@ def main() -> None:
     for kind, name in (("base", "ip-adapter"), ("plus", "ip-adapter-plus"), ("full-face", "ip-adapter-full-face")):
         if (args.runs / f"adapter-{kind}.pt").exists():
             files[name] = load_ema(new_adapter(unet, kind), f"adapter-{kind}", args).state_dict()
+        elif kind == "base" and (args.runs / "distilled.safetensors").exists():
+            files[name] = load_file(args.runs / "distilled.safetensors")
         elif kind == "full-face" and (args.runs / "clip-tuned.pt").exists():  # its projection has followed the tower
             followed = load_ema(Tuned(clip), "clip-tuned", args).patches.state_dict()
             before = load_adapter(WEIGHTS / f"{name}-tiny.safetensors").state_dict()
