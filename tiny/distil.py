@@ -4,7 +4,7 @@ Learning through the UNet is slow. Here it is run once, with the full-face adapt
 queries and the answer that they got are kept. The base adapter then learns to give these answers, layer by layer; no
 UNet is in that loop, so a step costs little. `tiny/train_adapter.py --start` goes on from the file.
 
-    python -m tiny.distil
+    python -m tiny.distil --drawings 4500 --steps 800
     python -m tiny.train_adapter --kind base --start runs/tiny/distilled.safetensors --loss v --drop-text 0.9 --least-t 400
 """
 
