@@ -10,6 +10,7 @@ from clip import CLIPText, tokenize
 from tiny import drawings, presets
 from tiny.train_clip import TwoTowers
 from tiny.trainer import load_ema
+from tiny.tune_clip import Tuned
 from vae import VAE
 
 VIEWS = 8  # of each drawing: as it is, and moved, scaled and mirrored a little
@@ -58,6 +59,21 @@ def views(
     return out
 
 
+def stored(args: argparse.Namespace, data: drawings.Drawings) -> Tensor:
+    """The latents (n, 4, 16, 16) of the drawings as they are, from a file in `args.runs` that is made piece by piece."""
+    path = args.runs / "latents.pt"
+    done = (
+        torch.load(path, map_location=args.device) if path.exists() else torch.empty(0, 4, 16, 16, device=args.device)
+    )
+    vae = None if len(done) >= len(data) else scaled_vae(args, data).to(memory_format=torch.channels_last)
+    while len(done) < len(data):
+        some = data.pixels[len(done) : len(done) + 500].to(args.device)
+        done = torch.cat([done, *(vae.encode(drawings.to_unit(p)).float() for p in some.split(8))])
+        torch.save(done, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    return done[: len(data)]
+
+
 class Captions:
     """Text features of every caption, plain and styled, and of the empty prompt."""
 
@@ -76,4 +92,9 @@ class Captions:
 
 
 def towers(args: argparse.Namespace) -> TwoTowers:
-    return load_ema(TwoTowers(), "clip", args)
+    """Both towers, the image tower as it was tuned, where it was."""
+    both = load_ema(TwoTowers(), "clip", args)
+    if (args.runs / "clip-tuned.pt").exists():
+        tuned = load_ema(Tuned(both), "clip-tuned", args)
+        both.logit_scale.data.copy_(tuned.logit_scale)  # the image tower is the same object
+    return both

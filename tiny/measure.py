@@ -4,7 +4,9 @@ python -m tiny.measure
 python -m tiny.measure --runs image
 
 Seen from outside: the models are read from their files like anybody's, and whether a result shows its image prompt is
-told by 16x16 colour thumbnails, which took no part in the training.
+told by 16x16 colour thumbnails, which no adapter was trained with (the image tower was tuned so that a 32x32 copy can be
+read off its embedding), and by the judge (tiny/judge.py), a network that nothing else uses. CLIP-I and CLIP-T are by the
+adapter's own encoder, and flatter.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from files.sheets import sheet
 from ipadapter import ImagePrompt, IPAdapter, Prompt
 from sampler import SD, ddim, ddim_levels, guided, noise
 from tiny import drawings, presets
+from tiny.judge import STYLES, Bench, Judge, accuracy, bench, gather
 from tiny.trainer import BASE, ENCODER, WEIGHTS
 from unet import UNet
 from vae import VAE
@@ -32,6 +35,7 @@ RUNS = {  # scale of the image prompt (None: there is none), and the text beside
     "image": (1.0, "no text"),
     "image-half": (0.5, "no text"),
     "image-half-text": (0.5, "another drawing's text"),
+    "image-half-thing": (0.5, "another drawing's thing"),  # the style is left to the image prompt
     "text": (None, "its own text"),
 }
 ADAPTERS = {
@@ -60,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
 
     base = open_base(args.weights / BASE.name)
-    unet, vae, text = base.unet(), base.vae(), base.text()
+    unet, vae, text = base.unet().to(memory_format=torch.channels_last), base.vae(), base.text()
     encoder = load_image_encoder(args.weights / ENCODER.name)
     projection = read(args.weights / ENCODER.name)["text_projection.weight"].float()
     data = drawings.load(args.split)
@@ -73,14 +77,17 @@ def main() -> None:
     found: dict = {"split": args.split, "count": n, "clip": retrieval(texts @ images_of.T) | {"among": len(data)}}
     found["psnr"] = torch.cat([drawings.psnr(vae.decode(vae.encode(p)), p)[None] for p in x.split(1)]).mean().item()
 
+    judge, found["judge"] = load_judge(args.weights)
     print(json.dumps(found))
 
     empty = text(tokenize("")).expand(n, -1, -1)
-    others = [captions[(i + 1) % n] for i in range(n)]  # each image prompt with the caption of the next drawing
+    following = [(i + 1) % n for i in range(n)]  # each image prompt with the caption of the next drawing
+    others = [captions[i] for i in following]
     other_embeds = text_embeds(text, projection, others)
     words = {
         "no text": empty,
         "another drawing's text": text(tokenize(others)),
+        "another drawing's thing": text(tokenize([data.captions[i] for i in following])),
         "its own text": text(tokenize(captions[:n])),
     }
     rows = [to_pil(x[:20])]
@@ -98,7 +105,11 @@ def main() -> None:
                 "thumbnails": retrieval(-torch.cdist(thumbnail(y), thumbnail(x))),
                 "clip_i": (made * images_of[:n]).sum(1).mean().item(),
                 "clip_t of the other text": (made * other_embeds).sum(1).mean().item(),
+                "judge": told(judge, y, data.captions[:n], data.styles[:n]),
             }
+            if beside.startswith("another"):
+                things = [data.captions[i] for i in following]
+                found[f"{kind}: {run}"]["judge, thing of the text"] = told(judge, y, things, data.styles[:n])
             print(f"{kind}: {run}", json.dumps(found[f"{kind}: {run}"]))
             rows.append(to_pil(y[:20]))
     print(json.dumps(found, indent=1))
@@ -112,6 +123,36 @@ def retrieval(scores: Tensor) -> dict[str, float]:
     """Share of rows whose own column is the best, and among the best five; scores (n, n)."""
     rank = (scores > scores.diagonal()[:, None]).sum(1)
     return {"first": (rank < 1).float().mean().item(), "first five": (rank < 5).float().mean().item()}
+
+
+def load_judge(weights: Path) -> tuple[Bench, dict[str, float]]:
+    """The judge, and how often it is right on drawings that it has not seen."""
+    judge = Judge()
+    judge.load_state_dict({k: v.float() for k, v in read(weights / "judge-tiny.safetensors").items()})
+    data, learned = gather()
+    found = bench(judge.requires_grad_(False), data, learned)
+    return found, accuracy(found, data, (~learned).nonzero()[:, 0].tolist())
+
+
+def told(judge: Bench, y: Tensor, things: list[str], styles: list[str]) -> dict[str, float]:
+    """Share of pictures y that show what was asked for, by the judge: the thing, the style, both.
+
+    A thing is told when it is among the five likeliest of all that the judge knows; those that it does not are left out.
+    """
+    place = {thing: i for i, thing in enumerate(judge.things)}
+    some = [i for i, thing in enumerate(things) if thing in place]
+    shown, drawn = judge(y[some])
+    right = torch.tensor([place[things[i]] for i in some])
+    rank = (shown > shown.gather(1, right[:, None])).sum(1)
+    style = drawn.argmax(1) == torch.tensor([STYLES.index(styles[i]) for i in some])
+    return {
+        "thing first": (rank < 1).float().mean().item(),
+        "thing": (rank < 5).float().mean().item(),
+        "style": style.float().mean().item(),
+        "thing first and style": ((rank < 1) & style).float().mean().item(),
+        "thing and style": ((rank < 5) & style).float().mean().item(),
+        "pictures": len(some),
+    }
 
 
 def thumbnail(x: Tensor) -> Tensor:

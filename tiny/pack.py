@@ -7,13 +7,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tiny import drawings
 from tiny.latents import scaled_vae, towers
 from tiny.train_adapter import new_adapter
 from tiny.train_unet import new_unet
 from tiny.trainer import RUNS, WEIGHTS, load_ema
+from tiny.tune_clip import Tuned
+from weights import load_adapter
 
 
 @torch.no_grad()
@@ -41,6 +43,12 @@ def main() -> None:
     for kind, name in (("base", "ip-adapter"), ("plus", "ip-adapter-plus"), ("full-face", "ip-adapter-full-face")):
         if (args.runs / f"adapter-{kind}.pt").exists():
             files[name] = load_ema(new_adapter(unet, kind), f"adapter-{kind}", args).state_dict()
+        elif kind == "base" and (args.runs / "distilled.safetensors").exists():
+            files[name] = load_file(args.runs / "distilled.safetensors")
+        elif kind == "full-face" and (args.runs / "clip-tuned.pt").exists():  # its projection has followed the tower
+            followed = load_ema(Tuned(clip), "clip-tuned", args).patches.state_dict()
+            before = load_adapter(WEIGHTS / f"{name}-tiny.safetensors").state_dict()
+            files[name] = before | {f"image_proj.{key}": value for key, value in followed.items()}
     args.output.mkdir(parents=True, exist_ok=True)
     for name, state in files.items():
         path = args.output / f"{name}-tiny.safetensors"

@@ -10,19 +10,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import adapter_loss, drops
 from sampler import add_noise, v_weight
 from tiny import drawings, presets
-from tiny.latents import VIEWS, Captions, scaled_vae, towers, views
+from tiny.latents import VIEWS, Captions, scaled_vae, stored, towers, views
 from tiny.places import place
 from tiny.train_unet import new_unet
 from tiny.trainer import arguments, load_ema, train
+from unet.unet import Conv3x3
 
 
-def new_adapter(unet: torch.nn.Module, kind: str) -> IPAdapter:
+def new_adapter(unet: nn.Module, kind: str) -> IPAdapter:
     """A base adapter over the image embedding, or one over the patches of the penultimate layer."""
     context = presets.TEXT.width
     if kind == "base":
@@ -45,20 +46,30 @@ def main() -> None:
         "drop-text": {"type": float, "default": 0.05, "help": "as in train.py (default: %(default)s)"},
         "least-t": {"type": int, "default": 0, "help": "timesteps are drawn from here to 999 (default: %(default)s)"},
     }
+    flags["drawings"] = {"type": int, "help": "how many of the drawings to learn from (default: all)"}
     count = {"type": int, "default": VIEWS, "help": "moved and mirrored views of each drawing (default: %(default)s)"}
     args = arguments(__doc__, steps=15000, batch_size=256, learning_rate=1e-3, views=count, **flags)
-    data = drawings.load("train")
+    data = drawings.load("train", args.drawings)
     clip = towers(args)
     patches = args.kind != "base"
     features = clip.image.penultimate if patches else clip.image
     with torch.no_grad():
-        seen = views(scaled_vae(args, data), data, args.device, features, args.views)
-        latents, images = (torch.stack([view[part] for view in seen]) for part in (0, 1))
+        if args.views == 1:
+            latents = stored(args, data)[None]
+            parts = (drawings.clip_pixels(drawings.to_unit(p.to(args.device))) for p in data.pixels.split(64))
+            images = torch.cat([features(part).half() for part in parts])[None]
+        else:
+            seen = views(scaled_vae(args, data), data, args.device, features, args.views)
+            latents, images = (torch.stack([view[part] for view in seen]) for part in (0, 1))
         captions = Captions(clip.text, data, args.device)
         # "No image" is a zero embedding for base, a picture of zeros behind the normalisation for the others.
         nothing = features(torch.zeros(1, 3, presets.SIZE, presets.SIZE, device=args.device))
         nothing = nothing if patches else torch.zeros_like(nothing)
     unet = load_ema(new_unet(), "unet", args).to(memory_format=torch.channels_last)
+    if args.device == "cpu":  # for the way back oneDNN's convolution is quicker than the product in its stead
+        for layer in unet.modules():
+            if isinstance(layer, Conv3x3):
+                layer.__class__ = nn.Conv2d
     adapter = new_adapter(unet, args.kind).to(args.device)
     if args.start:
         adapter.load_state_dict(load_file(args.start))

@@ -1,0 +1,64 @@
+"""The judge of the measures (tiny/judge.py): which thing, which style, told by cross-entropy. Writes its file as well.
+
+python -m tiny.train_judge
+"""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy, normalize
+
+from tiny import drawings
+from tiny.judge import STYLES, Judge, accuracy, bench, gather, small
+from tiny.train_clip import numbers
+from tiny.trainer import WEIGHTS, arguments, load_ema, train
+
+SHARPNESS = 20.0  # of the cosines between a drawing and the things
+
+
+class Learning(nn.Module):
+    """The judge with a direction for each thing, which is not kept."""
+
+    def __init__(self, things: int):
+        super().__init__()
+        self.judge = Judge()
+        self.things = nn.Parameter(torch.randn(things, self.judge.thing.out_features))
+
+
+def main() -> None:
+    args = arguments(__doc__, steps=1500, batch_size=128, learning_rate=3e-3)
+    data, learned = gather()
+    pixels = torch.cat([small(drawings.to_unit(part)) for part in data.pixels[learned].split(500)])
+    captions, styles = ([w for w, k in zip(words, learned, strict=True) if k] for words in (data.captions, data.styles))
+    things, style = numbers(captions, "cpu"), torch.tensor([STYLES.index(s) for s in styles])
+    torch.manual_seed(args.seed)
+    model = Learning(len(set(captions))).to(memory_format=torch.channels_last)
+
+    def loss() -> Tensor:
+        i = torch.randint(len(pixels), (args.batch_size,))
+        x = blemish(drawings.jitter(pixels[i], shift=0.08, zoom=0.15, flip=False))
+        seen, found = model.judge(x.contiguous(memory_format=torch.channels_last))
+        logits = SHARPNESS * seen @ normalize(model.things, dim=-1).T
+        return cross_entropy(logits, things[i], label_smoothing=0.05) + 0.5 * cross_entropy(found, style[i])
+
+    train("judge", model, loss, args)
+    judge = load_ema(Learning(len(set(captions))), "judge", args).judge
+    path = WEIGHTS / "judge-tiny.safetensors"
+    save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, path)
+    held = (~learned).nonzero()[:, 0].tolist()
+    print(path, path.stat().st_size, json.dumps(accuracy(bench(judge, data, learned), data, held)))
+
+
+def blemish(x: Tensor) -> Tensor:
+    """What generated pictures suffer from: more or less contrast in each picture, some of them blurred."""
+    n = len(x)
+    mean = x.mean(dim=(2, 3), keepdim=True)
+    x = (mean + (x - mean) * (0.7 + 0.9 * torch.rand(n, 1, 1, 1))).clamp(-1, 1)
+    soft = avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    return torch.where(torch.rand(n, 1, 1, 1) < 0.4, soft, x)
+
+
+if __name__ == "__main__":
+    main()
