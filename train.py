@@ -28,7 +28,6 @@ from tqdm import tqdm
 import cli
 from files.errors import UserError
 from generate import open_models
-from tiny.places import place_first
 from training.loop import training
 from training.monitors import MONITORS
 from training.pairs import identity, open_pairs
@@ -40,7 +39,6 @@ from training.trainer import RATE_SCHEDULES, Trainer
 from training.validation import SHOWN, validation, validation_pictures
 from weights import load_adapter
 from weights.diffusers import model_sha256
-from weights.hub import cached
 from weights.presets import BUNDLED
 
 MODELS = ("base", "image_encoder", "vae")
@@ -92,13 +90,7 @@ def main() -> None:
     unet = models.base.unet()
     if args.gradient_checkpointing:
         unet.recompute()
-    if models.adapter_kind:
-        adapter = load_adapter(models.files["adapter"])
-    else:
-        adapter = new_adapter(kind, unet, seen.encoder)
-        if kind == "full-face" and models.files["base"].samefile(cached(BUNDLED)) and not run.begun:
-            ranks.say("keys in place first")
-            place_first(adapter, unet, seen)
+    adapter = load_adapter(models.files["adapter"]) if models.adapter_kind else new_adapter(kind, unet, seen.encoder)
     adapter.to(ranks.device, torch.float32).requires_grad_()
     trainer = Trainer(
         adapter,

@@ -7,17 +7,12 @@ Instead of learning them in many steps through the UNet, they are computed here 
 """
 
 import math
-from contextlib import suppress
-from copy import deepcopy
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ipadapter import IPAdapter, PatchProjection, Prompt
 from sampler import add_noise
-from training.pairs import BadSample
-from training.ready import Ready
 from unet import UNet
 
 GRID = 8  # patches along a side
@@ -44,22 +39,6 @@ def place(adapter: IPAdapter, unet: UNet, empty: Tensor, latents: Tensor, featur
             keys = (keys - keys.mean(0)).repeat(len(tokens) // len(keys), 1)
             ip.to_k_ip.weight.copy_(torch.linalg.solve(gram, tokens.T @ keys).T)
             ip.to_v_ip.weight.zero_()
-
-
-def place_first(adapter: IPAdapter, unet: UNet, ready: Ready, count: int = 2000) -> None:
-    """Prepare a full-face adapter for a run of `train.py` out of the first pairs that can be read."""
-    parts, total = [], min(count, len(ready.source))
-    for start in range(0, total, 8):
-        some = []
-        for i in range(start, min(start + 8, total)):
-            with suppress(BadSample):
-                some.append(ready.source.take(i, 0))
-        if some:
-            seen = ready.encode(default_collate(some))
-            parts.append({key: seen[key].float() for key in ("mean", "image")})
-    mean, image = (torch.cat([part[key] for part in parts]) for key in ("mean", "image"))
-    empty = ready.null["text"][None].float()
-    place(adapter.to(mean.device, torch.float32), deepcopy(unet).float(), empty, mean, image, min(3000, 2 * len(mean)))
 
 
 def describe(projection: PatchProjection, features: Tensor, steps: int) -> None:

@@ -80,9 +80,6 @@ class Run:
         self.folder, self.ranks, self.settings, self.openers = folder, ranks, settings, monitors
         self.skipped: list[str] = []  # why pairs could not be used, since it was last written down
         self.told: set[str] = set()  # what was written down of that
-        self.begun = resume and any(
-            (folder / "checkpoints").glob("*.safetensors")
-        )  # whether there is a state to go on from
         before = stored_settings(folder) if resume else {}
         for key in identity if resume else ():
             if (old := before.get(key)) != (new := json.loads(json.dumps(settings.get(key)))):
