@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from clip import tokenize
-from ipadapter import ImagePrompt, IPAdapter, Prompt
+from ipadapter import IPAdapter, Prompt
 from sampler import add_noise
 from tiny import drawings
 from tiny.latents import stored, towers
@@ -46,7 +46,7 @@ def ask(unet: UNet, teacher: IPAdapter, empty: Tensor, latents: Tensor, tokens: 
         without = torch.rand(32) < NO_IMAGE
         said = torch.where(without[:, None, None], nothing, tokens[i].float())
         x = add_noise(latents[i], torch.randn_like(latents[i]), t).contiguous(memory_format=torch.channels_last)
-        unet(x, t, Prompt(empty.expand(32, -1, -1), (ImagePrompt(said),)))
+        unet(x, t, Prompt(empty.expand(32, -1, -1), (teacher.prompt(said),)))
         for m, ip, (queries, answers) in zip(layers, teacher.key_values(), kept, strict=True):
             q = asked[m][:, torch.randperm(asked[m].shape[1])[:PLACES]]
             queries.append(q.half())
