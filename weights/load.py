@@ -1,6 +1,5 @@
 """Autoencoders and image encoders that come as files of their own."""
 
-import os
 import re
 from pathlib import Path
 
