@@ -123,7 +123,7 @@ def vae_says(file: Path) -> dict[str, object]:
     Raises:
         WeightsError: it cannot be read, or its latents are not scaled alone.
     """
-    config = read_json(file) if file.is_file() else {}
+    config = read_json(file) if os.path.isfile(file) else {}  # unlike Path, no error for names that no file can have
     for name in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(name):
             raise WeightsError(f"{file}: has {name}; an autoencoder whose latents are scaled alone is wanted")
