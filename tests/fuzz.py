@@ -423,21 +423,41 @@ def all_names() -> State:
     return {key: small for states in good_states().values() for state in states for key in state}
 
 
+CONFIGS = {
+    "image encoder": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "num_attention_heads": 1,
+        "hidden_act": "gelu",
+    },
+    "lora": {"r": 4, "lora_alpha": 8, "alpha_pattern": {"a.to_q": 2, ".*to_k": 3.5}, "use_rslora": True, "unet.r": 4},
+    "vae": {"scaling_factor": 0.18215},
+}
+
+
 def tensors_file(kind: str) -> Callable[[Random, Path], Path]:
+    """A file whose tensors are changed; sometimes with a config, changed too, beside or in it."""
+
     def make(rng: Random, folder: Path) -> Path:
-        state = changed_state(rng, rng.choice(good_states()[kind]), all_names())
-        path = folder / "x.safetensors"
+        state, metadata = changed_state(rng, rng.choice(good_states()[kind]), all_names()), None
+        if kind in CONFIGS and rng.random() < 0.2:
+            state = rng.choice((state, *good_states()[kind]))
+            config = json.dumps(CONFIGS[kind])
+            if rng.random() < 0.5:
+                key = rng.choice(list(CONFIGS[kind]))
+                config = json.dumps(
+                    CONFIGS[kind] | {key: rng.choice((None, [], {}, "x", -1, 0, 1e300, [[1]], {"x": []}, True))}
+                )
+            else:
+                config = changed(rng, config.encode()).decode("utf-8", "surrogateescape")
+            if rng.random() < 0.5:
+                metadata = {"lora_adapter_metadata": config.encode(errors="replace").decode()}
+            else:
+                name = "adapter_config.json" if kind == "lora" else "config.json"
+                written(folder / name, config.encode(errors="surrogateescape"))
         with contextlib.suppress(Exception):
-            save_file({key: value.contiguous() for key, value in state.items()}, path)
-        if rng.random() < 0.1:
-            config = {
-                "model_type": "clip_vision_model",
-                "hidden_size": 64,
-                "num_attention_heads": 1,
-                "hidden_act": "gelu",
-            }
-            (folder / "config.json").write_bytes(changed(rng, json.dumps(config).encode()))
-        return path
+            save_file({key: value.contiguous() for key, value in state.items()}, folder / "x.safetensors", metadata)
+        return folder / "x.safetensors"
 
     return make
 

@@ -1,6 +1,7 @@
 """LoRAs merged into our models give what diffusers and peft compute with the same files."""
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -259,6 +260,26 @@ def test_a_folder_of_peft(text_tower, tmp_path, rank_stabilised):
     tokens = torch.arange(77)[None] + 300
     with torch.no_grad():
         assert rel(text(tokens), theirs(tokens).last_hidden_state) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": "6"},
+        {"alpha_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": None}},
+        {"alpha_pattern": {"(a+)+$": 1}},
+    ],
+    ids=str,
+)
+def test_settings_that_peft_would_not_write_are_refused(text_tower, tmp_path, settings):
+    """The last would look at the names for longer than anybody waits."""
+    theirs = get_peft_model(transformers_text(text_tower), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    with pytest.raises(WeightsError, match="its LoRA settings say that"):
+        read_lora(tmp_path / "adapter_model.safetensors")
 
 
 def randomise_lora(model: nn.Module) -> None:

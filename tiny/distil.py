@@ -74,7 +74,6 @@ def main() -> None:
     clip = towers(args)
     unet = load_ema(new_unet(), "unet", args).to(memory_format=torch.channels_last)
     teacher = load_adapter(WEIGHTS / "ip-adapter-full-face-tiny.safetensors").requires_grad_(False)
-    teacher.attach(unet)
     torch.manual_seed(args.seed)
     latents = stored(args, data)
     path = args.runs / "answers.pt"

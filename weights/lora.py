@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from files.errors import Notice
+from files.errors import Notice, untrusted
 from files.tensors import State, WeightsError, read
 from ipadapter import low_rank
 from ipadapter.low_rank import Change, Decomposed, Factors, Hadamard, Kronecker, LowRank, Whole
@@ -45,6 +45,9 @@ BUNDLED = re.compile(r"^bundle_emb\.([^.]+)\.")  # textual inversions that some 
 OPENCLIP = re.compile(r"^(?:transformer_)?resblocks_(\d+)_(\w+)$")
 INSIDE = {"attn_out_proj": "self_attn_out_proj", "mlp_c_fc": "mlp_fc1", "mlp_c_proj": "mlp_fc2"}
 INSIDE |= {"ln_1": "layer_norm1", "ln_2": "layer_norm2"}
+# Of the regular expressions that peft allows for names: letters, alternatives and a wildcard. One that repeats what
+# repeats could take years.
+PATTERN = re.compile(r"\^?[\w.-]*(\.\*[\w.-]*)?(\|[\w.-]*)*\$?")
 
 
 @dataclass(frozen=True)
@@ -284,16 +287,27 @@ def flat_text(name: str) -> str:
 
 
 def peft_config(path: Path) -> dict:
-    """What diffusers writes into the file, and peft beside it: there alpha is no tensor."""
-    text = None
+    """What diffusers writes into the file, and peft beside it: there alpha is no tensor.
+
+    Raises:
+        WeightsError: it cannot be read, or says what no file of peft says.
+    """
+    text, wrong = None, f"{path}: its LoRA settings are not readable as JSON"
     with suppress(SafetensorError), safe_open(path, "pt") as file:  # a pickle has no metadata
         text = (file.metadata() or {}).get("lora_adapter_metadata")
-    if text is None and (beside := path.with_name("adapter_config.json")).is_file():
-        text = beside.read_text(encoding="utf-8")
-    try:
+    with untrusted(WeightsError, wrong):
+        if text is None and (beside := path.with_name("adapter_config.json")).is_file():
+            text = beside.read_text(encoding="utf-8")
         config = json.loads(text or "{}")
-    except ValueError as error:
-        raise WeightsError(f"{path}: its LoRA settings are not readable as JSON ({error})") from None
+    for key, value in config.items() if isinstance(config, dict) else ():
+        fits = True
+        if key.endswith("lora_alpha"):
+            fits = isinstance(value, int | float)
+        elif key.endswith("alpha_pattern"):
+            fits = isinstance(value, dict) and all(map(PATTERN.fullmatch, value))
+            fits = fits and all(isinstance(alpha, int | float) for alpha in value.values())
+        if not fits:
+            raise WeightsError(f"{path}: its LoRA settings say that {key} is {value!r}"[:300])
     return config if isinstance(config, dict) else {}
 
 
