@@ -8,7 +8,6 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import NARROW_IMAGE, NARROW_UNET
 from counterparts import (
     Order,
     Twin,
@@ -24,6 +23,7 @@ from counterparts import (
     their_picture,
 )
 from diffusers import UNet2DConditionModel
+from narrow import NARROW_IMAGE, NARROW_UNET
 from PIL import Image
 from safetensors.torch import save_file
 from test_diffusers_layout import SD15 as THEIR_SD15

@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import NARROW_UNET, NARROW_XL
 from counterparts import diffusers_unet, diffusers_vae, randomise, rel, transformers_text
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from narrow import NARROW_UNET, NARROW_XL
 from safetensors.torch import save_file
 
 from files.tensors import WeightsError

@@ -8,7 +8,6 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import NARROW_TEXT
 from counterparts import (
     Order,
     Twin,
@@ -27,6 +26,7 @@ from diffusers import (
     PNDMScheduler,
     UNet2DConditionModel,
 )
+from narrow import NARROW_TEXT
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 from test_diffusers_layout import FAMILIES as PUBLISHED

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import NARROW_IMAGE, NARROW_XL
 from counterparts import diffusers_unet, randomise, transformers_image, transformers_shape
+from narrow import NARROW_IMAGE, NARROW_XL
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -10,10 +10,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import NARROW_TEXT, NARROW_UNET, NARROW_XL
 from counterparts import diffusers_unet, randomise, rel, transformers_text
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, set_weights_and_activate_adapters
+from narrow import NARROW_TEXT, NARROW_UNET, NARROW_XL
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
