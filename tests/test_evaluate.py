@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,6 +26,7 @@ from transformers import CLIPConfig, CLIPModel
 from clip import preprocess
 from files.errors import UserError
 from measures import centre, open_judge
+from sampler import SAMPLERS
 from training.pairs import open_pairs
 from training.results import find_results, open_folder, result_names
 from weights import WeightsError
@@ -247,7 +249,8 @@ def test_it_makes_pictures_scores_them_and_shows_the_best_and_the_worst(made):
 
 def test_without_flags_the_settings_are_the_papers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sampler.ddim", lambda predict, x, levels: [x] if len(levels) == 51 else None)
+    noise_alone = replace(SAMPLERS["ddim"], run=lambda predict, x, levels, _: [x] if len(levels) == 51 else None)
+    monkeypatch.setitem(SAMPLERS, "ddim", noise_alone)
     assert evaluate("--limit", 1).returncode == 0
     settings = json.loads(Path("outputs/evaluate.json").read_text())["settings"]
     wanted = {"steps": 50, "guidance_scale": 7.5, "text": False, "scale": 1.0, "num_samples": 4, "caption_prefix": ""}
