@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import hashlib
 import io
 import math
@@ -289,3 +290,7 @@ def device(text: str) -> torch.device:
         reason = str(error).split(".")[0].splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason[:100]}); cpu always can") from None
     return value
+
+
+gc.freeze()  # all that is slow to import is there (see start.py)
+gc.enable()

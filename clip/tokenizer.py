@@ -7,17 +7,13 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-import ftfy
-import regex
 import torch
 from torch import Tensor
 
 START, END = 49406, 49407
 CONTEXT = 77
 
-WORD = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def tokenize(texts: str | list[str], pad: int = END) -> Tensor:
@@ -31,14 +27,21 @@ def tokenize(texts: str | list[str], pad: int = END) -> Tensor:
 
 def cut(text: str) -> str:
     """The end of the text that does not fit into 75 tokens, or ''."""
-    return decode(encode(text)[CONTEXT - 2 :])
+    rest = encode(text)[CONTEXT - 2 :]
+    return decode(rest) if rest else ""
 
 
 def encode(text: str) -> list[int]:
     """Text to token numbers, without start and end."""
+    if not text:  # as often: what follows takes a tenth of a second the first time
+        return []
+    import ftfy
+    import regex
+
     numbers, _, _ = vocabulary()
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return [numbers[part] for word in WORD.findall(" ".join(text.split()).lower()) for part in byte_pairs(word)]
+    words = regex.findall(WORD, " ".join(text.split()).lower(), regex.IGNORECASE)
+    return [numbers[part] for word in words for part in byte_pairs(word)]
 
 
 def decode(tokens: list[int]) -> str:
@@ -58,9 +61,8 @@ def byte_pairs(word: str) -> tuple[str, ...]:
     parts = [letters[byte] for byte in word.encode()]
     parts[-1] += "</w>"
     while len(parts) > 1:
-        pairs = list(pairwise(parts))
-        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
-        if best not in ranks:
+        best = min(pairwise(parts), key=lambda pair: ranks.get(" ".join(pair), len(ranks)))
+        if " ".join(best) not in ranks:
             break
         merged, i = [], 0
         while i < len(parts):
@@ -75,8 +77,8 @@ def byte_pairs(word: str) -> tuple[str, ...]:
 
 
 @cache
-def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int], dict[int, str]]:
-    """Token numbers, merge ranks, and the printable letter that stands for each byte.
+def vocabulary() -> tuple[dict[str, int], dict[str, int], dict[int, str]]:
+    """Token numbers, the rank of each merge ("t h"), and the printable letter that stands for each byte.
 
     The file is found without importing open_clip, which would cost seconds.
     """
@@ -85,7 +87,7 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int], dict[int, 
         raise ModuleNotFoundError("the tokenizer's vocabulary is missing: pip install open_clip_torch")
     path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    merges = lines[1 : 49152 - 256 - 2 + 1]
 
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -95,8 +97,8 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int], dict[int, 
     words = [
         *base,
         *(c + "</w>" for c in base),
-        *("".join(pair) for pair in merges),
+        *(merge.replace(" ", "") for merge in merges),
         "<|startoftext|>",
         "<|endoftext|>",
     ]
-    return {word: i for i, word in enumerate(words)}, {pair: i for i, pair in enumerate(merges)}, letters
+    return {word: i for i, word in enumerate(words)}, {merge: i for i, merge in enumerate(merges)}, letters

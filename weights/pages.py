@@ -16,13 +16,15 @@ from torch import Tensor
 PAGEMAP = "/proc/self/pagemap"  # 64 bits for each page of this process; the first three tell what it is:
 IN_MEMORY, SWAPPED_OUT, OF_A_FILE, ABSENT = 0b100, 0b010, 0b001, 0
 
+SMALL = 1 << 16  # bytes of a tensor that come back when its neighbour is read
+
 
 def give_back(tensor: Tensor) -> None:
     """Let the pages go that lie within a tensor, if a file holds all that is in them; else nothing happens."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if tensor.nbytes < SMALL or tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return
     first, last = whole_pages(tensor)
-    if first < last and set(kinds(first, last)) <= {ABSENT, IN_MEMORY | OF_A_FILE}:
+    if set(kinds(first, last)) <= {ABSENT, IN_MEMORY | OF_A_FILE}:
         address, size = first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
