@@ -145,6 +145,7 @@ def test_decoded_tokens_equal_open_clip(text):
     assert decode(encode(text)) == SimpleTokenizer().decode(encode(text)).strip()
 
 
+@pytest.mark.slow
 def test_tokenizer_imports_no_big_library():
     code = "import sys, clip; clip.tokenize('a cat'); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -59,6 +59,7 @@ def test_picture_j_is_that_of_seed_plus_j(models):
         assert np.abs(array(alone) - array(three[j])).max() <= 1
 
 
+@pytest.mark.slow
 def test_several_prompts_seeds_and_rows(models):
     prompt, null = prompts(models, "red apple", images=[EXAMPLE])
     sweep = [scaled(prompt, s) for s in (0.0, 1.0)]
@@ -122,6 +123,7 @@ def overflowing(tmp_path: Path) -> Path:
     return tmp_path / "base.safetensors"
 
 
+@pytest.mark.slow
 def test_an_autoencoder_that_overflows_is_taken_in_fp32(tmp_path):
     made = {}
     for dtype in ("float32", "float16"):

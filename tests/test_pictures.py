@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks.exact import LATENTS, MODULE, PIXELS, RUNS, Row, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict[str, Row]:

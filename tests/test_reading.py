@@ -123,6 +123,7 @@ def test_the_watched_step_is_the_whole_step(step):
     assert {function.__code__ for function in functions} <= step[1]
 
 
+@pytest.mark.slow
 def test_a_whole_run_stays_short_to_read(tmp_path):
     """From `main` to the written picture, the functions of one image-prompted run of sample.py."""
     code = """

@@ -290,6 +290,7 @@ def test_noise_is_added_by_the_schedule_of_the_base(unet):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_held_out_loss_tells_the_right_picture_from_none_and_from_a_stranger(unet):
     """Written out, one picture and one noise level at a time."""
     ours = trainer(unet)

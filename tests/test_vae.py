@@ -108,6 +108,7 @@ def test_another_latent_scale_is_used(draw):
     assert rel(sdxl.decode(latents), theirs.decode(latents / 0.13025).sample) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height, width", [(16, 8), (5, 9), (1, 1)])
 @pytest.mark.parametrize("rows", [1, 3, 16, 64])
 def test_strips_give_what_the_whole_gives(vae, draw, height, width, rows):
@@ -125,6 +126,7 @@ def test_strips_leave_their_input_as_it_was(vae, draw):
     assert torch.equal(latents, kept[0]) and torch.equal(pixels, kept[1])
 
 
+@pytest.mark.slow
 def test_strips_of_a_picture_show_no_seam():
     """A drawing and a smooth picture of 256x256, trained weights."""
     in_strips = open_base(TINY / "weights/sd-tiny.safetensors").vae()
