@@ -526,10 +526,10 @@ def test_the_most_steps_that_there_can_be_and_none_more(draw, name, spacing):
 @pytest.mark.parametrize("name", RANDOM)
 def test_a_picture_does_not_depend_on_its_batch(name):
     levels = RANDOM_LEVELS[name]
-    x, generators = noise_and_generators(11, 3, 64, 64)
+    x, generators = noise_and_generators(range(11, 14), 64, 64)
     *_, together = RANDOM[name](predicted(), x, levels, generators)
     for j in range(3):
-        x_j, generators_j = noise_and_generators(11 + j, 1, 64, 64)
+        x_j, generators_j = noise_and_generators([11 + j], 64, 64)
         *_, alone = RANDOM[name](predicted(), x_j, levels, generators_j)
         assert rel(together[j : j + 1], alone) <= 1e-6
     *_, others = RANDOM[name](predicted(), x, levels, seeded(99, 3))
@@ -542,7 +542,7 @@ def test_start_noise_and_later_noise_are_those_of_diffusers_pipelines(name):
     generators = seeded(7, 3)
     latents = randn_tensor((3, 4, 8, 12), generator=generators)
     (*_, wanted), _ = diffusers_run(diffusers_scheduler(name), eps, latents, 4, generator=generators)
-    x, generators = noise_and_generators(7, 3, 64, 96)
+    x, generators = noise_and_generators(range(7, 10), 64, 96)
     *_, found = run(name, x, 4, generators=generators)
     assert torch.equal(x, latents) and torch.equal(x, noise(7, 3, 64, 96))
     assert rel(found, wanted) <= 1e-6
