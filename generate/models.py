@@ -9,6 +9,7 @@ from torch import nn
 
 from clip import CLIPImage, TextEncoder, TwoTowerEncoder
 from files.errors import UserError
+from generate import threads
 from ipadapter import IPAdapter
 from unet import UNet
 from vae import VAE
@@ -151,6 +152,8 @@ def open_models(
     storage = storage or ("float16" if low_memory else None)
     loaded = {None: dtype, "bfloat16": torch.bfloat16}.get(storage, torch.float16)
     opened = open_base(files["base"], loaded, device, prediction, merged, files.get("vae"), text_encoder, spacing)
+    if not new_adapter:  # training works on batches that are large enough
+        threads.suit(max(dim for dim, _ in opened.layers), device)
     kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
     if kind:
         encoder = load_image_encoder(files["image_encoder"], device="meta") if kind.reads_clip else None

@@ -15,7 +15,7 @@ import generate.picture
 from clip import preprocess, tokenize
 from files.errors import Notice, UserError
 from files.pictures import open_picture, to_pil
-from generate import Models, open_models, pictures, prompts, scaled
+from generate import Models, open_models, pictures, prompts, scaled, threads
 from ipadapter import Prompt
 from sampler import SAMPLERS, guided, noise
 from weights import load_adapter, load_image_encoder, open_base
@@ -150,3 +150,38 @@ def test_args_are_for_parse_and_main_alone(script):
         if function.name not in ("parse", "main"):
             names = {arg.arg for arg in (*function.args.args, *function.args.kwonlyargs)}
             assert "args" not in names, f"{script}: {function.name}"
+
+
+@pytest.fixture
+def threads_of_ours(monkeypatch):
+    """As if nothing had been said of threads, of which there are two."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(threads, "usual", 2)
+    monkeypatch.setattr(threads, "ours", 2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_small_model_takes_one_thread_and_a_large_one_all(threads_of_ours):
+    cpu = torch.device("cpu")
+    threads.suit(96, cpu)
+    assert torch.get_num_threads() == 1
+    threads.suit(1280, cpu)
+    assert torch.get_num_threads() == 2
+    open_models(device="cpu")
+    assert torch.get_num_threads() == 1
+
+
+def test_what_a_user_says_of_threads_is_obeyed(threads_of_ours, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    threads.suit(96, cpu)
+    assert torch.get_num_threads() == 2
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(3)
+    threads.suit(96, cpu)
+    assert torch.get_num_threads() == 3
+    threads.suit(96, torch.device("meta"))
+    assert torch.get_num_threads() == 3
