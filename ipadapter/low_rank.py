@@ -88,7 +88,7 @@ class Hadamard:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.first.matrix(torch.empty(0)).shape)
+        return tuple(self.first.matrix(torch.empty(0, device="meta")).shape)
 
     def delta(self, weight: Tensor) -> Tensor:
         return (self.scale * self.first.matrix(weight) * self.second.matrix(weight)).view_as(weight)
@@ -104,7 +104,7 @@ class Kronecker:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.product(torch.empty(0)).shape)
+        return tuple(self.product(torch.empty(0, device="meta")).shape)
 
     def product(self, weight: Tensor) -> Tensor:
         first, second = self.first.matrix(weight), self.second.matrix(weight)
@@ -123,11 +123,18 @@ class Decomposed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.change.shape
+        shape = self.change.shape
+        if self.lengths.numel() != shape[self.axis(shape)]:
+            raise ValueError(f"lengths of {tuple(self.lengths.shape)} for {shape}")
+        return shape
+
+    def axis(self, shape: tuple[int, ...]) -> int:
+        """Along which the lengths lie, of a weight of this shape."""
+        return int(self.lengths.ndim > 1 and self.lengths.shape[0] == 1 != shape[0])
 
     def delta(self, weight: Tensor) -> Tensor:
         changed = weight + self.change.delta(weight)
-        axis = int(self.lengths.ndim > 1 and self.lengths.shape[0] == 1 != weight.shape[0])
+        axis = self.axis(weight.shape)
         others = [i for i in range(weight.ndim) if i != axis]
         sizes = [-1 if i == axis else 1 for i in range(weight.ndim)]
         norms = torch.linalg.vector_norm(changed, dim=others, keepdim=True)

@@ -57,7 +57,7 @@ from unet import SD15, UNet
 from vae import VAE, VAEConfig
 from weights import load_adapter, load_image_encoder, load_vae, open_base, read
 from weights.clip import load_clip
-from weights.lora import check, read_lora
+from weights.lora import check, merge, read_lora
 
 SECONDS, BYTES = 10, 1 << 30
 ROOT = Path(__file__).parent.parent
@@ -412,9 +412,27 @@ def good_states() -> dict[str, tuple[State, ...]]:
             f"{flat}.lora_down.weight": down,
         }
         loras[f"{flat}.alpha"] = torch.tensor(1.0)
+    others = {"bundle_emb.fox.emb_params": r(2, 32)}
+    for i, (name, p) in enumerate((n, p) for n, p in unet.named_parameters() if p.ndim == 2 and n.endswith("weight")):
+        flat, (rows, columns) = "lora_unet_" + name.removesuffix(".weight").replace(".", "_"), p.shape
+        match i % 20:
+            case 0:
+                loha = {"w1_a": (rows, 2), "w1_b": (2, columns), "w2_a": (rows, 2), "w2_b": (2, columns)}
+                others |= {f"{flat}.hada_{key}": r(shape) for key, shape in loha.items()}
+            case 1:
+                others |= {
+                    f"{flat}.lokr_w1": r(4, 4),
+                    f"{flat}.lokr_w2_a": r(rows // 4, 2),
+                    f"{flat}.lokr_w2_b": r(2, columns // 4),
+                }
+            case 2:
+                others |= {f"{flat}.lora_up.weight": r(rows, 2), f"{flat}.lora_down.weight": r(2, columns)}
+                others[f"{flat}.dora_scale"] = r(1, columns).abs()
+            case 3:
+                others |= {f"{flat}.diff": r(rows, columns)}
     peft = {f"unet.{k}.lora_{ab}.weight": r(4, 4) for k in ("a.to_q", "b.to_k") for ab in "AB"}
     named = {"image encoder": (filled(image), filled(image) | filled(text), openclip), "adapter": (*adapters, trained)}
-    return named | {"vae": (filled(vae),), "base": (base,), "lora": (loras, peft)}
+    return named | {"vae": (filled(vae),), "base": (base,), "lora": (loras, peft, others, others)}
 
 
 @cache
@@ -472,13 +490,18 @@ def index_file(rng: Random, folder: Path) -> Path:
 
 
 @cache
-def unet_alone() -> UNet:
-    with torch.device("meta"):
-        return UNet(NARROW)
+def narrow_unet() -> UNet:
+    return UNet(NARROW).requires_grad_(False)
 
 
-def read_a_lora(path: Path) -> None:
-    check(read_lora(path), {"unet": unet_alone()})
+def merge_lora(path: Path) -> None:
+    lora = read_lora(path)
+    check(lora, {"unet": narrow_unet()})
+    try:
+        merge(narrow_unet(), [(lora, 1.0)], "unet")()
+    except BaseException:
+        narrow_unet.cache_clear()  # what was merged by half is in there
+        raise
 
 
 # Pictures, faces, pairs
@@ -767,7 +790,7 @@ KINDS = {
     "adapters": Kind(tensors_file("adapter"), load_adapter),
     "autoencoders": Kind(tensors_file("vae"), load_vae),
     "bases": Kind(tensors_file("base"), open_base),
-    "LoRAs": Kind(tensors_file("lora"), read_a_lora),
+    "LoRAs": Kind(tensors_file("lora"), merge_lora),
     "pictures": Kind(picture_file, read_a_picture),
     "settings": Kind(settings_file, again),
     "texts": Kind(text_file, read_texts),
@@ -919,16 +942,16 @@ def main() -> int:
         path = KINDS[kinds[0]].make(Random(f"{args.seed} {kinds[0]} {args.only}"), Path(tempfile.mkdtemp()))
         print(path, KINDS[kinds[0]].read(path), sep="\n")
         return 0
-    tallies = {name: run(name, args.seed, 60 * args.minutes / len(kinds), args.inputs) for name in kinds}
-    print(f"{'':<16}{'tried':>10}{'read':>10}{'refused':>10}{'found':>8}")
-    for name, tally in tallies.items():
-        found = sum(map(len, tally.found.values()))
-        print(f"{name:<16}{tally.counts.total():>10}{tally.counts['read']:>10}{tally.counts['refused']:>10}{found:>8}")
+    tallies = {}
+    print(f"{'':<16}{'tried':>10}{'read':>10}{'refused':>10}{'found':>8}", flush=True)
+    for name in kinds:
+        tally = tallies[name] = run(name, args.seed, 60 * args.minutes / len(kinds), args.inputs)
+        counts, found = tally.counts, sum(map(len, tally.found.values()))
+        print(f"{name:<16}{counts.total():>10}{counts['read']:>10}{counts['refused']:>10}{found:>8}", flush=True)
     for name, tally in tallies.items():
         for verdict, numbers in tally.found.items():
-            print(
-                f"{name}: {len(numbers)} times {verdict}\n  python -m tests.fuzz --kind {name!r} --seed {args.seed} --only {numbers[0]}"
-            )
+            print(f"{name}: {len(numbers)} times {verdict}")
+            print(f"  python -m tests.fuzz --kind {name!r} --seed {args.seed} --only {numbers[0]}")
     return int(any(tally.found for tally in tallies.values()))
 
 

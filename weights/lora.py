@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -220,7 +221,7 @@ def targets(lora: LoRA, part: str, model: nn.Module) -> dict[str, Change]:
         for inner, key, change in layers_of(name, changes):
             ours = flat.get(flat_unet(inner, shape) if shape else flat_text(inner))
             wanted = shapes.get(f"{ours}.{key}", ())
-            if fits(change.shape, wanted):
+            if fits(change, wanted):
                 found[f"{ours}.{key}"] = change
             else:
                 strangers.append(f"{name} {change.shape}" + f" for {wanted}" * bool(wanted))
@@ -232,9 +233,18 @@ def targets(lora: LoRA, part: str, model: nn.Module) -> dict[str, Change]:
     return found
 
 
-def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a change of one shape can be added to a weight of another: (1, 1) or no kernel, or a kernel laid flat."""
-    return bool(wanted) and shape[:1] == wanted[:1] and math.prod(shape) == math.prod(wanted)
+def fits(change: Change, wanted: tuple[int, ...]) -> bool:
+    """Whether a change can be added to a weight of this shape: (1, 1) or no kernel, or a kernel laid flat.
+
+    That its own tensors go together is tried out, without memory.
+    """
+    if not wanted or change.shape[:1] != wanted[:1] or math.prod(change.shape) != math.prod(wanted):
+        return False
+    try:
+        change.delta(torch.empty(wanted, device="meta"))
+    except Exception:  # noqa: BLE001, there is no end to what shapes can be
+        return False
+    return True
 
 
 def layers_of(name: str, changes: dict[str, Change]) -> Iterator[tuple[str, str, Change]]:
@@ -246,7 +256,7 @@ def layers_of(name: str, changes: dict[str, Change]) -> Iterator[tuple[str, str,
     for key, change in changes.items():
         if not inner.startswith("attn_in_proj"):
             yield layer + INSIDE[inner], key, change
-        elif isinstance(change, LowRank):
+        elif isinstance(change, LowRank) and len(change.up) % 3 == 0:
             for letter, up in zip("qkv", change.up.chunk(3), strict=True):
                 yield f"{layer}self_attn_{letter}_proj", key, replace(change, up=up)
         else:
@@ -258,7 +268,8 @@ def made_for(lora: LoRA) -> str:
     unet = lora.parts.get("unet", {})
     if any(re.search("(double|single|joint)_blocks|^transformer|single_transformer", name) for name in unet):
         return "a transformer (FLUX, SD 3 or another), not a UNet"
-    widths = {c["weight"].shape[1] for name, c in unet.items() if name.endswith("attn2_to_k") and "weight" in c}
+    shapes = {c["weight"].shape for name, c in unet.items() if name.endswith("attn2_to_k") and "weight" in c}
+    widths = {shape[1] for shape in shapes if len(shape) > 1}
     if len(widths) == 1:
         width = widths.pop()
         row = of_width(width)
