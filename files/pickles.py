@@ -94,10 +94,13 @@ class Inert:
     """An object that a pickle asks for: what it is called, and what it was given. It does nothing."""
 
     name = ""
+    args: tuple = ()
     state: object = None
 
-    def __init__(self, *args: object):
-        self.args = args
+    def __new__(cls, *args: object):  # a pickle can make an object without its __init__
+        made = super().__new__(cls)
+        made.args = args
+        return made
 
     def __setstate__(self, state: object) -> None:
         self.state = state

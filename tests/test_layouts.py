@@ -442,34 +442,26 @@ def bomb(folder: Path, program: bytes) -> Path:
     return path
 
 
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 STORAGE = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x10tQ"
+TWICE = b"".join(b"}(X\x01\x00\x00\x00ah%cX\x01\x00\x00\x00bh%cuq%c" % (i, i, i + 1) for i in range(90))
+PROGRAMS = {  # behind b"\x80\x02", and before the stop
+    "a table without end": b"}r\xff\xff\xff\x7f",
+    "a dictionary in itself": b"}q\x00X\x01\x00\x00\x00ah\x00s",
+    "dictionaries that hold the last one twice": b"}q\x00" + TWICE,
+    "a long bytearray": b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R",
+    "two thousand million times one number": b"}X\x01\x00\x00\x00a"
+    + REBUILD
+    + STORAGE
+    + b"K\x00J\xff\xff\xff\x7f\x85K\x00\x85tRs",
+    "numbers behind the end": b"}X\x01\x00\x00\x00a" + REBUILD + STORAGE + b"K\x0fK\x02\x85K\x01\x85tRs",
+    "an object that was not made": b"}X\x01\x00\x00\x00a" + REBUILD + b")\x81s",
+}
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        b"\x80\x02}r\xff\xff\xff\x7f.",
-        b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
-        b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
-        b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n"
-        + STORAGE
-        + b"K\x00J\xff\xff\xff\x7f\x85K\x00\x85tRs.",
-        b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n" + STORAGE + b"K\x0fK\x02\x85K\x01\x85tRs.",
-        b"\x80\x02}q\x00"
-        + b"".join(b"}(X\x01\x00\x00\x00ah%cX\x01\x00\x00\x00bh%cuq%c" % (i, i, i + 1) for i in range(90))
-        + b".",
-    ],
-    ids=[
-        "a table without end",
-        "a circle",
-        "a long bytearray",
-        "a tensor of a number",
-        "a tensor too long",
-        "doubling",
-    ],
-)
-def test_a_small_file_cannot_claim_much(tmp_path, program):
-    said = refused(read, bomb(tmp_path, program))
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_small_file_cannot_claim_much(tmp_path, name):
+    said = refused(read, bomb(tmp_path, b"\x80\x02" + PROGRAMS[name] + b"."))
     assert "damaged or cut short" in said or "holds no tensors" in said
 
 
