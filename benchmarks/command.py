@@ -84,7 +84,8 @@ def ours(files: Files, out: Path) -> list[str]:
         "--dtype": "float32",
         "--output": out,
     }
-    return [sys.executable, str(ROOT / "sample.py"), *(str(part) for flag in flags.items() for part in flag)]
+    given = (str(part) for flag in flags.items() for part in flag)
+    return [sys.executable, str(ROOT / "sample.py"), *given, "--overwrite"]
 
 
 def theirs(files: Files, out: Path) -> list[str]:
