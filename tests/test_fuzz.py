@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import pytest
-
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 def test_no_damaged_file_makes_a_reader_fail():
     command = [sys.executable, "-m", "tests.fuzz", "--seed", "0", "--minutes", "0.4", "--inputs", "150"]
     run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
