@@ -876,7 +876,7 @@ class Tally:
         self.found: dict[str, list[int]] = {}  # what was found -> the numbers of its inputs
 
 
-def work(name: str, seed: int, first: int, until: float, inputs: float, now: object, verdicts: object) -> None:
+def work(name: str, seed: int, first: int, seconds: float, inputs: float, now: object, verdicts: object) -> None:
     """Tries inputs one after the other; runs in a process of its own, for it may crash."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -885,7 +885,7 @@ def work(name: str, seed: int, first: int, until: float, inputs: float, now: obj
     folder = Path(tempfile.mkdtemp())
     attempt(KINDS[name], name, -1, 0, folder)  # what is imported late is imported now
     sys.addaudithook(watch)
-    counts: Counter[str] = Counter()
+    counts, until = Counter(), time.monotonic() + seconds
     for number in itertools.count(first):
         if time.monotonic() > until or number >= inputs:
             break
@@ -901,29 +901,36 @@ def work(name: str, seed: int, first: int, until: float, inputs: float, now: obj
 def run(name: str, seed: int, seconds: float, inputs: float = math.inf) -> Tally:
     """Inputs of one kind, as many or as long as is said."""
     context, tally, first = multiprocessing.get_context("fork"), Tally(), 0
+
+    def collect(verdicts: object) -> None:
+        while not verdicts.empty():
+            match verdicts.get():
+                case Counter() as counts:
+                    tally.counts += counts
+                case verdict, number:
+                    tally.found.setdefault(verdict, []).append(number)
+
     until = time.monotonic() + seconds
-    while time.monotonic() < until and first < inputs:
+    while first == 0 or (time.monotonic() < until and first < inputs):
         now, verdicts = context.Value("q", first), context.SimpleQueue()
-        process = context.Process(target=work, args=(name, seed, first, until, inputs, now, verdicts))
+        left = max(0.0, until - time.monotonic())
+        process = context.Process(target=work, args=(name, seed, first, left, inputs, now, verdicts), daemon=True)
         process.start()
-        before, seen = now.value, time.monotonic()
+        before, seen = first, time.monotonic()
         while process.is_alive() and time.monotonic() - seen < 5 * SECONDS:
             process.join(0.05)
-            while not verdicts.empty():
-                match verdicts.get():
-                    case Counter() as counts:
-                        tally.counts += counts
-                    case verdict, number:
-                        tally.found.setdefault(verdict, []).append(number)
+            collect(verdicts)
             if now.value != before:
                 before, seen = now.value, time.monotonic()
-        if process.is_alive():
-            process.kill()
-            tally.found.setdefault("hangs, and no signal ends it", []).append(now.value)
-        elif process.exitcode:
-            tally.found.setdefault(f"crashes (exit code {process.exitcode})", []).append(now.value)
-        else:
+        process.kill()
+        process.join()
+        collect(verdicts)
+        if process.exitcode == 0:
             break
+        flaw = (
+            "hangs, and no signal ends it" if process.exitcode == -signal.SIGKILL else f"crashes ({process.exitcode})"
+        )
+        tally.found.setdefault(flaw, []).append(now.value)
         tally.counts["crashed"] += now.value - first + 1
         first = now.value + 1
     return tally

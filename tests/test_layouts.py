@@ -400,7 +400,11 @@ def test_numpys_numbers_beside_the_weights_do_no_harm(tmp_path, image_tower):
         assert same(load_image_encoder(path), image_tower)
 
 
-@pytest.mark.parametrize("thing", [np.ones(3), np.load, os.getcwd, print, eval, Path("x"), slice(1)], ids=lambda thing: getattr(thing, "__name__", str(thing)))
+@pytest.mark.parametrize(
+    "thing",
+    [np.ones(3), np.load, os.getcwd, print, eval, Path("x"), slice(1)],
+    ids=lambda thing: getattr(thing, "__name__", str(thing)),
+)
 def test_all_else_in_a_pickle_is_refused(tmp_path, thing):
     torch.save({"state_dict": {"a": torch.ones(3)}, "extra": thing}, tmp_path / "x.pt")
     assert "refused, the pickle asks to run code" in refused(read, tmp_path / "x.pt")
