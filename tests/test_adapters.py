@@ -48,6 +48,8 @@ from weights.adapter import build_adapter
 from weights.families import FAMILIES
 from weights.fill import on_meta
 
+pytestmark = pytest.mark.slow
+
 # At full size, without memory
 
 FULL = {"SD 1.5": (SD15, THEIR_SD15), "SDXL": (SDXL, THEIR_SDXL)}

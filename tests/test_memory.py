@@ -19,6 +19,8 @@ from weights.fill import fill
 from weights.pages import ABSENT, give_back, kinds, whole_pages
 from weights.storage import LARGEST, STORAGES, Stored, store
 
+pytestmark = pytest.mark.slow
+
 TINY_BASE = Path(__file__).parents[1] / "tiny/weights/sd-tiny.safetensors"
 BOUNDS = {"float16": 3e-3, "bfloat16": 2e-2, "float8": 0.25}  # of a step with random weights, relative L2
 
