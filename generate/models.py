@@ -89,8 +89,7 @@ class Models:
 
     @property
     def loaded(self) -> torch.dtype:
-        """What weights are read in: stored in fewer bits, they are never held in more."""
-        return {None: self.dtype, "bfloat16": torch.bfloat16}.get(self.storage, torch.float16)
+        return read_in(self.dtype, self.storage)
 
     def stored(self, model: nn.Module) -> nn.Module:
         return store(model, STORAGES[self.storage], self.dtype) if self.storage else model
@@ -150,8 +149,9 @@ def open_models(
     files = {role: file(value, tell) for role, value in found.items() if value}
     merged = tuple((ready.get(lora) or read_lora(file(lora, tell)), weight) for lora, weight in wanted)
     storage = storage or ("float16" if low_memory else None)
-    loaded = {None: dtype, "bfloat16": torch.bfloat16}.get(storage, torch.float16)
-    opened = open_base(files["base"], loaded, device, prediction, merged, files.get("vae"), text_encoder, spacing)
+    opened = open_base(
+        files["base"], read_in(dtype, storage), device, prediction, merged, files.get("vae"), text_encoder, spacing
+    )
     if not new_adapter:  # training works on batches that are large enough
         threads.suit(max(dim for dim, _ in opened.layers), device)
     kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
@@ -177,6 +177,11 @@ def open_models(
         device=device,
         keep=keep,
     )
+
+
+def read_in(dtype: torch.dtype, storage: str | None) -> torch.dtype:
+    """What weights are read in: stored in fewer bits, they are never held in more."""
+    return {None: dtype, "bfloat16": torch.bfloat16}.get(storage, torch.float16)
 
 
 def file(found: Path | Preset, tell: Callable[[str], object]) -> Path:
