@@ -143,7 +143,7 @@ def open_models(
     pairs = [(*lora, 1.0)[:2] if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
     wanted = [(find("lora", str(name)), weight) for name, weight in pairs]
     ready = {found: read_lora(found) for found, _ in wanted if isinstance(found, Path)}  # before anything is fetched
-    found = resolve({role: name and str(name) for role, name in given.items()}, image, new_adapter)
+    found = resolve({role: name and str(name) for role, name in given.items()}, image, new_adapter, faces_alone)
     for lora, _ in wanted:
         check_together({"base": found["base"], "lora": lora})
     files = {role: file(value, tell) for role, value in found.items() if value}
@@ -177,6 +177,10 @@ def open_models(
         device=device,
         keep=keep,
     )
+
+
+def faces_alone(adapter: Path) -> bool:
+    return not load_adapter(adapter, device="meta").reads_clip
 
 
 def read_in(dtype: torch.dtype, storage: str | None) -> torch.dtype:

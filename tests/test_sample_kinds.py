@@ -299,3 +299,9 @@ def test_a_faceid_adapter_without_faces_says_what_to_do(tmp_path, folder, monkey
     result = sample("--image", EXAMPLE, "--adapter", folder / "faceid.safetensors", "--output", tmp_path / "x.png")
     assert result.returncode == 2 and "give --face-embedding FILE" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "x.png").exists()
+
+
+def test_an_adapter_of_faces_alone_wants_no_image_encoder_beside_a_base_given_as_a_file(make):
+    found, settings = make("--base", TINY, *FACE, "folder/face.npy", *SMALL)
+    assert settings["image_encoder"] is None
+    assert np.array_equal(found, make(*FACE, "folder/face.npy")[0])

@@ -5,6 +5,7 @@ Here is what the names mean; `weights/hub.py` finds and fetches the files.
 
 import difflib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -249,7 +250,12 @@ Found = Path | Preset | None
 BUNDLED = PRESETS["base", "tiny"]
 
 
-def resolve(given: dict[str, str | None], image: bool, new_adapter: bool = False) -> dict[str, Found]:
+def resolve(
+    given: dict[str, str | None],
+    image: bool,
+    new_adapter: bool = False,
+    faces_alone: Callable[[Path], bool] = lambda adapter: False,
+) -> dict[str, Found]:
     """What each argument of a run stands for, with what follows from the others where one is not given.
 
     - Neither a base nor an adapter's name: the bundled model, also around an adapter's file (what train.py made of it).
@@ -261,6 +267,7 @@ def resolve(given: dict[str, str | None], image: bool, new_adapter: bool = False
     Args:
         given: the values by kind ("base", "adapter", "image_encoder", "vae"); None is not given.
         image: whether there is an image prompt.
+        faces_alone: whether an adapter's file reads face embeddings and no pictures: then no image encoder is wanted.
         new_adapter: an adapter is to be made: none is brought, but the image encoder that the brought one would read.
 
     Returns:
@@ -275,7 +282,8 @@ def resolve(given: dict[str, str | None], image: bool, new_adapter: bool = False
     if image:
         adapter = adapter or (None if new_adapter else brings(base, "adapter"))
         ours = base == BUNDLED and isinstance(adapter, Path)
-        image_encoder = image_encoder or brings(base if ours else adapter or base, "image_encoder")
+        if not image_encoder and not (isinstance(adapter, Path) and faces_alone(adapter)):
+            image_encoder = brings(base if ours else adapter or base, "image_encoder")
     else:
         adapter = image_encoder = None
     found |= {"base": base, "adapter": adapter, "image_encoder": image_encoder}
