@@ -11,7 +11,7 @@ from files.pictures import to_pil
 from generate.models import Models
 from generate.prompt import sized
 from ipadapter import Prompt, prepared
-from sampler import SAMPLERS, Level, Predict, Sampler, guided, noise_and_generators
+from sampler import SAMPLERS, Level, Predict, Sampler, guided, noise_and_generators, numbered
 from vae import VAE
 
 BATCH = 4  # pictures that go through the UNet together
@@ -58,7 +58,7 @@ def pictures(
     steps = row.steps if steps is None else steps
     if not 1 <= steps <= row.max_steps:
         raise UserError(f"`steps` {steps}: 1 to {row.max_steps} with {sampler}")
-    levels = row.levels(schedule, steps)
+    levels = numbered(row.levels(schedule, steps))
     guidance_scale = usual_guidance(models, sampler) if guidance_scale is None else max(1.0, guidance_scale)
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)

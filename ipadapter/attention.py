@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from ipadapter.prompt import ImagePrompt, Prompt
+from ipadapter.prompt import Prompt
 
 
 class DecoupledCrossAttention(nn.Module):
@@ -39,7 +39,7 @@ class DecoupledCrossAttention(nn.Module):
         q, text = self.split(self.to_q(x)), prompt.text
         k, v = (self.to_k(text), self.to_v(text)) if isinstance(text, Tensor) else text[self.layer]
         z = scaled_dot_product_attention(q, self.split(k), self.split(v))
-        for k, v, gain in heard(prompt.images, self.layer, grid):
+        for k, v, gain in heard(prompt, self.layer, grid):
             z = z + gain * scaled_dot_product_attention(q, self.split(k), self.split(v))
         return self.to_out(z.transpose(1, 2).flatten(2))
 
@@ -49,9 +49,9 @@ class DecoupledCrossAttention(nn.Module):
 
 
 def heard(
-    images: Sequence[ImagePrompt], layer: int | None, grid: tuple[int, int] | None = None
+    prompt: Prompt, layer: int | None, grid: tuple[int, int] | None = None
 ) -> Iterator[tuple[Tensor, Tensor, float | Tensor]]:
-    """What one cross-attention layer hears of the image prompts; silent ones (scale 0) are left out.
+    """What one cross-attention layer hears of a prompt's image prompts; silent ones (scale 0) are left out.
 
     Args:
         layer: the number of the layer.
@@ -64,7 +64,7 @@ def heard(
     Raises:
         ValueError: a layer without a number, or of a backbone with more layers than the prompt has; a mask and no grid.
     """
-    for image in images:
+    for image in prompt.images:
         if layer is None or layer >= len(image.key_values):
             raise ValueError(
                 f"an image prompt for {len(image.key_values)} layers meets layer {layer}: "

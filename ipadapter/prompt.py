@@ -50,6 +50,7 @@ class Prompt:
     text: Tensor | KeyValues  # (batch, 77, context_dim), out of the text tower; or what `prepared` made of it
     images: tuple[ImagePrompt, ...] = ()
     vector: Tensor | None = None  # (batch, vector_dim), for bases with a `label_emb` (SDXL); None for SD 1.x
+    step: tuple[int, int] = (0, 1)  # which step of the run this is, 0, 1, ..., and of how many
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,7 +72,7 @@ class Prompt:
         texts = [prompt.text for prompt in prompts]
         plain = same("how their texts are given", ("plain" if isinstance(x, Tensor) else "prepared" for x in texts))
         text = (stack if plain == "plain" else cat_key_values)("the text (tokens, width)", texts)
-        return Prompt(text, images, vector)
+        return Prompt(text, images, vector, same("the step", (prompt.step for prompt in prompts)))
 
 
 def cat_images(row: Sequence[ImagePrompt]) -> ImagePrompt:

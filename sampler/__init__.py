@@ -15,7 +15,7 @@ from sampler.euler import euler, euler_ancestral, euler_levels, euler_start
 from sampler.guidance import Predict, guided
 from sampler.lcm import lcm, lcm_levels
 from sampler.noise import noise, noise_and_generators
-from sampler.schedule import SD, Level, Schedule, add_noise, v_weight
+from sampler.schedule import SD, Level, Schedule, add_noise, numbered, v_weight
 from sampler.unipc import unipc, unipc_levels
 
 
@@ -93,6 +93,7 @@ __all__ = [
     "lcm",
     "noise",
     "noise_and_generators",
+    "numbered",
     "unipc",
     "v_weight",
 ]

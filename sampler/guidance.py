@@ -1,6 +1,7 @@
 """What the model believes of a noisy latent, under classifier-free guidance (arXiv 2207.12598)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -40,13 +41,14 @@ def guided(
 
     def predict(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         t, rows = torch.tensor(level.t, device=x.device), x.to(dtype)
+        wanted, unwanted, stacked = (one and replace(one, step=level.step) for one in (prompt, null, both))
         if guidance_scale == 1:
-            output = unet(rows, t, prompt).float()
+            output = unet(rows, t, wanted).float()
         else:
-            if both is None:
-                away, toward = unet(rows, t, null).float(), unet(rows, t, prompt).float()
+            if stacked is None:
+                away, toward = unet(rows, t, unwanted).float(), unet(rows, t, wanted).float()
             else:
-                away, toward = unet(torch.cat([rows, rows]), t, both).float().chunk(2)
+                away, toward = unet(torch.cat([rows, rows]), t, stacked).float().chunk(2)
             output = away + guidance_scale * (toward - away)
         return eps_and_x_0(output, x, level, prediction)
 

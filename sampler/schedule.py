@@ -7,7 +7,8 @@ noise level (arXiv 2206.00364, table 1: s and sigma of the column VP).
 
 import math
 from bisect import bisect
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import torch
@@ -26,6 +27,7 @@ class Level:
     t: float  # what the UNet is told, 0 to 999; between two timesteps with Euler's "linspace"
     sigma: float  # 0, a picture, to infinity, pure noise
     end: "Level | None" = None  # where a step of DDIM from here ends, if not at the next level (see `ddim_levels`)
+    step: tuple[int, int] = (0, 1)  # which step of the run begins here, and of how many (see `numbered`)
     alpha: float = field(init=False)  # the share of signal, 1 / (1 + sigma^2)
 
     def __post_init__(self) -> None:
@@ -97,6 +99,11 @@ class Schedule:
 
 
 SD = Schedule()
+
+
+def numbered(levels: Sequence[Level]) -> list[Level]:
+    """The levels of a run, each told which of its steps begins there: what changes over the run goes by that."""
+    return [replace(level, step=(i, len(levels) - 1)) for i, level in enumerate(levels)]
 
 
 def timesteps(schedule: Schedule, steps: int) -> list[float]:

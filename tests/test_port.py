@@ -2,7 +2,7 @@
 
 1. Where the backbone attends to the text it hears the image prompts, too, with the same queries:
 
-       for k, v, gain in heard(prompt.images, self.layer, grid):
+       for k, v, gain in heard(prompt, self.layer, grid):
            z = z + gain * scaled_dot_product_attention(q, self.split(k), self.split(v))
 
 2. These layers are told their numbers once, in the order of the adapter's keys:
@@ -132,7 +132,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, prompt: Prompt, grid: tuple[int, int]) -> Tensor:
         q, (k, v) = self.split(self.q_linear(x)), self.kv_linear(prompt.text).chunk(2, dim=-1)
         z = scaled_dot_product_attention(q, self.split(k), self.split(v))
-        for k, v, gain in heard(prompt.images, self.layer, grid):
+        for k, v, gain in heard(prompt, self.layer, grid):
             z = z + gain * scaled_dot_product_attention(q, self.split(k), self.split(v))
         return self.proj(z.transpose(1, 2).flatten(2))
 
