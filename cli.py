@@ -12,7 +12,7 @@ import secrets
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -39,10 +39,47 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
     def given(self) -> set[str]:
-        """The names of the flags that stand on the command line."""
+        """The names of the flags that stand on the command line, in a group or before the first."""
         unset = object()
         named = argparse.Namespace(**{action.dest: unset for action in self._actions})
-        return {name for name, value in vars(self.parse_args(namespace=named)).items() if value is not unset}
+        found = {name: value for name, value in vars(self.parse_args(namespace=named)).items() if value is not unset}
+        return found.keys() - {"groups"} | {name for group in found.get("groups", ()) for name in vars(group)}
+
+
+class Opens(argparse.Action):
+    """A flag that begins a group, such as --image: `args.groups` has one more, a namespace with the flag's own value.
+
+    What `Belongs` to such groups goes to the last one that was begun.
+    """
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        args.groups = [*getattr(args, "groups", ()), argparse.Namespace(**{self.dest: values})]
+
+
+class Belongs(argparse.Action):
+    """A flag of the last group before it; before the first group it holds for all.
+
+    Args:
+        groups: the names of the flags that begin the groups it may belong to.
+    """
+
+    def __init__(self, *args: object, groups: Sequence[str], **settings: object):
+        super().__init__(*args, **settings)
+        self.groups = groups
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        groups = getattr(args, "groups", ())
+        group = groups[-1] if groups else args
+        if groups and not any(hasattr(group, name) for name in self.groups):
+            allowed = " or ".join(f"--{name.replace('_', '-')}" for name in self.groups)
+            raise argparse.ArgumentError(self, f"stands behind --{next(iter(vars(group)))}; it belongs to {allowed}")
+        if groups and hasattr(group, self.dest):
+            raise argparse.ArgumentError(self, f"given twice for one --{next(iter(vars(group)))}")
+        setattr(group, self.dest, self.const if self.nargs == 0 else values)
 
 
 def path(text: str) -> Path:
