@@ -44,7 +44,17 @@ NEXT = """That was a bundled drawing as image prompt, and the bundled tiny model
   python sample.py --image FILE --prompt "a rocket" --scale 0 0.5 1 --grid
 With Stable Diffusion and a released adapter: see python sample.py --help, and --list"""
 # Of what was asked for, this goes into every picture, beside what the models and the files are.
-RECORDED = ("image", "face_embedding", "prompt", "negative_prompt", "structure_scale", "sampler", "steps")
+RECORDED = (
+    "image",
+    "face_embedding",
+    "prompt",
+    "negative_prompt",
+    "structure_scale",
+    "sampler",
+    "steps",
+    "guidance_rescale",
+    "image_guidance_scale",
+)
 
 
 def main() -> None:
@@ -89,7 +99,9 @@ def main() -> None:
                 args.num_images,
                 args.steps,
                 guidance,
-                args.sampler,
+                sampler=args.sampler,
+                guidance_rescale=args.guidance_rescale,
+                image_guidance_scale=args.image_guidance_scale,
                 **size,
                 on_step=step,
             )
@@ -137,6 +149,10 @@ def parse() -> argparse.Namespace:
     add("--steps", type=cli.whole(1, 1000), help="(default: 50; dpm++ and unipc 20, lcm 4)")
     follow = "how far to follow the prompts; 1 and less is off (default: 7.5, lcm 1)"
     add("--guidance-scale", type=cli.number(), metavar="G", help=follow)
+    spread = "bring the spread of the guided prediction back to the prompt's own, 0 to 1 (default: 0, not at all)"
+    add("--guidance-rescale", type=cli.number(0), default=0.0, metavar="R", help=spread)
+    alone = "how far to follow the image prompt by itself, and --guidance-scale the text: a third pass (default: alike)"
+    add("--image-guidance-scale", type=cli.number(0), metavar="G", help=alone)
     seeds = "picture j is made from the noise of seed + j; -1: a random one, printed (default: %(default)s)"
     add("--seed", type=cli.seed(2**63 - 1), default=0, help=seeds)
     add("--num-images", type=cli.whole(1), default=1, metavar="N", help="pictures to make (default: %(default)s)")
@@ -197,6 +213,12 @@ def parse() -> argparse.Namespace:
     guidance = sampler.guidance_scale if args.guidance_scale is None else args.guidance_scale
     if args.guidance_scale is not None and guidance <= 1:
         cli.warn(f"guidance is off at --guidance-scale {guidance:g}: 1 and less follow the prompt as trained")
+    if args.guidance_rescale > 1:
+        raise UserError(f"--guidance-rescale {args.guidance_rescale:g}: 0 to 1")
+    if args.image_guidance_scale is not None and not prompted:
+        raise UserError("--image-guidance-scale is how far to follow an image prompt: it goes with --image")
+    if args.guidance_rescale and guidance <= 1 and args.image_guidance_scale is None:
+        cli.warn(f"--guidance-rescale has no effect at --guidance-scale {guidance:g}")
     if args.negative_prompt and guidance <= 1:
         cli.warn(f"--negative-prompt has no effect at --guidance-scale {guidance:g}")
     if args.adapter and not prompted:

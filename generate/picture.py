@@ -1,6 +1,7 @@
 """From prompts to pictures: the one loop. Whoever calls it owns the progress bar."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -34,6 +35,10 @@ def pictures(
     steps: int | None = None,
     # How far to follow the prompt: 1 is off, and so is less; None: 7.5, with lcm 1, or what a distilled base wants.
     guidance_scale: float | None = None,
+    # How far the spread of the guided prediction is brought back to the prompt's own: 0 (not at all) to 1.
+    guidance_rescale: float = 0.0,
+    # How far to follow the image prompt by itself; `guidance_scale` is then for the text. A third pass; None: both alike.
+    image_guidance_scale: float | None = None,
     # One of sampler.SAMPLERS.
     sampler: str = "ddim",
     # Pixels, multiples of 8; None: what the base was made for.
@@ -58,10 +63,14 @@ def pictures(
     steps = row.steps if steps is None else steps
     if not 1 <= steps <= row.max_steps:
         raise UserError(f"`steps` {steps}: 1 to {row.max_steps} with {sampler}")
+    if not 0 <= guidance_rescale <= 1:
+        raise UserError(f"`guidance_rescale`: {guidance_rescale} given, 0 to 1 is wanted")
     levels = numbered(row.levels(schedule, steps))
     guidance_scale = usual_guidance(models, sampler) if guidance_scale is None else max(1.0, guidance_scale)
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
+    if image_guidance_scale is not None and not all(p.images for p in prompts):
+        raise UserError("`image_guidance_scale`: there is no image prompt to follow by itself; it goes with `image`")
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
     size = 1 if models.low_memory else max(batch, *(len(p.text) for p in prompts), 1)
     parts = [
@@ -70,11 +79,15 @@ def pictures(
         for i in range(0, len(seeds), size)
     ]
     unet = models.unet(face=any(p.images for p in prompts))
+    if image_guidance_scale is not None and unet.config.guidance_dim:
+        raise UserError("`image_guidance_scale`: this base is told one guidance scale, and runs one pass")
     for number, (p, n, some) in enumerate(parts, 1):
         p, n = rows(p, len(some)), rows(n, len(some))
         if not models.low_memory:
             p, n = (prepared(one, unet.cross_attentions()) for one in (p, n))
-        predict = guided(unet, p, n, guidance_scale, schedule.prediction, apart=models.low_memory)
+        guidance = guidance_scale, schedule.prediction, models.low_memory, guidance_rescale
+        image_alone = None if image_guidance_scale is None else replace(n, images=p.images)
+        predict = guided(unet, p, n, *guidance, image_alone, image_guidance_scale or 0.0)
         start, generators = noise_and_generators(some, height, width)
         start = row.start(start.to(models.device), schedule, levels[0])
         x = denoise(row, predict, start, levels, generators, on_step)

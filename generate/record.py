@@ -101,6 +101,10 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
         name: settings.get(name) for name in ("guidance_scale", "height", "width", "prediction", "spacing", "storage")
     }
     arguments |= {name: bool(settings.get(name)) for name in ("faceid_v2", "low_memory")}
+    arguments |= {
+        "image_guidance_scale": settings.get("image_guidance_scale"),
+        "guidance_rescale": settings.get("guidance_rescale") or 0.0,
+    }
     scale = settings["scale"]
     arguments |= {"seed": settings["seed"], "dtype_name": settings.get("dtype")}
     arguments |= {role: found(settings[role]) for role in ROLES if settings.get(role) and role not in given}
@@ -134,7 +138,9 @@ def sound(settings: dict) -> bool:
         are(str | None, *hashes.values(), *of(*ROLES, "sampler", "prediction", "spacing", "storage", "dtype"))
         and are(str, *names, *of("prompt", "negative_prompt"))
         and are(int | None, *of("seed", "steps", "height", "width"))
-        and are(float | int | None, *of("guidance_scale", "structure_scale"))
+        and are(
+            float | int | None, *of("guidance_scale", "structure_scale", "guidance_rescale", "image_guidance_scale")
+        )
         and are(float | int, *(scale if isinstance(scale, list) else [scale]))
         and all(
             are(list, pair) and len(pair) == 2 and are(str, pair[0]) and are(float | int, pair[1]) for pair in loras

@@ -50,6 +50,7 @@ class Prompt:
     text: Tensor | KeyValues  # (batch, 77, context_dim), out of the text tower; or what `prepared` made of it
     images: tuple[ImagePrompt, ...] = ()
     vector: Tensor | None = None  # (batch, vector_dim), for bases with a `label_emb` (SDXL); None for SD 1.x
+    beside: Tensor | None = None  # (batch, channels, h, w), for who puts it beside x: UNets that read more channels
     step: tuple[int, int] = (0, 1)  # which step of the run this is, 0, 1, ..., and of how many
 
     @property
@@ -72,7 +73,8 @@ class Prompt:
         texts = [prompt.text for prompt in prompts]
         plain = same("how their texts are given", ("plain" if isinstance(x, Tensor) else "prepared" for x in texts))
         text = (stack if plain == "plain" else cat_key_values)("the text (tokens, width)", texts)
-        return Prompt(text, images, vector, same("the step", (prompt.step for prompt in prompts)))
+        beside = stack("what stands beside x", [prompt.beside for prompt in prompts])
+        return Prompt(text, images, vector, beside, same("the step", (prompt.step for prompt in prompts)))
 
 
 def cat_images(row: Sequence[ImagePrompt]) -> ImagePrompt:

@@ -21,38 +21,58 @@ def guided(
     guidance_scale: float,
     prediction: str = "eps",
     apart: bool = False,
+    rescale: float = 0.0,
+    middle: Prompt | None = None,
+    middle_scale: float = 1.0,
 ) -> Predict:
     """The prediction that a sampler follows: predict(x, level) -> (eps, x_0).
 
-    Both prompts go through the UNet as one batch; at a guidance scale of 1 the unconditional one is not needed.
+    All prompts go through the UNet as one batch; at a guidance scale of 1 the unconditional one is not needed.
 
     Args:
         unet: a `UNet`, or whatever is called like one: unet(x, t, prompt); it computes in the prompt's dtype.
         prompt, null: what the picture should be, and what it should not (the unconditional or negative prompt).
         guidance_scale: 1 follows the prompt as trained, larger values exaggerate it.
         prediction: what the UNet was trained to predict, "eps" or "v" (Stable Diffusion 2.x at 768 pixels).
-        apart: the two prompts one after the other, in less memory and more time.
+        apart: the prompts one after the other, in less memory and more time.
+        rescale: how far the spread of the result is brought back to the prompt's own (arXiv 2305.08891, section 3.4).
+        middle, middle_scale: a half of the prompt, such as the image alone, and how far to follow it by itself, while
+            `guidance_scale` is for what the whole prompt has besides (InstructPix2Pix, arXiv 2211.09800, equation 3):
+            null + middle_scale (middle - null) + guidance_scale (prompt - middle). A third pass.
     """
     check("prediction", prediction, ("eps", "v"))
+    chain, scales = [null, prompt], [guidance_scale]
+    if middle and middle_scale != guidance_scale:  # followed alike they are one
+        chain, scales = [null, middle, prompt], [middle_scale, guidance_scale]
     if getattr(getattr(unet, "config", None), "guidance_dim", None):  # it is told the scale, and needs no second pass
-        unet, guidance_scale = partial(unet, guidance_scale=guidance_scale), 1
-    dtype = prompt.dtype
-    both = None if apart or guidance_scale == 1 else Prompt.cat([null, prompt])
+        unet, scales = partial(unet, guidance_scale=guidance_scale), []
+    if set(scales) <= {1}:
+        chain, scales = [prompt], []
+    dtype, count = prompt.dtype, len(chain)
+    parts = [(one, 1) for one in chain] if apart or count == 1 else [(Prompt.cat(chain), count)]
 
     def predict(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        t, rows = torch.tensor(level.t, device=x.device), x.to(dtype)
-        wanted, unwanted, stacked = (one and replace(one, step=level.step) for one in (prompt, null, both))
-        if guidance_scale == 1:
-            output = unet(rows, t, wanted).float()
-        else:
-            if stacked is None:
-                away, toward = unet(rows, t, unwanted).float(), unet(rows, t, wanted).float()
-            else:
-                away, toward = unet(torch.cat([rows, rows]), t, stacked).float().chunk(2)
-            output = away + guidance_scale * (toward - away)
+        t, rows, outputs = torch.tensor(level.t, device=x.device), x.to(dtype), []
+        for part, count in parts:
+            outputs += unet(torch.cat([rows] * count), t, replace(part, step=level.step)).float().chunk(count)
+        output = outputs[0]
+        for scale, away, toward in zip(scales, outputs, outputs[1:], strict=False):
+            output = output + scale * (toward - away)
+        if rescale and scales:
+            output = rescaled(output, outputs[-1], rescale)
         return eps_and_x_0(output, x, level, prediction)
 
     return predict
+
+
+def rescaled(output: Tensor, plain: Tensor, share: float) -> Tensor:
+    """Guidance makes pictures harsh: the result with, to this share, the spread of what the prompt alone says.
+
+    Args:
+        output, plain: what the UNet says with and without guidance, (batch, 4, h, w); each picture has its own spread.
+    """
+    spread, wanted = (e.std(dim=(1, 2, 3), keepdim=True) for e in (output, plain))
+    return share * (output * (wanted / spread)) + (1 - share) * output
 
 
 def eps_and_x_0(output: Tensor, x: Tensor, level: Level, prediction: str) -> tuple[Tensor, Tensor]:
