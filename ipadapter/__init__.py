@@ -6,7 +6,7 @@ from pathlib import Path
 # The other rooms have names that other packages have too. Whoever comes in by whichever door gets ours, or is told.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-for name in ("clip", "files", "generate", "sampler", "training", "unet", "vae", "weights"):
+for name in ("clip", "control", "files", "generate", "sampler", "training", "unet", "vae", "weights"):
     foreign = getattr(sys.modules.get(name), "__file__", None)
     if foreign and not Path(foreign).resolve().is_relative_to(ROOT):
         raise ImportError(
@@ -17,7 +17,6 @@ from ipadapter.adapter import IPAdapter
 from ipadapter.attention import DecoupledCrossAttention, heard, number, prepared
 from ipadapter.projection import FacePlusProjection, FaceProjection, ImageProjection, PatchProjection, Resampler
 from ipadapter.prompt import ImagePrompt, Prompt
-from ipadapter.seen import Seen, watched
 
 __all__ = [
     "DecoupledCrossAttention",
@@ -29,9 +28,7 @@ __all__ = [
     "PatchProjection",
     "Prompt",
     "Resampler",
-    "Seen",
     "heard",
     "number",
     "prepared",
-    "watched",
 ]

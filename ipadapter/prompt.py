@@ -52,11 +52,17 @@ class Prompt:
     vector: Tensor | None = None  # (batch, vector_dim), for bases with a `label_emb` (SDXL); None for SD 1.x
     beside: Tensor | None = None  # (batch, channels, h, w), for who puts it beside x: UNets that read more channels
     step: tuple[int, int] = (0, 1)  # which step of the run this is, 0, 1, ..., and of how many
+    absent: tuple[bool, ...] = ()  # which rows are a prompt's absence, that guidance steers away from; (): none
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return (self.text if isinstance(self.text, Tensor) else self.text[0][0]).dtype
+
+    @property
+    def rows(self) -> int:
+        """How many rows of a batch it is for."""
+        return len(self.text if isinstance(self.text, Tensor) else self.text[0][0])
 
     @staticmethod
     def cat(prompts: Sequence["Prompt"]) -> "Prompt":
@@ -74,7 +80,9 @@ class Prompt:
         plain = same("how their texts are given", ("plain" if isinstance(x, Tensor) else "prepared" for x in texts))
         text = (stack if plain == "plain" else cat_key_values)("the text (tokens, width)", texts)
         beside = stack("what stands beside x", [prompt.beside for prompt in prompts])
-        return Prompt(text, images, vector, beside, same("the step", (prompt.step for prompt in prompts)))
+        absent = [row for prompt in prompts for row in prompt.absent or (False,) * prompt.rows]
+        step = same("the step", (prompt.step for prompt in prompts))
+        return Prompt(text, images, vector, beside, step, tuple(absent) if any(absent) else ())
 
 
 def cat_images(row: Sequence[ImagePrompt]) -> ImagePrompt:

@@ -48,6 +48,8 @@ def guided(
         unet, scales = partial(unet, guidance_scale=guidance_scale), []
     if set(scales) <= {1}:
         chain, scales = [prompt], []
+    if scales:  # for what acts on the prompt alone
+        chain[0] = replace(null, absent=(True,) * null.rows)
     dtype, count = prompt.dtype, len(chain)
     parts = [(one, 1) for one in chain] if apart or count == 1 else [(Prompt.cat(chain), count)]
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "ipadapter",
     "unet",
+    "control",
     "vae",
     "clip",
     "sampler",

@@ -20,14 +20,16 @@ ALLOWED = {  # besides Python's own library: other rooms, and public packages
     "files/pictures.py": {"torch", "numpy", "PIL", "pillow_heif"},  # likewise
     "files": {"torch", "numpy", "PIL", "safetensors"},
     "unet": {"torch", "ipadapter"},
+    "control/canny.py": {"numpy", "PIL"},
+    "control": {"torch", "ipadapter", "unet"},
     "sampler": {"torch", "ipadapter"},
     "weights/hub.py": {"huggingface_hub", *GROUND},
-    "weights": {"torch", "safetensors", "unet", "sampler", *GROUND},
-    "generate": {"torch", "PIL", "unet", "sampler", "weights", *GROUND},
+    "weights": {"torch", "safetensors", "unet", "control", "sampler", *GROUND},
+    "generate": {"torch", "PIL", "unet", "control", "sampler", "weights", *GROUND},
     "training/monitors.py": {"torch", "numpy", "PIL", "wandb", *GROUND},  # the last one where it is installed
     "training": {"torch", "numpy", "PIL", "safetensors", "unet", "sampler", "weights", "generate", *GROUND},
 }
-ROOMS = ("clip", "files", "generate", "ipadapter", "sampler", "training", "unet", "vae", "weights")
+ROOMS = ("clip", "control", "files", "generate", "ipadapter", "sampler", "training", "unet", "vae", "weights")
 FILES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 # What a user of the scripts runs; tests and benchmarks may use anything.
 RUN_TIME = [

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from files.whole import write, write_text
-from training.captions import DataError
 from training.features import KEYS, Encoders, Features, Prepared
-from training.pairs import BadSample
+from training.pairs import BadSample, DataError
 
 SHARD = 256  # pairs to a file of the cache, or fewer
 FORMAT = 2  # of the files

@@ -13,8 +13,7 @@ from ipadapter import Prompt
 from ipadapter.objective import adapter_loss
 from sampler import SAMPLERS, add_noise, guided, noise
 from training.cache import Readable
-from training.captions import DataError
-from training.pairs import Pairs
+from training.pairs import DataError, Pairs
 from training.ready import Ready
 from training.run import Run
 from training.trainer import Trainer

@@ -2,6 +2,6 @@
 
 import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
 
-from unet.unet import SD15, SD21, SDXL, UNet, UNetConfig, size_vector
+from unet.unet import SD15, SD21, SDXL, Added, Encoder, UNet, UNetConfig, size_vector, skip_channels
 
-__all__ = ["SD15", "SD21", "SDXL", "UNet", "UNetConfig", "size_vector"]
+__all__ = ["SD15", "SD21", "SDXL", "Added", "Encoder", "UNet", "UNetConfig", "size_vector", "skip_channels"]

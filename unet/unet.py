@@ -5,8 +5,8 @@ attention.py), so a checkpoint loads with `load_state_dict(strict=True)` and no 
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -25,7 +25,8 @@ class UNetConfig:
     in_channels: int  # latent channels, 4
     out_channels: int
     channels: tuple[int, ...]  # per level, finest first: (320, 640, 1280, 1280) in SD 1.x
-    # The number of transformer blocks behind each ResBlock:
+    # The number of transformer blocks behind each ResBlock; 0: no transformer, -1: one without blocks, its norm and
+    # projections alone (the smaller ControlNets for SDXL):
     down: tuple[tuple[int, ...], ...]  # per level, on the way down
     middle: tuple[int, ...]  # (1, 0) in SD 1.x; distilled models leave a ResBlock out, or all of it
     up: tuple[tuple[int, ...], ...]  # per level, on the way up, coarsest first
@@ -66,8 +67,19 @@ SDXL = UNetConfig(
 )
 
 
-class UNet(nn.Module):
-    """Predicts the noise (or v) in a latent, conditioned on a `Prompt`.
+@dataclass(frozen=True)
+class Added:
+    """What structural control adds inside a UNet (`control/`), by the numbers of the input blocks, 0 and on.
+
+    The number behind the last one stands for the middle block.
+    """
+
+    skips: Mapping[int, Tensor] = field(default_factory=dict)  # to the skips alone (arXiv 2302.05543)
+    features: Mapping[int, Tensor] = field(default_factory=dict)  # also to what goes on downwards (arXiv 2302.08453)
+
+
+class Encoder(nn.Module):
+    """A UNet's way down and its middle. A ControlNet is a second one of these.
 
     Every layer inside a block takes (x, emb, prompt) and uses what it needs.
     """
@@ -76,13 +88,6 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         width, emb_dim = config.channels[0], 4 * config.channels[0]
-
-        def layers(in_channels: int, out_channels: int, depth: int) -> nn.ModuleList:
-            block = nn.ModuleList([ResBlock(in_channels, out_channels, emb_dim)])
-            if depth:
-                block.append(SpatialTransformer(out_channels, depth, config))
-            return block
-
         self.time_embed = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if config.guidance_dim:
             self.cond_proj = nn.Linear(config.guidance_dim, width, bias=False)
@@ -91,56 +96,29 @@ class UNet(nn.Module):
             self.label_emb = nn.Sequential(vector_embed)
 
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
-        ch, skips = width, [width]
+        ch = width
         for level, out in enumerate(config.channels):
             for depth in config.down[level]:
-                self.input_blocks.append(layers(ch, out, depth))
+                self.input_blocks.append(self.layers(ch, out, depth))
                 ch = out
-                skips.append(ch)
             if level < len(config.channels) - 1:
                 self.input_blocks.append(nn.ModuleList([Downsample(ch)]))
-                skips.append(ch)
-
-        self.middle_block = nn.ModuleList(layer for depth in config.middle for layer in layers(ch, ch, depth))
-
+        self.middle_block = nn.ModuleList(layer for depth in config.middle for layer in self.layers(ch, ch, depth))
         self.output_blocks = nn.ModuleList()
-        for level, out in reversed(list(enumerate(config.channels))):
-            for depth in config.up[-1 - level]:
-                self.output_blocks.append(layers(ch + skips.pop(), out, depth))
-                ch = out
-            if level > 0:
-                self.output_blocks[-1].append(Upsample(ch))
 
-        self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, config.out_channels, 3, padding=1))
-        number(self.cross_attentions())
+    def layers(self, in_channels: int, out_channels: int, depth: int) -> nn.ModuleList:
+        block = nn.ModuleList([ResBlock(in_channels, out_channels, 4 * self.config.channels[0])])
+        if depth:
+            block.append(SpatialTransformer(out_channels, depth, self.config))
+        return block
 
-    def forward(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: float | None = None) -> Tensor:
-        """x (batch, 4, H/8, W/8), t (batch,) or () in 0..999 -> (batch, 4, H/8, W/8).
-
-        guidance_scale: only for a model that is told it (`UNetConfig.guidance_dim`).
-        """
-        t = t.expand(len(x))
-        emb = timestep_embedding(t, self.config.channels[0]).to(x.dtype)
+    def embed(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: float | None = None) -> Tensor:
+        """What every ResBlock is told beside x, (batch, 4 * width)."""
+        emb = timestep_embedding(t.expand(len(x)), self.config.channels[0]).to(x.dtype)
         if guidance_scale is not None:
             emb = emb + self.cond_proj(guidance_embedding(guidance_scale, self.config.guidance_dim).to(x))
         emb = self.time_embed(emb)
-        if prompt.vector is not None:
-            emb = emb + self.label_emb(prompt.vector)
-        x = self.input_blocks[0][0](x)
-        skips = [x]
-        for block in self.input_blocks[1:]:
-            for layer in block:
-                x = layer(x, emb, prompt)
-            skips.append(x)
-        for layer in self.middle_block:
-            x = layer(x, emb, prompt)
-        for block in self.output_blocks:
-            x = torch.cat([x, skips.pop()], dim=1)
-            for layer in block:
-                if isinstance(layer, Upsample):  # to the size of the skip that comes next: it may be odd
-                    x = interpolate(x, size=skips[-1].shape[2:], mode="nearest")
-                x = layer(x, emb, prompt)
-        return self.out(x)
+        return emb if prompt.vector is None else emb + self.label_emb(prompt.vector)
 
     def recompute(self) -> None:
         """For training in less memory: each layer keeps its inputs only, and computes the rest anew on the way back."""
@@ -156,6 +134,60 @@ class UNet(nn.Module):
         """All attention layers in the order of an adapter's keys 0, 1, 2, ...; the even ones attend to the picture."""
         for part in (self.input_blocks, self.output_blocks, self.middle_block):
             yield from (m for m in part.modules() if isinstance(m, SelfAttention | DecoupledCrossAttention))
+
+
+class UNet(Encoder):
+    """Predicts the noise (or v) in a latent, conditioned on a `Prompt`."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        ch, skips = config.channels[-1], skip_channels(config)
+        for level, out in reversed(list(enumerate(config.channels))):
+            for depth in config.up[-1 - level]:
+                self.output_blocks.append(self.layers(ch + skips.pop(), out, depth))
+                ch = out
+            if level > 0:
+                self.output_blocks[-1].append(Upsample(ch))
+
+        self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, config.out_channels, 3, padding=1))
+        number(self.cross_attentions())
+
+    def forward(
+        self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: float | None = None, added: Added | None = None
+    ) -> Tensor:
+        """x (batch, 4, H/8, W/8), t (batch,) or () in 0..999 -> (batch, 4, H/8, W/8).
+
+        guidance_scale: only for a model that is told it (`UNetConfig.guidance_dim`).
+        """
+        emb = self.embed(x, t, prompt, guidance_scale)
+        x = self.input_blocks[0][0](x)
+        skips = [x]
+        for i, block in enumerate(self.input_blocks[1:], 1):
+            for layer in block:
+                x = layer(x, emb, prompt)
+            if added and i in added.features:
+                x = x + added.features[i]
+            skips.append(x)
+        for layer in self.middle_block:
+            x = layer(x, emb, prompt)
+        if added:
+            x = x + added.features.get(len(skips), 0) + added.skips.get(len(skips), 0)
+            skips = [skip + added.skips.get(i, 0) for i, skip in enumerate(skips)]
+        for block in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            for layer in block:
+                if isinstance(layer, Upsample):  # to the size of the skip that comes next: it may be odd
+                    x = interpolate(x, size=skips[-1].shape[2:], mode="nearest")
+                x = layer(x, emb, prompt)
+        return self.out(x)
+
+
+def skip_channels(config: UNetConfig) -> list[int]:
+    """Of what each input block gives, and an output block takes: the finest first."""
+    found, last = [config.channels[0]], len(config.channels) - 1
+    for level, out in enumerate(config.channels):
+        found += [out] * (len(config.down[level]) + (level < last))
+    return found
 
 
 def size_vector(pooled: Tensor, height: int, width: int, sinusoids: int = 256) -> Tensor:

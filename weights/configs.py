@@ -1,8 +1,10 @@
 """Reads the shape of a model off its tensors; what they cannot tell (heads, the GELU kind) comes from the family."""
 
 import re
+from dataclasses import replace
 
 from clip import CLIPImageConfig, CLIPTextConfig
+from control import T2IConfig
 from files.tensors import State
 from unet import UNetConfig
 from vae import SD_VAE, VAEConfig
@@ -19,10 +21,15 @@ def count(state: State, pattern: str) -> int:
 
 def unet_config(state: State) -> UNetConfig:
     """From a UNet in the original layout."""
+    encoder = encoder_config(state)
+    per_level = len(encoder.down[0]) + 1
+    going_up = [depth(state, f"output_blocks.{i}.1") for i in range(per_level * len(encoder.down))]
+    up = tuple(tuple(going_up[i : i + per_level]) for i in range(0, len(going_up), per_level))
+    return replace(encoder, out_channels=state["out.2.weight"].shape[0], up=up)
 
-    def depth(block: str) -> int:
-        return count(state, rf"{re.escape(block)}\.1\.transformer_blocks\.(\d+)\.")
 
+def encoder_config(state: State) -> UNetConfig:
+    """From a UNet's way down and its middle, which are all that a ControlNet has."""
     # Going down, each level ends with a Downsample (`op`), except the last.
     channels, down, level = [], [], []
     for i in range(1, count(state, r"input_blocks\.(\d+)\.")):
@@ -32,7 +39,7 @@ def unet_config(state: State) -> UNetConfig:
             continue
         if not level:
             channels.append(state[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0])
-        level.append(depth(f"input_blocks.{i}"))
+        level.append(depth(state, f"input_blocks.{i}.1"))
     down.append(tuple(level))
 
     middle: list[int] = []
@@ -40,23 +47,18 @@ def unet_config(state: State) -> UNetConfig:
         if f"middle_block.{i}.in_layers.0.weight" in state:
             middle.append(0)
         else:  # a transformer, behind the ResBlock before it
-            middle[-1] = count(state, rf"middle_block\.{i}\.transformer_blocks\.(\d+)\.")
+            middle[-1] = depth(state, f"middle_block.{i}")
 
-    per_level = len(down[0]) + 1
-    going_up = [depth(f"output_blocks.{i}") for i in range(per_level * len(down))]
-    up = tuple(tuple(going_up[i : i + per_level]) for i in range(0, len(going_up), per_level))
-
-    context = next(w.shape[1] for key, w in state.items() if key.endswith("attn2.to_k.weight"))
-    proj_in = next(w for key, w in state.items() if key.endswith(".1.proj_in.weight"))
-    linear = proj_in.ndim == 2
+    context = next((w.shape[1] for key, w in state.items() if key.endswith("attn2.to_k.weight")), 0)
+    linear = next(w for key, w in state.items() if key.endswith(".1.proj_in.weight")).ndim == 2
     vector, guidance = state.get("label_emb.0.0.weight"), state.get("cond_proj.weight")
     return UNetConfig(
         in_channels=state["input_blocks.0.0.weight"].shape[1],
-        out_channels=state["out.2.weight"].shape[0],
+        out_channels=0,
         channels=tuple(channels),
         down=tuple(down),
         middle=tuple(middle),
-        up=up,
+        up=(),
         context_dim=context,
         heads=None if linear else 8,  # SD 1.x has 8 heads everywhere, its successors heads of 64
         head_dim=64 if linear else None,
@@ -64,6 +66,37 @@ def unet_config(state: State) -> UNetConfig:
         vector_dim=None if vector is None else vector.shape[1],
         guidance_dim=None if guidance is None else guidance.shape[1],
     )
+
+
+def depth(state: State, transformer: str) -> int:
+    """How many blocks a transformer has: 0 where there is none, -1 where there are its norm and projections alone."""
+    blocks = count(state, rf"{re.escape(transformer)}\.transformer_blocks\.(\d+)\.")
+    return blocks or -(f"{transformer}.proj_in.weight" in state)
+
+
+def hint_widths(state: State) -> tuple[int, ...]:
+    """Of a ControlNet's hint encoder: of the picture, then what every second convolution gives."""
+    first, *rest = range(0, 2 * count(state, r"input_hint_block\.(\d+)\."), 2)
+    return (
+        state[f"input_hint_block.{first}.weight"].shape[1],
+        state[f"input_hint_block.{first}.weight"].shape[0],
+        *(state[f"input_hint_block.{i}.weight"].shape[0] for i in rest[1:-1:2]),
+    )
+
+
+def t2i_config(state: State) -> T2IConfig:
+    """From a T2I-Adapter in the original layout. SDXL's shrinks a hint of 1 or 3 channels by 16, the others by 8."""
+    light = "conv_in.weight" not in state
+    before = state["body.0.in_conv.weight" if light else "conv_in.weight"].shape[1]
+    blocks = count(state, r"body\.(\d+)\.")
+    if light:
+        channels = tuple(state[f"body.{i}.out_conv.weight"].shape[0] for i in range(blocks))
+        return T2IConfig(before // 64, channels, light=True)
+    channels = tuple(state[f"body.{i}.block2.weight"].shape[0] for i in range(0, blocks, 2))
+    kernel = state["body.0.block2.weight"].shape[-1]
+    if before in (256, 768):
+        return T2IConfig(before // 256, channels, shrink=16, pooled=(2,), blocks=(3, 5, 8, 9), kernel=kernel)
+    return T2IConfig(before // 64, channels, kernel=kernel)
 
 
 def vae_config(state: State, latent_scale: float = SD_VAE.latent_scale) -> VAEConfig:

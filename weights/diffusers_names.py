@@ -28,6 +28,10 @@ OUTSIDE = {
     "add_embedding[._]linear_1": "label_emb.0.0",
     "add_embedding[._]linear_2": "label_emb.0.2",
 }
+CONTROL = {
+    r"controlnet_cond_embedding\.conv_in": "input_hint_block.0",
+    "controlnet_mid_block": "middle_block_out.0",
+}
 VAE = {
     r"mid_block\.resnets\.0": "mid.block_1",
     r"mid_block\.resnets\.1": "mid.block_2",
@@ -53,6 +57,39 @@ def from_diffusers(state: State) -> State:
     if "embeddings.token_embedding.weight" in state:  # as transformers 5 saves a tower without projection
         return {f"text_model.{key}": w for key, w in state.items()}
     return state
+
+
+def control_from_diffusers(state: State) -> State:
+    """A ControlNet as diffusers has it, the Union among them -> the original names; any other state as it is."""
+    if "controlnet_cond_embedding.conv_in.weight" not in state:
+        return state
+    res_blocks, hint = unet_shape(state)[0], numbers(state, r"controlnet_cond_embedding\.blocks\.(\d+)\.")
+
+    def rename(key: str) -> str:
+        key = re.sub(r"^controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0", key)
+        key = re.sub(r"^controlnet_cond_embedding\.conv_out", f"input_hint_block.{2 * len(hint) + 2}", key)
+        place = re.match(r"controlnet_cond_embedding\.blocks\.(\d+)\.", key)
+        if place:
+            return f"input_hint_block.{2 * int(place[1]) + 2}.{key[place.end() :]}"
+        return unet_key(rename_start(key, CONTROL), res_blocks, set())
+
+    return {rename(key): w for key, w in state.items()}
+
+
+def t2i_from_diffusers(state: State) -> State:
+    """A T2I-Adapter as diffusers has it -> the original names; one that has them as it is."""
+    light = "body.0.in_conv.weight" in state and "conv_in.weight" not in state
+    per_level = len(numbers(state, r"body\.0\.resnets\.(\d+)\."))
+    if not per_level:
+        return state
+
+    def rename(key: str) -> str:
+        if light:
+            return key.replace(".resnets.", ".body.")
+        key = re.sub(r"^body\.(\d+)\.resnets\.(\d+)", lambda m: f"body.{per_level * int(m[1]) + int(m[2])}", key)
+        return re.sub(r"^body\.(\d+)\.in_conv", lambda m: f"body.{per_level * int(m[1])}.in_conv", key)
+
+    return {rename(key): w for key, w in state.items()}
 
 
 def unet_shape(keys: Collection[str]) -> tuple[int, set[int]]:

@@ -1,0 +1,9 @@
+"""Structure for a UNet: ControlNets and T2I-Adapters, and hints for them."""
+
+import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
+
+from control.controlled import Control, attentions, controlled
+from control.controlnet import HINT, ControlNet, ControlNetUnion
+from control.t2i import T2IAdapter, T2IConfig
+
+__all__ = ["HINT", "Control", "ControlNet", "ControlNetUnion", "T2IAdapter", "T2IConfig", "attentions", "controlled"]

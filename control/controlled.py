@@ -1,0 +1,110 @@
+"""A UNet that follows hints: what the nets make of them is summed and added inside it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from control.controlnet import ControlNet
+from control.t2i import T2IAdapter
+from ipadapter.attention import Prompt, number
+from unet import Added, UNet
+
+
+@dataclass(frozen=True)
+class Control:
+    """One net with its hint: how far, when and where it is followed.
+
+    Args:
+        hint: what `net.encode` made of the picture, (1 or batch, ...) each.
+        scale: what its outputs are multiplied by.
+        start, until: the net acts in step i of N where start <= i / N and (i + 1) / N <= until.
+        mask: (1, 1, H, W) in [0, 1] at any resolution, where it acts; None: everywhere.
+        guess: it acts on the prompt and not on its absence, and more weakly the finer the skip: from 0.1 at the finest
+            to 1 in the middle (arXiv 2302.05543, section 3.4; the numbers are diffusers').
+        pool: each output is its mean over the picture, on the prompt alone (ControlNets for shuffled pictures).
+    """
+
+    net: ControlNet | T2IAdapter
+    hint: Sequence[Tensor]
+    scale: float = 1.0
+    start: float = 0.0
+    until: float = 1.0
+    mask: Tensor | None = None
+    guess: bool = False
+    pool: bool = False
+
+    def acts(self, step: tuple[int, int]) -> bool:
+        i, steps = step
+        return self.scale != 0 and self.start <= i / steps and (i + 1) / steps <= self.until
+
+
+def controlled(unet: UNet, controls: Sequence[Control]) -> Callable[..., Tensor]:
+    """A UNet that follows the hints, called like one: `guided(controlled(unet, controls), ...)`.
+
+    The nets hear the text and the vector of a prompt, never its image prompts.
+    """
+    number(attentions(unet, controls))
+
+    def forward(x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: float | None = None) -> Tensor:
+        acting = [control for control in controls if control.acts(prompt.step)]
+        found = [added(control, x, t, prompt) for control in acting]
+        return unet(x, t, prompt, guidance_scale, total(found) if found else None)
+
+    forward.config = unet.config
+    return forward
+
+
+def attentions(unet: UNet, controls: Sequence[Control]) -> Iterator[nn.Module]:
+    """The cross-attentions of the UNet, in the order of an adapter's keys, and behind them those of each net.
+
+    In this order a prompt for them all is `prepared`.
+    """
+    yield from unet.cross_attentions()
+    for net in dict.fromkeys(control.net for control in controls if isinstance(control.net, ControlNet)):
+        yield from net.cross_attentions()
+
+
+def added(control: Control, x: Tensor, t: Tensor, prompt: Prompt) -> Added:
+    """What one control adds at this step, scaled and masked."""
+    x, prompt = x[:, :4], replace(prompt, images=())  # an inpainting UNet's further channels are not the net's
+    heeding = None
+    if (control.guess or control.pool) and any(prompt.absent):
+        heeding = torch.tensor(prompt.absent, device=x.device).logical_not()
+        if not heeding.any():
+            return Added()
+        x, prompt = x[heeding], of_rows(prompt, heeding)
+    found = control.net(x, t, prompt, *control.hint)
+    skips = {}
+    for i, output in found.skips.items():
+        fade = 10 ** (i / (len(found.skips) - 1) - 1) if control.guess and not control.pool else 1
+        size, output = output.shape[2:], output * (control.scale * fade)
+        output = output.mean(dim=(2, 3), keepdim=True) if control.pool else output
+        output = masked(output, control.mask, size)
+        skips[i] = output if heeding is None else output.new_zeros(len(heeding), *output.shape[1:])
+        if heeding is not None:
+            skips[i][heeding] = output
+    features = {
+        i: masked(control.scale * output, control.mask, output.shape[2:]) for i, output in found.features.items()
+    }
+    return Added(skips, features)
+
+
+def masked(output: Tensor, mask: Tensor | None, size: Sequence[int]) -> Tensor:
+    return output if mask is None else output * interpolate(mask, size=tuple(size), mode="area").to(output)
+
+
+def of_rows(prompt: Prompt, rows: Tensor) -> Prompt:
+    """Some rows of a prompt without images."""
+    text, vector = prompt.text, prompt.vector
+    text = text[rows] if isinstance(text, Tensor) else [(k[rows], v[rows]) for k, v in text]
+    return replace(prompt, text=text, vector=None if vector is None else vector[rows], absent=())
+
+
+def total(parts: Sequence[Added]) -> Added:
+    def add(maps: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+        return {i: sum(one[i] for one in maps if i in one) for i in dict.fromkeys(i for one in maps for i in one)}
+
+    return Added(add([part.skips for part in parts]), add([part.features for part in parts]))
