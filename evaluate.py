@@ -36,7 +36,8 @@ from files.whole import write_text
 from generate import Models, open_models, pictures, prompts
 from ipadapter import Prompt
 from measures import SCORES, batches, best_and_worst, open_judge, scores, shown, summary
-from training.pairs import Pair, open_pairs
+from training.data import open_pairs
+from training.pairs import Pair
 from training.recipes import TINY, check_reads_pictures, resolve_pictures
 from training.results import find_results, made_results, made_with, open_folder, readable, result_names, to_make
 from weights.diffusers import model_sha256

@@ -28,9 +28,9 @@ from tqdm import tqdm
 import cli
 from files.errors import UserError
 from generate import open_models
+from training.data import identity, open_pairs
 from training.loop import training
 from training.monitors import MONITORS
-from training.pairs import identity, open_pairs
 from training.ranks import Ranks
 from training.ready import ready
 from training.recipes import KINDS, PAPER, TINY_RUN, new_adapter, resolve_trainable, trainable_kind

@@ -29,9 +29,9 @@ from sampler import SAMPLERS, guided, noise, v_weight
 from tiny import drawings
 from tiny.measure import image_embeds, retrieval, text_embeds, thumbnail
 from training.cache import Cache
+from training.data import open_pairs
 from training.features import Encoders, Prepared
 from training.order import pair_at
-from training.pairs import open_pairs
 from training.trainer import noised
 from weights import load_image_encoder, open_base, read
 from weights.diffusers import model_sha256

@@ -17,6 +17,7 @@ from ipadapter.adapter import IPAdapter
 from ipadapter.attention import DecoupledCrossAttention, heard, number, prepared
 from ipadapter.projection import FacePlusProjection, FaceProjection, ImageProjection, PatchProjection, Resampler
 from ipadapter.prompt import ImagePrompt, Prompt
+from ipadapter.seen import Seen, watched
 
 __all__ = [
     "DecoupledCrossAttention",
@@ -28,7 +29,9 @@ __all__ = [
     "PatchProjection",
     "Prompt",
     "Resampler",
+    "Seen",
     "heard",
     "number",
     "prepared",
+    "watched",
 ]

@@ -52,7 +52,8 @@ from files.faces import read_embedding
 from files.pictures import open_picture, read_settings
 from generate.record import again
 from ipadapter import FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
-from training.pairs import BadSample, open_pairs
+from training.data import open_pairs
+from training.pairs import BadSample
 from unet import SD15, UNet
 from vae import VAE, VAEConfig
 from weights import load_adapter, load_image_encoder, load_vae, open_base, read

@@ -24,7 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip import tokenize
 from tiny import drawings
-from training.pairs import BadSample, DataError, Pairs, identity, open_pairs
+from training.captions import DataError
+from training.data import identity, open_pairs
+from training.pairs import BadSample, Pairs
 
 
 def png(shade: int) -> bytes:

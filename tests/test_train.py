@@ -29,8 +29,9 @@ from test_sample import FAST, sample
 from clip import preprocess, tokenize
 from ipadapter import Prompt
 from training.cache import Cache
+from training.data import open_pairs
 from training.features import KEYS, Encoders, Prepared
-from training.pairs import BadSample, open_pairs
+from training.pairs import BadSample
 from weights import load_adapter, load_image_encoder, open_base
 
 pytestmark = pytest.mark.slow

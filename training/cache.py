@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from files.whole import write, write_text
+from training.captions import DataError
 from training.features import KEYS, Encoders, Features, Prepared
-from training.pairs import BadSample, DataError
+from training.pairs import BadSample
 
 SHARD = 256  # pairs to a file of the cache, or fewer
 FORMAT = 2  # of the files

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from training.captions import DataError
 from training.features import Features
-from training.pairs import BadSample, DataError
+from training.pairs import BadSample
 
 
 def pair_at(seed: int, place: int, pairs: int, retry: int = 0) -> int:

@@ -13,7 +13,8 @@ from ipadapter import Prompt
 from ipadapter.objective import adapter_loss
 from sampler import SAMPLERS, add_noise, guided, noise
 from training.cache import Readable
-from training.pairs import DataError, Pairs
+from training.captions import DataError
+from training.pairs import Pairs
 from training.ready import Ready
 from training.run import Run
 from training.trainer import Trainer

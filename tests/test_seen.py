@@ -1,0 +1,183 @@
+"""Where prompts act: equal to the attention computed by hand from diffusers' modules on the same random weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from counterparts import diffusers_unet_with, randomise, rel, set_scales
+from diffusers import UNet2DConditionModel
+from diffusers.image_processor import IPAdapterMaskProcessor
+from narrow import NARROW_SD2
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ipadapter import ImageProjection, IPAdapter, Prompt, prepared, watched
+from sampler import SAMPLERS, SD, guided, numbered
+from unet import UNet, size_vector
+
+T = torch.tensor(501)
+GRID = 16, 24  # of the latents
+
+
+@contextmanager
+def asked(theirs: UNet2DConditionModel) -> Iterator[list]:
+    """What each cross-attention is asked while we are in here: the module, the positions, the prompt."""
+    found, hooks = [], []
+
+    def keep(module, given, more) -> None:
+        found.append((module, given[0] if given else more["hidden_states"], more["encoder_hidden_states"]))
+
+    for name, module in theirs.named_modules():
+        if name.endswith(".attn2"):
+            hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def by_hand(found: list, grid: tuple[int, int], masks: list[Tensor | None] = ()) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Maps of the second half of the batch, each layer's brought to the finest grid by itself; then their mean."""
+    rows: dict = {}
+    size = max((grid_of(x, grid) for _, x, _ in found), key=lambda one: one[0] * one[1])
+    for attn, x, prompt in found:
+        text, images = prompt if isinstance(prompt, tuple) else (prompt, ())
+        q, norms = attn.head_to_batch_dim(attn.to_q(x)), []
+        pairs = [(attn.to_k(text), attn.to_v(text), 1.0, None)]
+        for i, tokens in enumerate(images):
+            tokens, ip = tokens.flatten(1, 2), attn.processor
+            mask = masks[i][0] if masks else None
+            pairs.append((ip.to_k_ip[i](tokens), ip.to_v_ip[i](tokens), ip.scale[i], mask))
+        for i, (k, v, scale, mask) in enumerate(pairs):
+            weights = attn.get_attention_scores(q, attn.head_to_batch_dim(k))
+            z = scale * attn.batch_to_head_dim(weights @ attn.head_to_batch_dim(v))
+            if mask is not None:
+                z = z * IPAdapterMaskProcessor.downsample(mask, len(z), z.shape[1], z.shape[2])
+            norms.append(z.norm(dim=-1))
+            weights = weights.unflatten(0, (len(x), attn.heads)).mean(1)
+            rows.setdefault(i, []).append(placed(weights, grid_of(x, grid), size))
+        norms = torch.stack(norms, -1)
+        rows.setdefault("shares", []).append(placed(norms / norms.sum(-1, keepdim=True), grid_of(x, grid), size))
+    means = {name: torch.stack(maps).mean(0) for name, maps in rows.items()}
+    return means[0], [means[i] for i in sorted(set(means) - {0, "shares"})], means["shares"]
+
+
+def grid_of(x: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
+    shrink = round((grid[0] * grid[1] / x.shape[1]) ** 0.5)
+    return grid[0] // shrink, grid[1] // shrink
+
+
+def placed(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(2 * batch, positions, maps) -> (batch, maps, *size) of the second half."""
+    maps = maps[len(maps) // 2 :].transpose(1, 2).unflatten(2, grid)
+    return interpolate(maps, size=size, mode="bilinear")
+
+
+def equal(seen, theirs) -> None:
+    text, images, shares = theirs
+    assert len(seen) == len(text) and all(len(one.images) == len(images) for one in seen)
+    assert rel(torch.stack([one.text for one in seen]), text) <= 1e-5
+    assert rel(torch.stack([one.shares for one in seen]), shares) <= 1e-5
+    for i, image in enumerate(images):
+        assert rel(torch.stack([one.images[i] for one in seen]), image) <= 1e-5
+
+
+def test_two_adapters_masks_and_a_batch_equal_diffusers(unet, base_adapter, plus_adapter, draw):
+    """Pictures of two rows, their absence before them; left and right."""
+    x, text, embeds, features = draw(4, 4, *GRID), draw(4, 77, 64), 3 * draw(4, 1, 96), 3 * draw(4, 1, 17, 128)
+    masks = [torch.zeros(1, 1, 128, 192), torch.ones(1, 1, 128, 192)]
+    masks[0][..., :100], masks[1][..., :64] = 1.0, 0.25
+    scales = 0.7, [0.1 + 0.1 * i for i in range(16)]
+
+    def said(half: slice) -> Prompt:
+        tokens = base_adapter.image_proj(embeds[half, 0]), plus_adapter.image_proj(features[half, 0])
+        adapters = zip((base_adapter, plus_adapter), tokens, scales, masks, strict=True)
+        return Prompt(text[half], tuple(adapter.prompt(*given) for adapter, *given in adapters))
+
+    null, prompt = said(slice(0, 2)), said(slice(2, 4))
+    with watched(unet.cross_attentions(), prompt) as watch:
+        together = unet(x, T, Prompt.cat([null, prompt]))
+    seen = watch.seen()
+    assert torch.equal(together, unet(x, T, Prompt.cat([null, prompt])))
+    theirs = diffusers_unet_with(unet, base_adapter, plus_adapter)
+    set_scales(theirs, *scales)
+    with asked(theirs) as found:
+        added = {"image_embeds": [embeds, features]}
+        theirs(x, T, text, added_cond_kwargs=added, cross_attention_kwargs={"ip_adapter_masks": masks})
+    expected = by_hand(found, GRID, masks)
+    equal(seen, expected)
+    assert torch.allclose(seen[0].text.sum(0), torch.ones(GRID)) and torch.allclose(
+        seen[1].shares.sum(0), torch.ones(GRID)
+    )
+    with watched(unet.cross_attentions(), prompt) as watch:  # one after the other
+        unet(x[:2], T, null), unet(x[2:], T, prompt)
+    equal(watch.seen(), expected)
+
+
+@pytest.mark.parametrize("family", ["SD 2.x", "SDXL"])
+def test_other_topologies_equal_diffusers(family, unet_xl, draw):
+    unet = unet_xl if family == "SDXL" else randomise(UNet(NARROW_SD2), 10)
+    width = unet.config.context_dim
+    adapter = randomise(IPAdapter.for_unet(unet, ImageProjection(96, width, 4)), 20)
+    x, text, embeds = draw(2, 4, 16, 16), draw(2, 77, width), 3 * draw(2, 1, 96)
+    added, vector = {"image_embeds": [embeds]}, None
+    if family == "SDXL":
+        pooled, sizes = draw(2, 32), torch.tensor([[128, 128, 0, 0, 128, 128]] * 2)
+        added |= {"text_embeds": pooled, "time_ids": sizes}
+        vector = size_vector(pooled, 128, 128, 8)
+    halves = [slice(0, 1), slice(1, 2)]
+    null, prompt = (
+        Prompt(
+            text[half], (adapter.prompt(adapter.image_proj(embeds[half, 0])),), None if vector is None else vector[half]
+        )
+        for half in halves
+    )
+    prompt = prepared(prompt, unet.cross_attentions())
+    with watched(unet.cross_attentions(), prompt) as watch:
+        unet(x, T, Prompt.cat([prepared(null, unet.cross_attentions()), prompt]))
+    theirs = diffusers_unet_with(unet, adapter)
+    with asked(theirs) as found:
+        theirs(x, T, text, added_cond_kwargs=added)
+    equal(watch.seen(), by_hand(found, (16, 16)))
+
+
+def test_a_run_is_the_mean_of_its_steps_whatever_the_guidance(unet, base_adapter, draw):
+    text, tokens = draw(2, 77, 64), base_adapter.image_proj(3 * draw(2, 96))
+    null, prompt = (Prompt(text[i : i + 1], (base_adapter.prompt(tokens[i : i + 1]),)) for i in (0, 1))
+    row, layers = SAMPLERS["ddim"], list(unet.cross_attentions())
+    levels, noise, steps = numbered(row.levels(SD, 2)), draw(1, 4, 8, 8), []
+
+    def kept(x: Tensor, t: Tensor, asked: Prompt) -> Tensor:
+        steps.append((x[-1:], t))
+        return unet(x, t, asked)
+
+    three = {"middle": replace(null, images=prompt.images), "middle_scale": 2.0}
+    for more in ({"guidance_scale": 1.0}, {}, {"apart": True}, three, three | {"apart": True}):
+        steps.clear()
+        with watched(layers, prompt) as watch:
+            for _ in row.run(guided(kept, prompt, null, **{"guidance_scale": 7.5} | more), noise, levels):
+                pass
+        alone = []
+        for x, t in steps:  # apart each stands there more than once, which leaves the mean as it is
+            with watched(layers, prompt) as one:
+                unet(x, t, prompt)
+            alone += one.seen()
+        (seen,) = watch.seen()
+        assert rel(seen.text, torch.stack([one.text for one in alone]).mean(0)) <= 1e-5
+        assert rel(seen.shares, torch.stack([one.shares for one in alone]).mean(0)) <= 1e-5
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+def test_a_silent_image_prompt_has_no_share(unet, base_adapter, draw):
+    x, text, tokens = draw(1, 4, 8, 8), draw(1, 77, 64), base_adapter.image_proj(3 * draw(1, 96))
+    found = []
+    for images in ((base_adapter.prompt(tokens, 0.0),), ()):
+        prompt = Prompt(text, images)
+        with watched(unet.cross_attentions(), prompt) as watch:
+            unet(x, T, prompt)
+        found += watch.seen()
+    silent, bare = found
+    assert silent.shares[1].abs().max() == 0 and torch.equal(silent.shares[:1], bare.shares)
+    assert silent.images[0].shape == (4, 8, 8) and silent.images[0].abs().max() == 0 and bare.images == ()
+    assert torch.equal(bare.text, silent.text)
