@@ -48,7 +48,7 @@ class Watch:
     ) -> None:
         """A layer has computed: add what it attended to, unless it was asked for the absence of the prompt alone."""
         x, asked, grid = given
-        text, count = self.prompt.text, rows(self.prompt)
+        text, count = self.prompt.text, self.prompt.rows
         if len(x) == count and asked.text is not text:
             return
         q = layer.split(layer.to_q(x[-count:]))  # of prompts that are stacked the whole one is the last
@@ -116,10 +116,6 @@ def watched(layers: Iterable[DecoupledCrossAttention], prompt: Prompt) -> Iterat
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def rows(prompt: Prompt) -> int:
-    return len(prompt.text if isinstance(prompt.text, Tensor) else prompt.text[0][0])
 
 
 def attended(
