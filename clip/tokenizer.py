@@ -2,6 +2,8 @@
 
 import gzip
 import html
+import string
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -50,6 +52,24 @@ def decode(tokens: list[int]) -> str:
     parts, values = list(numbers), {letter: byte for byte, letter in letters.items()}
     text = "".join(parts[token] for token in tokens).replace("</w>", " ").strip()
     return b"".join(bytes([values[c]]) if c in values else c.encode() for c in text).decode("utf-8", errors="replace")
+
+
+def words(row: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """The words of a row of tokens, each with the places of its tokens: start, end, padding and punctuation left out.
+
+    A row may be of several chunks, each with its start and end.
+    """
+    parts, found, inside, whole = list(vocabulary()[0]), [], False, True
+    for place, token in enumerate(row):
+        if token in (START, END):
+            inside = token == START
+        elif inside:
+            if whole:
+                found.append([])
+            found[-1].append(place)
+            whole = token >= len(parts) or parts[token].endswith("</w>")
+    texts = [decode([row[place] for place in places]) for places in found]
+    return [(text, places) for text, places in zip(texts, found, strict=True) if text.strip(string.punctuation)]
 
 
 @cache

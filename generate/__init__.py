@@ -5,5 +5,6 @@ import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what foll
 from generate.models import Models, open_models
 from generate.picture import pictures
 from generate.prompt import prompts, scaled
+from generate.seeing import attention_sheet
 
-__all__ = ["Models", "open_models", "pictures", "prompts", "scaled"]
+__all__ = ["Models", "attention_sheet", "open_models", "pictures", "prompts", "scaled"]

@@ -1,6 +1,7 @@
 """From prompts to pictures: the one loop. Whoever calls it owns the progress bar."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from files.errors import UserError
 from files.pictures import to_pil
 from generate.models import Models
 from generate.prompt import sized
-from ipadapter import Prompt, prepared
+from ipadapter import Prompt, Seen, prepared, watched
 from sampler import SAMPLERS, Level, Predict, Sampler, guided, noise_and_generators, numbered
 from vae import VAE
 
@@ -48,6 +49,9 @@ def pictures(
     batch: int = BATCH,
     # Called after each step of each batch.
     on_step: Callable[[], object] = lambda: None,
+    # Told of each picture, before it is handed out, where the prompt acted in it (`attention_sheet` shows it). That takes
+    # time; None: nothing is computed for it.
+    on_seen: Callable[[Seen], object] | None = None,
 ) -> Iterator[Image.Image]:
     """Make pictures, each handed out as soon as it is done: seeds in turn, prompts in turn.
 
@@ -90,7 +94,10 @@ def pictures(
         predict = guided(unet, p, n, *guidance, image_alone, image_guidance_scale or 0.0)
         start, generators = noise_and_generators(some, height, width)
         start = row.start(start.to(models.device), schedule, levels[0])
-        x = denoise(row, predict, start, levels, generators, on_step)
+        with watched(unet.cross_attentions(), p) if on_seen else nullcontext() as watch:
+            x = denoise(row, predict, start, levels, generators, on_step)
+        for seen in watch.seen() if watch else ():
+            on_seen(seen)
         if number == len(parts):
             del unet, predict  # unless it is kept, before the autoencoder takes its place
         if not x.isfinite().all():

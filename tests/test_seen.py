@@ -3,20 +3,29 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from counterparts import diffusers_unet_with, randomise, rel, set_scales
 from diffusers import UNet2DConditionModel
 from diffusers.image_processor import IPAdapterMaskProcessor
 from narrow import NARROW_SD2
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from clip import tokenize
+from clip.tokenizer import encode, words
+from files.heat import heated
+from generate import attention_sheet, open_models, pictures, prompts
+from generate.seeing import SIDE
 from ipadapter import ImageProjection, IPAdapter, Prompt, prepared, watched
 from sampler import SAMPLERS, SD, guided, numbered
 from unet import UNet, size_vector
 
+ROOT = Path(__file__).parent.parent
 T = torch.tensor(501)
 GRID = 16, 24  # of the latents
 
@@ -181,3 +190,41 @@ def test_a_silent_image_prompt_has_no_share(unet, base_adapter, draw):
     assert silent.shares[1].abs().max() == 0 and torch.equal(silent.shares[:1], bare.shares)
     assert silent.images[0].shape == (4, 8, 8) and silent.images[0].abs().max() == 0 and bare.images == ()
     assert torch.equal(bare.text, silent.text)
+
+
+def test_words_have_the_places_of_all_their_tokens():
+    row = tokenize("an espressomachine, the cat's 🐱")[0].tolist()
+    found = words(row)
+    assert [word for word, _ in found] == ["an", "espressomachine", "the", "cat", "'s", "🐱"]
+    assert found[0][1] == [1] and len(found[1][1]) > 1
+    assert [row[i] for _, places in found for i in places] == [t for t in encode("an espressomachine the cat's 🐱")]
+    again = words(row + row)  # two chunks
+    assert again[:6] == found and again[6:] == [(word, [77 + i for i in places]) for word, places in found]
+    assert words(tokenize("", pad=0)[0].tolist()) == [] and words(tokenize("a b", pad=0)[0].tolist()) == [
+        ("a", [1]),
+        ("b", [2]),
+    ]
+
+
+def test_a_map_is_laid_over_the_picture_in_its_place():
+    heat = np.zeros((4, 6))
+    heat[1, 2:] = 1
+    shown = np.asarray(heated(Image.new("RGB", (120, 80), "white"), heat)).astype(int)
+    assert shown.shape == (80, 120, 3)
+    cold, hot = shown[70, 10], shown[30, 100]
+    assert hot.sum() > cold.sum() + 200
+
+
+def test_pictures_tell_what_was_seen_and_are_the_same_pictures():
+    """Of each picture in its turn; on a sheet every word and every image prompt has a place."""
+    models, seen = open_models(device="cpu"), []
+    example = ROOT / "tiny/example.png"
+    asked = prompts(models, "a red espressomachine", images=[example, example], scale=0.5)
+    plain = list(pictures(models, *asked, count=2, steps=2, width=192, batch=1))
+    watched = list(pictures(models, *asked, count=2, steps=2, width=192, batch=1, on_seen=seen.append))
+    assert [picture.tobytes() for picture in plain] == [picture.tobytes() for picture in watched]
+    assert [one.text.shape for one in seen] == [(77, 16, 24)] * 2 and not torch.equal(seen[0].text, seen[1].text)
+    page = attention_sheet(watched[0], seen[0], "a red espressomachine", [["one.png", "other.png"]])
+    # the picture, the text, the prompt and its two pictures; then three words
+    assert page.width == SIDE // 32 + 5 * (SIDE + SIDE // 32)
+    assert attention_sheet(watched[0], seen[0]).width == SIDE + 2 * (SIDE // 32)  # no text, no names
