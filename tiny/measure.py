@@ -12,6 +12,7 @@ adapter's own encoder, and flatter.
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from tqdm import tqdm
 from clip import CLIPImage, CLIPText, tokenize
 from files.pictures import save_picture, to_pil
 from files.sheets import sheet
-from ipadapter import ImagePrompt, IPAdapter, Prompt
-from sampler import SD, ddim, ddim_levels, guided, noise
+from generate.picture import denoise
+from ipadapter import IPAdapter, Prompt
+from sampler import SAMPLERS, SD, guided, noise, numbered
 from tiny import drawings, presets
 from tiny.judge import STYLES, Bench, Judge, accuracy, bench, gather
 from tiny.trainer import BASE, ENCODER, WEIGHTS
@@ -97,7 +99,8 @@ def main() -> None:
         for run in args.runs:
             scale, beside = RUNS[run]
             images, null_images = ((adapter.prompt(t, scale or 0.0),) for t in (tokens, null))
-            y = pictures(unet, vae, Prompt(words[beside], images), Prompt(empty, null_images), args)
+            asked = Prompt(words[beside], images), Prompt(empty, null_images)
+            y = pictures(unet, vae, *asked, args.steps, args.guidance_scale, f"{kind}: {run}")
             made = image_embeds(encoder, y)
             found[f"{kind}: {run}"] = {
                 "scale": scale,
@@ -176,15 +179,16 @@ def image_tokens(adapter: IPAdapter, encoder: CLIPImage, x: Tensor) -> tuple[Ten
     return tokens, adapter.null_tokens(encoder, drawings.clip_pixels(x[:1])).expand_as(tokens)
 
 
-def pictures(unet: UNet, vae: VAE, prompt: Prompt, null: Prompt, args: argparse.Namespace) -> Tensor:
+def pictures(
+    unet: UNet, vae: VAE, prompt: Prompt, null: Prompt, steps: int, guidance_scale: float, name: str = "pictures"
+) -> Tensor:
     """One picture per row of the prompt, picture j from the noise of seed j: (n, 3, 128, 128) in [-1, 1]."""
-    done = []
+    done, sampler = [], SAMPLERS["ddim"]
+    levels = numbered(sampler.levels(SD, steps))
     starts = noise(0, len(prompt.text), presets.SIZE, presets.SIZE).split(25)
     parts = zip(starts, rows(prompt, 25), rows(null, 25), strict=True)
-    for start, some, none in tqdm(parts, total=len(starts), desc="pictures"):
-        for z in ddim(guided(unet, some, none, args.guidance_scale), start, ddim_levels(SD, args.steps)):
-            pass
-        done.append(vae.decode(z))
+    for start, some, none in tqdm(parts, total=len(starts), desc=name):
+        done.append(vae.decode(denoise(sampler, guided(unet, some, none, guidance_scale), start, levels)))
     return torch.cat(done)
 
 
@@ -192,7 +196,7 @@ def rows(prompt: Prompt, size: int) -> Iterator[Prompt]:
     """Cut a prompt along the batch."""
     for i in range(0, len(prompt.text), size):
         images = tuple(
-            ImagePrompt([(k[i : i + size], v[i : i + size]) for k, v in image.key_values], image.scale)
+            replace(image, key_values=[(k[i : i + size], v[i : i + size]) for k, v in image.key_values])
             for image in prompt.images
         )
         yield Prompt(prompt.text[i : i + size], images)
