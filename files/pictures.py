@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageCms
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngInfo
@@ -258,6 +259,11 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     """pixels (batch, 3, H, W), nominally in [-1, 1], clamped -> RGB pictures."""
     pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
     return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in pixels]
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """A picture -> pixels (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def save_picture(image: Image.Image, path: Path, settings: dict | None = None) -> None:

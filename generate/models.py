@@ -152,6 +152,10 @@ def open_models(
     opened = open_base(
         files["base"], read_in(dtype, storage), device, prediction, merged, files.get("vae"), text_encoder, spacing
     )
+    if new_adapter and opened.channels != 4:
+        raise UserError(
+            f"{files['base']}: its UNet reads {opened.channels} channels; adapters are trained on those of 4"
+        )
     if not new_adapter:  # training works on batches that are large enough
         threads.suit(max(dim for dim, _ in opened.layers), device)
     kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None

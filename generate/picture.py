@@ -10,11 +10,13 @@ from torch import Tensor
 
 from files.errors import UserError
 from files.pictures import to_pil
+from generate.editing import IMAGE_GUIDANCE, Picture, beginning, canvas_of, check_reads, steps_that_run
 from generate.models import Models
 from generate.prompt import sized
 from ipadapter import Prompt, Seen, prepared, watched
-from sampler import SAMPLERS, Level, Predict, Sampler, guided, noise_and_generators, numbered
+from sampler import SAMPLERS, Level, Predict, Sampler, guided, numbered, widened
 from vae import VAE
+from weights.base import INSTRUCTED
 
 BATCH = 4  # pictures that go through the UNet together
 ROWS = 64  # of a picture that are decoded at once in little memory
@@ -42,9 +44,19 @@ def pictures(
     image_guidance_scale: float | None = None,
     # One of sampler.SAMPLERS.
     sampler: str = "ddim",
-    # Pixels, multiples of 8; None: what the base was made for.
+    # Pixels, multiples of 8; None: what the base was made for, or the size of `init` (see `Canvas.size`).
     height: int | None = None,
     width: int | None = None,
+    # A picture to begin with, a file or a picture, in the place of pure noise.
+    init: Picture | None = None,
+    # How far from `init` to go: the last int(steps * strength) steps run. None: 0.8; with a mask 1, all, from pure noise.
+    strength: float | None = None,
+    # A mask over `init`: white is made anew, black stays; grey is between, where the base is none for inpainting.
+    inpaint: Picture | None = None,
+    # Pixels to add to `init` on the left, at the top, on the right and at the bottom; they are made anew.
+    outpaint: Sequence[int] | None = None,
+    # Work on the mask's surroundings alone, with so many pixels around it, and paste them back: all else stays, bit for bit.
+    only_masked: int | None = None,
     # Pictures that go through the UNet together.
     batch: int = BATCH,
     # Called after each step of each batch.
@@ -60,7 +72,9 @@ def pictures(
     """
     if sampler not in SAMPLERS:
         raise UserError(f"`sampler`: {sampler!r} given, one of {', '.join(SAMPLERS)} is wanted")
-    height, width = height or models.side, width or models.side
+    canvas = canvas_of(init, inpaint, strength, outpaint, only_masked)
+    check_reads(models.base, canvas)
+    height, width = canvas.size(models.side, height, width) if canvas else (height or models.side, width or models.side)
     if height % 8 or width % 8:
         raise UserError(f"`height` and `width`: {height} and {width} given, multiples of 8 are wanted")
     row, schedule = SAMPLERS[sampler], models.base.schedule
@@ -69,11 +83,14 @@ def pictures(
         raise UserError(f"`steps` {steps}: 1 to {row.max_steps} with {sampler}")
     if not 0 <= guidance_rescale <= 1:
         raise UserError(f"`guidance_rescale`: {guidance_rescale} given, 0 to 1 is wanted")
-    levels = numbered(row.levels(schedule, steps))
+    levels = numbered(row.levels(schedule, steps)[-1 - steps_that_run(models.base, canvas, steps) :])
     guidance_scale = usual_guidance(models, sampler) if guidance_scale is None else max(1.0, guidance_scale)
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
-    if image_guidance_scale is not None and not all(p.images for p in prompts):
+    instructs = models.base.channels == INSTRUCTED
+    if instructs:
+        image_guidance_scale = IMAGE_GUIDANCE if image_guidance_scale is None else image_guidance_scale
+    elif image_guidance_scale is not None and not all(p.images for p in prompts):
         raise UserError("`image_guidance_scale`: there is no image prompt to follow by itself; it goes with `image`")
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
     size = 1 if models.low_memory else max(batch, *(len(p.text) for p in prompts), 1)
@@ -82,7 +99,9 @@ def pictures(
         for p, n in zip(prompts, nulls, strict=True)
         for i in range(0, len(seeds), size)
     ]
+    first = beginning(models, canvas, height, width)
     unet = models.unet(face=any(p.images for p in prompts))
+    model = unet if models.base.channels == 4 else widened(unet)
     if image_guidance_scale is not None and unet.config.guidance_dim:
         raise UserError("`image_guidance_scale`: this base is told one guidance scale, and runs one pass")
     for number, (p, n, some) in enumerate(parts, 1):
@@ -90,19 +109,21 @@ def pictures(
         if not models.low_memory:
             p, n = (prepared(one, unet.cross_attentions()) for one in (p, n))
         guidance = guidance_scale, schedule.prediction, models.low_memory, guidance_rescale
-        image_alone = None if image_guidance_scale is None else replace(n, images=p.images)
-        predict = guided(unet, p, n, *guidance, image_alone, image_guidance_scale or 0.0)
-        start, generators = noise_and_generators(some, height, width)
-        start = row.start(start.to(models.device), schedule, levels[0])
+        x, generators, run, beside = first.drawn(row, schedule, levels, some)
+        p, n = (replace(one, beside=beside) for one in (p, n))
+        half = None if image_guidance_scale is None else replace(n, images=p.images)
+        if instructs:
+            n, half = replace(n, beside=torch.zeros_like(beside)), n
+        predict = guided(model, p, n, *guidance, half, image_guidance_scale or 0.0)
         with watched(unet.cross_attentions(), p) if on_seen else nullcontext() as watch:
-            x = denoise(row, predict, start, levels, generators, on_step)
+            x = denoise(run, predict, x, levels, generators, on_step)
         for seen in watch.seen() if watch else ():
             on_seen(seen)
         if number == len(parts):
-            del unet, predict  # unless it is kept, before the autoencoder takes its place
+            del unet, model, predict  # unless it is kept, before the autoencoder takes its place
         if not x.isfinite().all():
             raise UserError(f"the UNet's prediction is not finite in {models.dtype}; try another `dtype`")
-        yield from decode(models, x)
+        yield from (canvas.finished(made) if canvas else made for made in decode(models, x))
 
 
 def usual_guidance(models: Models, sampler: str) -> float:

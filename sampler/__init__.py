@@ -2,7 +2,7 @@
 
 import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from sampler.ddim import ddim, ddim_levels
 from sampler.dpm_solver import dpmpp_2m, karras_levels
 from sampler.euler import euler, euler_ancestral, euler_levels, euler_start
-from sampler.guidance import Predict, guided
+from sampler.guidance import Predict, Steps, guided
+from sampler.inpaint import inpainted, widened
 from sampler.lcm import lcm, lcm_levels
 from sampler.noise import noise, noise_and_generators
 from sampler.schedule import SD, Level, Schedule, add_noise, numbered, v_weight
@@ -21,6 +22,8 @@ from sampler.unipc import unipc, unipc_levels
 
 class Run(Protocol):
     """Denoise x step by step, yielding the latents after each step (the last ones are the result).
+
+    Who sends others in their place (`Generator.send`) has it go on from those, as `inpainted` does.
 
     Args:
         predict: what the model believes, predict(x, level) -> (eps, x_0), as `guided` makes it.
@@ -36,7 +39,7 @@ class Run(Protocol):
         x: Tensor,
         levels: Sequence[Level],
         generators: Sequence[torch.Generator] | None = None,
-    ) -> Iterator[Tensor]: ...
+    ) -> Steps: ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ __all__ = [
     "Run",
     "Sampler",
     "Schedule",
+    "Steps",
     "add_noise",
     "ddim",
     "ddim_levels",
@@ -90,10 +94,12 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "guided",
+    "inpainted",
     "lcm",
     "noise",
     "noise_and_generators",
     "numbered",
     "unipc",
     "v_weight",
+    "widened",
 ]

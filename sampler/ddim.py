@@ -1,13 +1,13 @@
 """DDIM (arXiv 2010.02502, equation 12)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sampler.guidance import Predict
+from sampler.guidance import Predict, Steps
 from sampler.noise import noise_like
 from sampler.schedule import STEPS, Level, Schedule, timesteps
 
@@ -19,7 +19,7 @@ def ddim(
     levels: Sequence[Level],
     generators: Sequence[torch.Generator] | None = None,
     eta: float = 0.0,
-) -> Iterator[Tensor]:
+) -> Steps:
     """Denoise x step by step, yielding the latents after each step (the last ones are the result).
 
     Args:
@@ -36,7 +36,8 @@ def ddim(
         x = alpha_prev**0.5 * x_0 + (1 - alpha_prev - sigma**2) ** 0.5 * eps
         if sigma:
             x = x + sigma * noise_like(x, generators)
-        yield x
+        taken = yield x
+        x = x if taken is None else taken
 
 
 def ddim_levels(schedule: Schedule, steps: int) -> list[Level]:

@@ -1,13 +1,13 @@
 """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) on the noise levels of Karras et al. (arXiv 2206.00364)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sampler.guidance import Predict
+from sampler.guidance import Predict, Steps
 from sampler.schedule import INFINITY, STEPS, Level, Schedule, unit
 
 RHO = 7  # how much shorter the steps get where there is little noise
@@ -26,7 +26,7 @@ def toward(x: Tensor, x_0: Tensor, h: float) -> Tensor:
 @torch.no_grad()
 def dpmpp_2m(
     predict: Predict, x: Tensor, levels: Sequence[Level], generators: Sequence[torch.Generator] | None = None
-) -> Iterator[Tensor]:
+) -> Steps:
     """Steps of second order out of the last two predictions of x_0; the first step is of first order, as is one to sigma 0.
 
     Args as for any sampler; deterministic.
@@ -38,7 +38,8 @@ def dpmpp_2m(
         h_before, h = h, step_size(level, after)
         second_order = x_0_before is not None and after.sigma
         x = toward(x, x_0 + h / (2 * h_before) * (x_0 - x_0_before) if second_order else x_0, h)
-        yield unit(x, after.sigma)
+        taken = yield unit(x, after.sigma)
+        x = x if taken is None else taken / after.alpha**0.5
 
 
 def karras_levels(schedule: Schedule, steps: int) -> list[Level]:

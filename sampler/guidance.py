@@ -1,6 +1,6 @@
 """What the model believes of a noisy latent, under classifier-free guidance (arXiv 2207.12598)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +12,9 @@ from sampler.schedule import Level, check
 
 # x (batch, 4, h, w) of unit variance, at a noise level -> (eps, x_0), the noise in x and the picture, like x in fp32
 Predict = Callable[[Tensor, Level], tuple[Tensor, Tensor]]
+Steps = Generator[
+    Tensor, Tensor | None, None
+]  # the latents after each step; what is sent in their place is gone on from
 
 
 def guided(

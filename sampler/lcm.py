@@ -1,12 +1,12 @@
 """Sampling a latent consistency model (arXiv 2310.04378), or a base with an LCM-LoRA (arXiv 2311.05556)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sampler.guidance import Predict
+from sampler.guidance import Predict, Steps
 from sampler.noise import noise_like
 from sampler.schedule import STEPS, Level, Schedule
 
@@ -17,7 +17,7 @@ SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10
 @torch.no_grad()
 def lcm(
     predict: Predict, x: Tensor, levels: Sequence[Level], generators: Sequence[torch.Generator] | None = None
-) -> Iterator[Tensor]:
+) -> Steps:
     """Leap to x_0, noise it again to the next timestep, leap again (arXiv 2303.01469, algorithm 1).
 
     Two to eight steps are usual, at a guidance scale of 1 to 2. Args as for any sampler; new noise after each step that
@@ -29,8 +29,9 @@ def lcm(
         variance = (TIMESTEP_SCALING * level.t) ** 2 + SIGMA_DATA**2
         x = SIGMA_DATA**2 / variance * x + TIMESTEP_SCALING * level.t / variance**0.5 * x_0
         if after.sigma:
-            x = after.alpha**0.5 * x + (1 - after.alpha) ** 0.5 * noise_like(x, generators)
-        yield x
+            x = after.noised(x, noise_like(x, generators))
+        taken = yield x
+        x = x if taken is None else taken
 
 
 def lcm_levels(schedule: Schedule, steps: int) -> list[Level]:

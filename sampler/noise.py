@@ -13,8 +13,13 @@ def noise(seed: int, count: int, height: int, width: int) -> Tensor:
 
 def noise_and_generators(seeds: Sequence[int], height: int, width: int) -> tuple[Tensor, list[torch.Generator]]:
     """Noise of each seed, (seeds, 4, height/8, width/8), and its generator: a sampler draws on where this stopped."""
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    generators = seeded(seeds)
     return torch.cat([torch.randn((1, 4, height // 8, width // 8), generator=g) for g in generators]), generators
+
+
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A generator for each, on the CPU, whose numbers are the same everywhere."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def noise_like(x: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:

@@ -33,6 +33,10 @@ class Level:
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", 1 / (1 + self.sigma**2))
 
+    def noised(self, x_0: Tensor, noise: Tensor) -> Tensor:
+        """A picture's latents at this noise level."""
+        return self.alpha**0.5 * x_0 + (1 - self.alpha) ** 0.5 * noise
+
 
 def check(name: str, found: str | None, allowed: tuple[str | None, ...]) -> None:
     if found not in allowed:

@@ -4,14 +4,14 @@ Of second order, predicting x_0, with B(h) = e^h - 1 ("bh2"): the defaults elsew
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sampler.dpm_solver import step_size, toward
-from sampler.guidance import Predict
+from sampler.guidance import Predict, Steps
 from sampler.schedule import INFINITY, STEPS, Level, Schedule, timesteps, unit
 
 
@@ -30,7 +30,7 @@ def corrector_weights(h_before: float, h: float) -> tuple[float, float]:
 @torch.no_grad()
 def unipc(
     predict: Predict, x: Tensor, levels: Sequence[Level], generators: Sequence[torch.Generator] | None = None
-) -> Iterator[Tensor]:
+) -> Steps:
     """Predict the next x out of the last two x_0 (UniP-2); when its x_0 is known, take that step again (UniC-2).
 
     The first step is of first order, as is one to sigma 0; nothing corrects the last. Args as for any sampler; deterministic.
@@ -48,7 +48,8 @@ def unipc(
             x = toward(start, corrected, h)
         start, h_before, h = x, h, step_size(level, after)
         x = toward(x, x_0 + h / (2 * h_before) * change if i > 0 and after.sigma else x_0, h)
-        yield unit(x, after.sigma)
+        taken = yield unit(x, after.sigma)
+        x = x if taken is None else taken / after.alpha**0.5
 
 
 def unipc_levels(schedule: Schedule, steps: int) -> list[Level]:

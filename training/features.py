@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clip import CLIPImage, CLIPText, preprocess, tokenize
+from files.pictures import from_pil
 from ipadapter.adapter import image_features, null_features
 from training.pairs import BadSample, Pair, Pairs
 from vae import VAE
@@ -72,7 +73,7 @@ def to_square(image: Image.Image, side: int) -> Tensor:
     width, height = (max(side, int(side * length / short)) for length in image.size)
     left, top = round((width - side) / 2), round((height - side) / 2)
     image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return from_pil(image)[0]
 
 
 class Encoders:

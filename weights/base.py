@@ -27,7 +27,8 @@ from weights.settings import MARKS, heed_vae, schedule_of, sd2_predicts_noise
 
 AUTOENCODER = "first_stage_model."
 # Models that take so many channels.
-CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an instruction-editing", 9: "an inpainting"}
+CHANNELS = {5: "a depth", 7: "an upscaling"}
+INSTRUCTED, INPAINTS = 8, 9  # channels: beside the latent that of the picture to change; a mask, and what stays
 EMBEDDED = (
     8.5  # the usual guidance scale of a UNet that is told it (diffusers, pipeline_latent_consistency_text2img.py)
 )
@@ -55,6 +56,7 @@ class Base:
     device: torch.device | str
     sinusoids: int = 0  # that stand for each size of a picture in `Prompt.vector`: 256 in SDXL, none elsewhere
     loras: Sequence[tuple[LoRA, float]] = ()  # merged into each part as it is built, each with its weight
+    channels: int = 4  # that its UNet reads: of the latent, and of what stands beside it
     guidance_scale: float | None = None  # where none is asked for: 1, off, for a distilled model; None: the sampler's
     vae_file: Path | None = None  # where the autoencoder is, if not in `path`
     text_files: tuple[Path, ...] = ()  # where the text towers are, if not in `path`
@@ -153,6 +155,7 @@ def open_base(
         device,
         sinusoids=(vector_dim - texts[-1].config.projection) // 6 if vector_dim else 0,
         loras=loras,
+        channels=unet.config.in_channels,
         guidance_scale=EMBEDDED if unet.config.guidance_dim else 1.0 if turbo else None,
         vae_file=vae,
         text_files=text_encoder,
@@ -216,9 +219,11 @@ def text_width(state: State) -> int:
 def check_whole(path: str | Path, found: dict[str, Part], kind: Family) -> None:
     """Refuse a UNet that is made for something else, and a checkpoint without one of its parts."""
     first = found["UNet"].state.get("input_blocks.0.0.weight")
-    if first is not None and first.ndim == 4 and (channels := first.shape[1]) != 4:
+    if first is not None and first.ndim == 4 and (channels := first.shape[1]) not in (4, INSTRUCTED, INPAINTS):
         what = f" ({CHANNELS[channels]} model)" if channels in CHANNELS else ""
-        raise WeightsError(f"{path}: its UNet takes {channels} channels{what}, 4 are wanted")
+        raise WeightsError(
+            f"{path}: its UNet takes {channels} channels{what}; 4 are wanted, or 9 (inpainting) or 8 (instruct-pix2pix)"
+        )
     missing = {name: part.prefix for name, part in found.items() if not part.state}
     if missing:
         parts = " and ".join(f"the {name} ({prefix}*)" for name, prefix in missing.items())

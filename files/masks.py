@@ -1,0 +1,52 @@
+"""Masks: grey pictures that say where, from black, nowhere, to white."""
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, ImageChops
+
+from files.pictures import PictureError, open_picture, opened
+
+COLOURED = 16  # of 255, by which channels differ at most in a grey picture: JPEG rounds them apart
+
+
+def open_mask(source: str | Path | BinaryIO) -> Image.Image:
+    """Open a mask in 8-bit grey, of any kind that `open_picture` reads.
+
+    Args:
+        source: a file, or bytes that can be read twice (`io.BytesIO`).
+
+    Raises:
+        PictureError: as in `open_picture`; a picture that has colours, or says by its transparency where it holds.
+    """
+    seen = open_picture(source)
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            clear = see_through(opened(file))
+    else:
+        clear = see_through(opened(source))
+    return grey(seen, str(getattr(source, "name", source)), clear)
+
+
+def grey(image: Image.Image, name: str = "the mask", clear: bool | None = None) -> Image.Image:
+    """A picture that is grey, as such: mode L.
+
+    Args:
+        name: what errors call it.
+        clear: whether it has an alpha channel that says something; None: as `image` has it.
+
+    Raises:
+        PictureError: it is no mask, see `open_mask`.
+    """
+    wanted = "a mask is grey, white where it holds and black elsewhere"
+    if see_through(image) if clear is None else clear:
+        raise PictureError(f"{name}: has a transparent part (an alpha channel); {wanted}")
+    red, *others = image.convert("RGB").split()
+    if any(ImageChops.difference(red, other).getextrema()[1] > COLOURED for other in others):
+        raise PictureError(f"{name}: has colours; {wanted}")
+    return image.convert("L")
+
+
+def see_through(image: Image.Image) -> bool:
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
