@@ -93,6 +93,7 @@ def diffusers_unet(unet: UNet) -> UNet2DConditionModel:
         attention_head_dim=c.heads or [width // c.head_dim for width in c.channels],  # it means the number of heads
         use_linear_projection=c.linear_proj,
         sample_size=16,
+        in_channels=c.in_channels,
         **added,
     )
     state = convert_ldm_unet_checkpoint(prefixed("model.diffusion_model.", unet), theirs.config)
@@ -308,25 +309,7 @@ def our_picture(
     twin: Twin, order: Order, adapter: IPAdapter | None = None, encoder: CLIPImage | None = None
 ) -> tuple[Tensor, np.ndarray]:
     """Latents, and pixels 0..255, by the line that everybody calls."""
-    encode, unet, vae = twin.parts
-    held = {"adapter": adapter, "image encoder": encoder, "text encoder": encode, "vae": vae}
-    models = Models(
-        files={"adapter": Path("adapter"), "image_encoder": Path("encoder")}
-        if encoder
-        else {"adapter": Path("adapter")},
-        base=twin.base,
-        loras=(),
-        adapter_kind=adapter,
-        faceid_v2=order.structure_scale is not None,
-        bundled=False,
-        side=order.height,
-        dtype=torch.float32,
-        storage=None,
-        low_memory=False,
-        device=torch.device("cpu"),
-        keep=True,
-        held=held | {"unet": unet, "unet for a face": unet},
-    )
+    models, unet = opened(twin, adapter, encoder, order.height, order.structure_scale is not None), twin.parts[1]
     faces, scale = ([order.faces] if order.faces is not None else []), order.scale if adapter else None
     pair = prompts(models, order.prompt, order.negative_prompt, order.pictures, scale, faces, order.structure_scale)
     take_out, latents = adapter.merge(unet) if adapter else lambda: None, []
@@ -335,6 +318,35 @@ def our_picture(
         (picture,) = pictures(models, *pair, order.seed, steps=order.steps, **size)
     take_out()
     return latents[0], np.asarray(picture)
+
+
+def opened(
+    twin: Twin,
+    adapter: IPAdapter | None = None,
+    encoder: CLIPImage | None = None,
+    side: int = 64,
+    faceid_v2: bool = False,
+) -> Models:
+    """A base of a twin and an adapter, as `open_models` gives them."""
+    encode, unet, vae = twin.parts
+    held = {"adapter": adapter, "image encoder": encoder, "text encoder": encode, "vae": vae}
+    return Models(
+        files={"adapter": Path("adapter"), "image_encoder": Path("encoder")}
+        if encoder
+        else {"adapter": Path("adapter")},
+        base=twin.base,
+        loras=(),
+        adapter_kind=adapter,
+        faceid_v2=faceid_v2,
+        bundled=False,
+        side=side,
+        dtype=torch.float32,
+        storage=None,
+        low_memory=False,
+        device=torch.device("cpu"),
+        keep=True,
+        held=held | {"unet": unet, "unet for a face": unet},
+    )
 
 
 @torch.no_grad()

@@ -620,7 +620,7 @@ def unclip(state: State) -> None:
     state["noise_augmentor.data_mean"] = torch.ones(1, 4)
 
 
-def inpainting(state: State, channels: int = 9) -> None:
+def reading(state: State, channels: int) -> None:
     weight = state[f"{UNET}input_blocks.0.0.weight"]
     state[f"{UNET}input_blocks.0.0.weight"] = torch.ones(len(weight), channels, 3, 3)
 
@@ -628,10 +628,7 @@ def inpainting(state: State, channels: int = 9) -> None:
 REFUSED = {
     "SDXL refiner": ("sdxl", refiner, WANTED + "SDXL refiner checkpoint"),
     "SD 2.x unCLIP": ("sd2", unclip, WANTED + "SD 2.x unCLIP checkpoint"),
-    "SD 1.x inpainting": ("sd1", inpainting, "its UNet takes 9 channels (an inpainting model), 4 are wanted"),
-    "SD 2.x inpainting": ("sd2", inpainting, "its UNet takes 9 channels (an inpainting model), 4 are wanted"),
-    "SDXL inpainting": ("sdxl", inpainting, "its UNet takes 9 channels (an inpainting model), 4 are wanted"),
-    "SD 1.x for depth": ("sd1", lambda state: inpainting(state, 5), "its UNet takes 5 channels (a depth model), 4 are"),
+    "SD 1.x for depth": ("sd1", lambda state: reading(state, 5), "its UNet takes 5 channels (a depth model); 4 are"),
     "SD 1.x without its autoencoder": (
         *("sd1", without("first_stage_model.")),
         "the autoencoder (first_stage_model.*) is missing; a whole SD 1.x checkpoint has: UNet, autoencoder, text tower; "
@@ -674,6 +671,14 @@ def test_what_is_no_base_is_refused_by_name(request, case, tmp_path):
     name, change, message = REFUSED[case]
     twin: Twin = request.getfixturevalue(name)
     assert refused(rewritten(twin, tmp_path / "x.safetensors", change)).startswith(message)
+
+
+@pytest.mark.parametrize("base", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("channels", [8, 9])
+def test_a_base_for_editing_is_told_from_its_tensors(request, base, channels, tmp_path):
+    path = rewritten(request.getfixturevalue(base), tmp_path / "x.safetensors", lambda state: reading(state, channels))
+    found = open_base(path)
+    assert found.channels == channels and found.family is request.getfixturevalue(base).base.family
 
 
 def test_a_text_tower_of_another_width_is_refused(sd2, tmp_path):

@@ -493,10 +493,10 @@ def test_checkpoint_without_one_of_its_parts_is_refused(tmp_path, base_state, pa
     assert "a base model is wanted" in message if part.startswith("model.") else f"({part}" in message
 
 
-def test_inpainting_checkpoint_is_refused(tmp_path, base_state):
+def test_checkpoint_whose_unet_reads_a_depth_is_refused(tmp_path, base_state):
     path = tmp_path / "x.safetensors"
-    save_file(base_state | {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}, path)
-    assert "takes 9 channels (an inpainting model), 4 are wanted" in refused(path, lambda: open_base(path))
+    save_file(base_state | {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 5, 3, 3)}, path)
+    assert "takes 5 channels (a depth model); 4 are wanted" in refused(path, lambda: open_base(path))
 
 
 def test_autoencoder_of_16_channels_is_refused(tmp_path):
