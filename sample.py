@@ -31,7 +31,7 @@ from files.faces import read_embedding
 from files.outputs import reserved
 from files.pictures import save_picture
 from files.sheets import sheet
-from generate import open_models, pictures, prompts, scaled
+from generate import attention_sheet, open_models, pictures, prompts, scaled
 from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
@@ -64,7 +64,7 @@ def main() -> None:
     for name in args.face_embedding:
         read_embedding(name)
     total = len(args.scale) * args.num_images
-    with reserved(args.output, total, args.grid, args.overwrite, args.image) as names:
+    with reserved(args.output, total, args.grid, args.overwrite, args.image, args.attention) as names:
         models = open_models(
             base=args.base,
             adapter=args.adapter,
@@ -90,6 +90,7 @@ def main() -> None:
         texts, faces = (args.prompt, args.negative_prompt), (args.face_embedding, args.structure_scale)
         prompt, null = prompts(models, *texts, images, args.scale[0] if brought else None, *faces)
         batches = -(-args.num_images // (1 if args.low_memory else BATCH))
+        seen, said = [], [[Path(name).name for name in args.image or args.face_embedding]] if brought else []
         with cli.steps(args.steps * batches * len(args.scale), "denoising") as step:
             made = pictures(
                 models,
@@ -104,11 +105,16 @@ def main() -> None:
                 image_guidance_scale=args.image_guidance_scale,
                 **size,
                 on_step=step,
+                on_seen=seen.append if args.attention else None,
             )
             done = []
             for name, picture in zip(names, made, strict=False):  # behind the pictures' names stands the sheet's
                 scale, seed = args.scale[len(done) // args.num_images], args.seed + len(done) % args.num_images
-                save_picture(picture, name, record(models, hashes, **how, scale=scale, seed=seed))
+                settings = record(models, hashes, **how, scale=scale, seed=seed)
+                save_picture(picture, name, settings)
+                if args.attention:
+                    page = attention_sheet(picture, seen[len(done)], args.prompt, said)
+                    save_picture(page, names[total + len(done)], settings)
                 done.append(picture)
         if args.grid:
             titles = [f"scale {scale:g}" for scale in args.scale] if brought else [args.prompt]
@@ -184,6 +190,8 @@ def parse() -> argparse.Namespace:
     kinds = "a .png, .jpg or .webp, or a folder (default: %(default)s)"
     add("--output", type=cli.path, default=Path("outputs"), help=kinds)
     add("--overwrite", action="store_true", help="replace pictures that are there already")
+    looked = "also write a sheet for each picture: where each image prompt acts, where each word attends; slower"
+    add("--attention", action="store_true", help=looked)
     add("--grid", action="store_true", help="also write a sheet: prompts beside results, a column per scale")
     cli.machine(where)
     stored = "keep large weights in it, and bring each up to --dtype when it is used"

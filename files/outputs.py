@@ -19,7 +19,12 @@ class Taken(UserError):
 
 @contextmanager
 def reserved(
-    output: Path, count: int = 1, grid: bool = False, overwrite: bool = False, inputs: Sequence[str | Path] = ()
+    output: Path,
+    count: int = 1,
+    grid: bool = False,
+    overwrite: bool = False,
+    inputs: Sequence[str | Path] = (),
+    attention: bool = False,
 ) -> Iterator[list[Path]]:
     """Names for the pictures of a run, made as empty files at its start; those never written to are removed at its end.
 
@@ -35,6 +40,7 @@ def reserved(
         grid: one more name at the end of the list, cat_grid.png.
         overwrite: an existing file may be replaced, once its successor is whole.
         inputs: files that are never replaced.
+        attention: as many names more, behind the pictures' own: cat_attention.png, cat_0_attention.png, ...
 
     Raises:
         UserError: a name that exists, that the file system does not take, or that ends as no picture we write.
@@ -51,9 +57,9 @@ def reserved(
         with tempfile.TemporaryFile(dir=folder):
             pass
         if named:
-            made = take(names := spread(output, count, grid), overwrite, inputs)
+            made = take(names := spread(output, count, grid, attention), overwrite, inputs)
         else:
-            made = names = take_number(folder, count, grid)
+            made = names = take_number(folder, count, grid, attention)
     except OSError as error:
         raise UserError(f"`output` {output}: cannot write there ({error.strerror})") from None
     try:
@@ -62,15 +68,16 @@ def reserved(
         release(made)
 
 
-def spread(first: Path, count: int, grid: bool) -> list[Path]:
+def spread(first: Path, count: int, grid: bool, attention: bool = False) -> list[Path]:
     names = [first.with_stem(f"{first.stem}_{i}") for i in range(count)] if count > 1 else [first]
+    names += [name.with_stem(f"{name.stem}_attention") for name in names] * attention
     return names + [first.with_stem(f"{first.stem}_grid")] * grid
 
 
-def take_number(folder: Path, count: int, grid: bool) -> list[Path]:
+def take_number(folder: Path, count: int, grid: bool, attention: bool = False) -> list[Path]:
     """The names under the first number that is free, and higher than all that were used."""
     for number in itertools.count(max(used(folder), default=-1) + 1):
-        names = spread(folder / f"{number:05d}.png", count, grid)
+        names = spread(folder / f"{number:05d}.png", count, grid, attention)
         with suppress(Taken):
             made = take(names)
             if used(folder).count(number) == len(names):

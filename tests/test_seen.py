@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.image_processor import IPAdapterMaskProcessor
 from narrow import NARROW_SD2
 from PIL import Image
+from test_sample import FAST, pixels, sample
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -228,3 +229,14 @@ def test_pictures_tell_what_was_seen_and_are_the_same_pictures():
     # the picture, the text, the prompt and its two pictures; then three words
     assert page.width == SIDE // 32 + 5 * (SIDE + SIDE // 32)
     assert attention_sheet(watched[0], seen[0]).width == SIDE + 2 * (SIDE // 32)  # no text, no names
+
+
+def test_at_the_command_line_a_sheet_lies_beside_each_picture(tmp_path):
+    flags = ["--image", ROOT / "tiny/example.png", "--prompt", "red apple", "--num-images", 2, *FAST]
+    result = sample(*flags, "--attention", "--grid", "--output", tmp_path / "x.png")
+    assert result.returncode == 0, result.stderr
+    made = ["x_0.png", "x_1.png", "x_0_attention.png", "x_1_attention.png", "x_grid.png"]
+    assert [Path(line).name for line in result.stdout.split()] == made
+    assert sample(*flags, "--output", tmp_path / "y.png").returncode == 0
+    assert (pixels(tmp_path / "x_1.png") == pixels(tmp_path / "y_1.png")).all()
+    assert Image.open(tmp_path / "x_1_attention.png").width > 3 * SIDE
