@@ -300,6 +300,13 @@ def weighted(given: str) -> tuple[str, float]:
     return found
 
 
+def called(given: str) -> tuple[str, str | None]:
+    """`FILE`, or one with a name behind a colon."""
+    file, colon, name = given.rpartition(":")
+    alone = not colon or os.path.exists(os.path.expanduser(given)) or not os.path.exists(os.path.expanduser(file))
+    return (os.path.expanduser(given), None) if alone else (os.path.expanduser(file), name)
+
+
 def side(text: str) -> int:
     """A height or width: a multiple of 8."""
     value = whole(8, MAX_SIDE)(text)

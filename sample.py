@@ -35,6 +35,7 @@ from generate import attention_sheet, open_models, pictures, prompts, scaled
 from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
+from generate.syntax import SYNTAXES, parts
 from sampler import SAMPLERS
 from weights.hub import table
 from weights.storage import STORAGES
@@ -54,6 +55,9 @@ RECORDED = (
     "steps",
     "guidance_rescale",
     "image_guidance_scale",
+    "prompt_syntax",
+    "long_prompt",
+    "clip_skip",
 )
 
 
@@ -72,6 +76,7 @@ def main() -> None:
             vae=args.vae,
             text_encoder=args.text_encoder,
             loras=args.lora,
+            embeddings=args.embedding,
             image=bool(brought),
             faceid_v2=args.faceid_v2,
             prediction=args.prediction,
@@ -88,7 +93,8 @@ def main() -> None:
         guidance = usual_guidance(models, args.sampler) if args.guidance_scale is None else args.guidance_scale
         how = {name: vars(args)[name] for name in RECORDED} | {"guidance_scale": guidance} | size
         texts, faces = (args.prompt, args.negative_prompt), (args.face_embedding, args.structure_scale)
-        prompt, null = prompts(models, *texts, images, args.scale[0] if brought else None, *faces)
+        reading = {name: vars(args)[name] for name in ("prompt_syntax", "long_prompt", "clip_skip")}
+        prompt, null = prompts(models, *texts, images, args.scale[0] if brought else None, *faces, **reading)
         batches = -(-args.num_images // (1 if args.low_memory else BATCH))
         seen, said = [], [[Path(name).name for name in args.image or args.face_embedding]] if brought else []
         with cli.steps(args.steps * batches * len(args.scale), "denoising") as step:
@@ -143,6 +149,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--image", nargs="+", default=[], metavar="FILE", help="image prompt; several prompt together; - is a pipe")
     add("--prompt", type=cli.text, default="", help="text prompt")
+    ways = "how words are weighed: (red:1.2) as in A1111 or ComfyUI (default: %(default)s, brackets are text)"
+    add("--prompt-syntax", choices=SYNTAXES, default="plain", help=ways)
+    long = "read prompts beyond 75 tokens in chunks, instead of cutting them; a1111 and comfy always do"
+    add("--long-prompt", action="store_true", help=long)
+    skip = "leave out so many of the text tower's last layers, as diffusers counts; A1111 counts one more (default: 0)"
+    add("--clip-skip", type=cli.whole(0), default=0, metavar="N", help=skip)
     add("--negative-prompt", type=cli.text, default="", help="what the picture should not be")
     weight = "weight of the image prompt; several: one picture for each (default: 1.0, with text 0.6)"
     add("--scale", nargs="+", type=cli.number(), metavar="S", help=weight)
@@ -174,6 +186,8 @@ def parse() -> argparse.Namespace:
     add("--text-encoder", nargs="+", type=cli.path, default=[], metavar="FILE", help=towers)
     merged = "LoRAs for the base, each with a weight (default: 1)"
     add("--lora", nargs="+", type=cli.weighted, default=[], metavar="FILE[:W]", help=merged)
+    words = "textual inversions; a prompt calls each by its name (default: the file's, or what it says)"
+    add("--embedding", nargs="+", type=cli.called, default=[], metavar="FILE[:NAME]", help=words)
     visited = "which timesteps are visited (default: as the base's file tells, or as the sampler is used to)"
     add("--spacing", choices=("leading", "trailing", "linspace"), help=visited)
     add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: as the base's file tells)")
@@ -213,6 +227,8 @@ def parse() -> argparse.Namespace:
         raise UserError("--image or --prompt is wanted: what should the picture show?")
     if args.scale and not prompted:
         raise UserError("--scale is the weight of an image prompt: it goes with --image")
+    for name in ("prompt", "negative_prompt"):  # before anything is opened
+        parts(getattr(args, name), args.prompt_syntax, name)
     args.scale = args.scale or [default_scale(args.prompt)]
     sampler = SAMPLERS[args.sampler]
     args.steps = args.steps or sampler.steps

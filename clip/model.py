@@ -69,11 +69,22 @@ class CLIPText(nn.Module):
         """tokens (batch, 77) -> (batch, 77, width): last hidden states, behind the final LayerNorm."""
         return self.last(self.penultimate(tokens))
 
-    def penultimate(self, tokens: Tensor) -> Tensor:
+    def penultimate(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor:
         """tokens (batch, 77) -> (batch, 77, width): the output of the last layer but one, without a LayerNorm."""
-        table = self.text_model["embeddings"]
-        x = table["token_embedding"](tokens) + table["position_embedding"].weight[: tokens.shape[1]]
-        for layer in self.text_model["encoder"]["layers"][:-1]:
+        return self.hidden(tokens, 1, vectors)
+
+    def hidden(self, tokens: Tensor, skip: int, vectors: Tensor | None = None) -> Tensor:
+        """tokens (batch, 77) -> (batch, 77, width): the output of the last layer but `skip`, without a LayerNorm.
+
+        Args:
+            vectors: (n, width), what the tokens -1, -2, ..., -n stand for (textual inversion, arXiv 2208.01618).
+        """
+        table, layers = self.text_model["embeddings"], self.text_model["encoder"]["layers"]
+        x = table["token_embedding"](tokens.clamp(min=0) if vectors is not None else tokens)
+        if vectors is not None:
+            x[tokens < 0] = vectors.to(x)[-1 - tokens[tokens < 0]]
+        x = x + table["position_embedding"].weight[: tokens.shape[1]]
+        for layer in layers[: len(layers) - skip]:
             x = layer(x, causal=True)
         return x
 

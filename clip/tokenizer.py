@@ -14,6 +14,7 @@ from torch import Tensor
 
 START, END = 49406, 49407
 CONTEXT = 77
+CHUNK = CONTEXT - 2  # tokens between start and end
 
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -23,13 +24,13 @@ def tokenize(texts: str | list[str], pad: int = END) -> Tensor:
 
     SD 1.x pads with end-of-text; the OpenCLIP towers of SD 2.x and SDXL pad with 0.
     """
-    rows = [encode(text)[: CONTEXT - 2] for text in ([texts] if isinstance(texts, str) else texts)]
-    return torch.tensor([[START, *row, END] + [pad] * (CONTEXT - 2 - len(row)) for row in rows])
+    rows = [encode(text)[:CHUNK] for text in ([texts] if isinstance(texts, str) else texts)]
+    return torch.tensor([[START, *row, END] + [pad] * (CHUNK - len(row)) for row in rows])
 
 
 def cut(text: str) -> str:
     """The end of the text that does not fit into 75 tokens, or ''."""
-    rest = encode(text)[CONTEXT - 2 :]
+    rest = encode(text)[CHUNK:]
     return decode(rest) if rest else ""
 
 

@@ -39,12 +39,13 @@ STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
+PARAMETERS = "torch.nn.modules.container.ParameterDict"
 SCRIPT = "__torch__."  # where TorchScript has its classes
 INERT = re.compile(
     r"torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)|"
     r"torch\._tensor\._rebuild_from_type_v2|torch\.(Size|device|Tensor|nn\.parameter\.Parameter)|"
     r"torch\.serialization\._get_layout|__torch__\..+|torch\.jit\._pickle\.\w+|"
-    r"(builtins|__builtin__)\.(set|complex|bytearray)|_codecs\.encode|collections\.Counter|"
+    r"torch\.nn\.modules\.container\.ParameterDict|(builtins|__builtin__)\.(set|complex|bytearray)|_codecs\.encode|collections\.Counter|"
     # NumPy's numbers, as trainers note them: the best loss, the learning rate.
     r"numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+DType)|"
     # A key in the first Stable Diffusion checkpoints.
@@ -233,7 +234,7 @@ def model_of(content: object) -> object:
 
 
 def named(content: object) -> Iterator[tuple[str, Inert]]:
-    """The tensors in nested dictionaries or TorchScript's modules, each under its dotted name."""
+    """The tensors in nested dictionaries or TorchScript's modules, each under its dotted name; of a list by their places."""
     todo, count = [("", content, 0)], 0
     while todo:
         name, value, depth = todo.pop()
@@ -242,6 +243,10 @@ def named(content: object) -> Iterator[tuple[str, Inert]]:
             raise damaged("it has no end")
         if isinstance(value, Inert) and value.name.startswith(SCRIPT):
             value = value.state
+        if isinstance(value, Inert) and value.name == PARAMETERS and isinstance(value.state, Mapping):
+            value = value.state.get("_parameters")
+        if isinstance(value, list) and not name:
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
             inner = [(f"{name}.{key}" if name else str(key), item, depth + 1) for key, item in value.items()]
             todo += reversed(inner)

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from files.colours import deep, inks, levels_of, srgb, to_rgb
-from files.errors import Notice, UserError
+from files.errors import Notice, UserError, untrusted
 from files.whole import whole
 
 # Those that are read: not EPS, for which Pillow runs a program, nor what it knows by name alone (HDF5, MPEG, ...).
@@ -309,6 +309,19 @@ def read_settings(path: str | Path) -> dict | None:
             return settings_in(file)
     except OSError as error:
         raise PictureError(f"{path}: cannot be read ({error.strerror or 'not a PNG, JPEG or WebP picture'})") from None
+
+
+def text_in(path: Path, key: str) -> str | None:
+    """A text that a PNG holds, by its key; None if it has none.
+
+    Raises:
+        PictureError: missing, damaged, or no PNG.
+    """
+    with (
+        untrusted(PictureError, f"{path}: not a PNG picture that can be read"),
+        Image.open(path, formats=["PNG"]) as image,
+    ):
+        return image.text.get(key)
 
 
 def settings_in(file: BinaryIO) -> dict | None:

@@ -15,6 +15,7 @@ from unet import UNet
 from vae import VAE
 from weights import Base, check_fit, load_adapter, load_image_encoder, open_base
 from weights.hub import cached, fetch
+from weights.inversion import Embedding, check_embeddings, read_embeddings
 from weights.lora import LoRA, read_lora
 from weights.presets import PRESETS, Preset, check_together, find, resolve
 from weights.storage import STORAGES, store
@@ -40,6 +41,7 @@ class Models:
     low_memory: bool  # one picture and one half of the guidance at a time, decoded in strips
     device: torch.device
     keep: bool
+    embeddings: tuple[Embedding, ...] = ()  # textual inversions, which prompts call by name
     held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     def adapter(self) -> IPAdapter:
@@ -106,6 +108,8 @@ def open_models(
     vae: Named | None = None,
     # LoRAs for the base, each alone or with its weight.
     loras: Sequence[Named | tuple[Named, float]] = (),
+    # Textual inversions, files, each alone or with the name that is to call it.
+    embeddings: Sequence[str | Path | tuple[str | Path, str | None]] = (),
     # Text towers for a base that has none, files or folders.
     text_encoder: Sequence[str | Path] = (),
     # Whether there will be image prompts; without any, no adapter and no image encoder is wanted.
@@ -143,6 +147,8 @@ def open_models(
     pairs = [(*lora, 1.0)[:2] if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
     wanted = [(find("lora", str(name)), weight) for name, weight in pairs]
     ready = {found: read_lora(found) for found, _ in wanted if isinstance(found, Path)}  # before anything is fetched
+    named = [one if isinstance(one, tuple) else (one, None) for one in embeddings]
+    inversions = tuple(embedding for one in named for embedding in read_embeddings(*one))
     found = resolve({role: name and str(name) for role, name in given.items()}, image, new_adapter, faces_alone)
     for lora, _ in wanted:
         check_together({"base": found["base"], "lora": lora})
@@ -156,6 +162,7 @@ def open_models(
         raise UserError(
             f"{files['base']}: its UNet reads {opened.channels} channels; adapters are trained on those of 4"
         )
+    check_embeddings(inversions, [text.width for text in opened.texts])
     if not new_adapter:  # training works on batches that are large enough
         threads.suit(max(dim for dim, _ in opened.layers), device)
     kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
@@ -180,6 +187,7 @@ def open_models(
         low_memory=low_memory,
         device=device,
         keep=keep,
+        embeddings=inversions,
     )
 
 

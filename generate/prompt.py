@@ -1,7 +1,5 @@
 """What a picture should show: texts and image prompts, as all that the UNet reads of them."""
 
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +9,15 @@ from PIL import Image
 from torch import Tensor
 
 from clip import preprocess
-from clip.tokenizer import cut
-from files.errors import Notice, UserError
+from files.errors import UserError
 from files.faces import find_faces, read_embedding
 from files.pictures import open_picture
 from generate.models import Models
+from generate.text import encoded
 from ipadapter import IPAdapter, Prompt
 from unet import size_vector
 
 Picture = str | Path | Image.Image
-# What other tools would read as more than text: weights, chunks, LoRAs, embeddings.
-MARKS = re.compile(r"\([^()]*:\d[\d.]*\)|\bBREAK\b|<(?:lora|lyco|hypernet):[^>]*>|\bembedding:\S+")
 
 
 @torch.no_grad()
@@ -40,22 +36,20 @@ def prompts(
     faces: Sequence[str | Path | Tensor] = (),
     # How far FaceID-plus version 2 follows the picture of the face, beside the embedding; None: 1.
     structure_scale: float | None = None,
+    # How weights are written in the texts: "plain" (not at all), "a1111" or "comfy".
+    prompt_syntax: str = "plain",
+    # Longer texts than 75 tokens in chunks, instead of cut; in the other syntaxes they always are.
+    long_prompt: bool = False,
+    # How many of the last layers of the text towers are left out, as diffusers counts.
+    clip_skip: int = 0,
 ) -> tuple[Prompt, Prompt]:
     """The prompt and its absence, for `pictures`.
 
     Raises:
         UserError: a picture or embedding that cannot be used, or that the adapter does not read.
     """
-    encode, pair = models.text_encoder(), []
-    for name, given in (("prompt", text), ("negative_prompt", negative)):
-        if marks := MARKS.findall(given):
-            told = f"`{name}`: {', '.join(marks)}: taken as plain text; LoRAs are given by `lora`"
-            warnings.warn(Notice(told), stacklevel=2)
-        if rest := cut(given):
-            warnings.warn(Notice(f"`{name}` is longer than 75 tokens; cut off: {rest!r}"), stacklevel=2)
-        features, pooled = encode(given) if name == "prompt" else encode.null(given)
-        pair.append(sized(Prompt(features, vector=pooled), models, models.side, models.side, pooled))
-    del encode  # unless it is kept, before the image encoder takes its place
+    texts = encoded(models, text, negative, prompt_syntax, long_prompt, clip_skip)
+    pair = [sized(Prompt(x, vector=pooled), models, models.side, models.side, pooled) for x, pooled in texts]
     if images or faces:
         if models.adapter_kind is None:
             raise UserError("`image`: no adapter was opened, which an image prompt wants")

@@ -31,6 +31,7 @@ class Hashes:
     def __init__(self, models: Models, brought: Sequence[str | Path] = (), known: Mapping[str, str] | None = None):
         self.known = dict(known or {})
         files = [*models.files.values(), *models.base.text_files, *brought, *(lora.path for lora, _ in models.loras)]
+        files += [embedding.path for embedding in models.embeddings]
         self.found: dict[Path, Future] = {Path(path): Future() for path in files if str(path) not in self.known}
         Thread(target=self.work, daemon=True).start()  # a daemon: nobody waits for it when the run ends early
 
@@ -50,6 +51,8 @@ def record(models: Models, hashes: Hashes, **settings: object) -> dict:
     """All that makes a picture again: the settings, what each file was, its hash."""
     if models.faceid_v2 and settings.get("structure_scale") is None:
         settings["structure_scale"] = 1.0
+    words = " ".join(f"{settings.get('prompt')} {settings.get('negative_prompt')}".replace("\\", "").lower().split())
+    inversions = [(one.path, next((n for n in one.names if n.lower() in words), None)) for one in models.embeddings]
     return {
         **{role: public(models.files[role]) if role in models.files else None for role in ROLES},
         **settings,
@@ -59,6 +62,7 @@ def record(models: Models, hashes: Hashes, **settings: object) -> dict:
         "text_encoder": [public(path) for path in models.base.text_files],
         "faceid_v2": models.faceid_v2,
         "lora": [[public(lora.path), weight] for lora, weight in models.loras],
+        "embedding": [[public(path), name] for path, name in inversions if name],  # the others change nothing
         "dtype": str(models.dtype).removeprefix("torch."),
         "storage": models.storage,
         "low_memory": models.low_memory,
@@ -104,6 +108,9 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
     arguments |= {
         "image_guidance_scale": settings.get("image_guidance_scale"),
         "guidance_rescale": settings.get("guidance_rescale") or 0.0,
+        "prompt_syntax": settings.get("prompt_syntax") or "plain",
+        "long_prompt": bool(settings.get("long_prompt")),
+        "clip_skip": settings.get("clip_skip") or 0,
     }
     scale = settings["scale"]
     arguments |= {"seed": settings["seed"], "dtype_name": settings.get("dtype")}
@@ -114,6 +121,8 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
         arguments |= {name: [found(path) for path in settings.get(name, ())]} if name not in given else {}
     if "lora" not in given:
         arguments["lora"] = [(found(path), weight) for path, weight in settings.get("lora", ())]
+    if "embedding" not in given:
+        arguments["embedding"] = [(found(path), called) for path, called in settings.get("embedding", ())]
     if arguments.get("image") or arguments.get("face_embedding"):
         arguments["scale"] = scale if isinstance(scale, list) else [scale]
     return arguments
@@ -129,15 +138,19 @@ def sound(settings: dict) -> bool:
         return [settings.get(name) for name in names]
 
     hashes, scale = settings.get("sha256"), settings.get("scale")
-    lists = {name: settings.get(name, []) for name in ("image", "face_embedding", "text_encoder", "lora")}
+    lists = {name: settings.get(name, []) for name in ("image", "face_embedding", "text_encoder", "lora", "embedding")}
     if not (are(dict, hashes) and are(list, *lists.values()) and {"base", "seed"} <= settings.keys()):
         return False
-    loras = lists.pop("lora")
+    loras, embeddings = lists.pop("lora"), lists.pop("embedding")
     names = [name for paths in lists.values() for name in paths]
     return (
-        are(str | None, *hashes.values(), *of(*ROLES, "sampler", "prediction", "spacing", "storage", "dtype"))
+        are(
+            str | None,
+            *hashes.values(),
+            *of(*ROLES, "sampler", "prediction", "spacing", "storage", "dtype", "prompt_syntax"),
+        )
         and are(str, *names, *of("prompt", "negative_prompt"))
-        and are(int | None, *of("seed", "steps", "height", "width"))
+        and are(int | None, *of("seed", "steps", "height", "width", "clip_skip"))
         and are(
             float | int | None, *of("guidance_scale", "structure_scale", "guidance_rescale", "image_guidance_scale")
         )
@@ -145,6 +158,7 @@ def sound(settings: dict) -> bool:
         and all(
             are(list, pair) and len(pair) == 2 and are(str, pair[0]) and are(float | int, pair[1]) for pair in loras
         )
+        and all(are(list, pair) and len(pair) == 2 and are(str, *pair) for pair in embeddings)
     )
 
 

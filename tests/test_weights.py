@@ -449,7 +449,7 @@ WRONG = [  # loader, file, what the message says was found
     ("base", "diffusers ControlNet", "this is a ControlNet"),
     ("base", "image encoder", "this is a CLIP image encoder of width 128"),
     ("base", "text tower", "this is a CLIP text tower"),
-    ("base", "embedding", "this is a textual-inversion embedding (it has emb_params)"),
+    ("base", "embedding", "this is a textual-inversion embedding, which `embedding` opens (it has emb_params)"),
     ("vae", "adapter", "an autoencoder is wanted here; this is an IP-Adapter"),
     ("vae", "diffusers VAE", "the key 'post_quant_conv.weight' is missing; the file is an autoencoder"),
     ("vae", "image encoder", "this is a CLIP image encoder"),

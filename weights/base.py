@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clip import CLIPText, TextEncoder, TwoTowerEncoder
+from clip import CLIPText, CLIPTextConfig, TextEncoder, TwoTowerEncoder
 from clip.tokenizer import CONTEXT, END
 from files.tensors import State, WeightsError, read
 from sampler import Schedule
@@ -60,6 +60,7 @@ class Base:
     guidance_scale: float | None = None  # where none is asked for: 1, off, for a distilled model; None: the sampler's
     vae_file: Path | None = None  # where the autoencoder is, if not in `path`
     text_files: tuple[Path, ...] = ()  # where the text towers are, if not in `path`
+    texts: tuple[CLIPTextConfig, ...] = ()  # of the text towers
 
     @property
     def side(self) -> int:
@@ -159,6 +160,7 @@ def open_base(
         guidance_scale=EMBEDDED if unet.config.guidance_dim else 1.0 if turbo else None,
         vae_file=vae,
         text_files=text_encoder,
+        texts=tuple(text.config for text in texts),
     )
 
 

@@ -6,6 +6,8 @@ from files.tensors import State
 from weights.diffusers_names import from_diffusers
 from weights.families import of_width
 
+UNKNOWN = "something unknown"
+INVERSION = "a textual-inversion embedding"
 UNET = "model.diffusion_model."  # where a whole checkpoint has its UNet
 
 
@@ -15,7 +17,7 @@ def what_is(state: State) -> str:
         for key in state:
             if re.search(parts, key):
                 return f"{phrase(state) if callable(phrase) else phrase} (it has {key})"
-    return f"something unknown (its first keys: {', '.join(list(state)[:3])})"
+    return f"{UNKNOWN} (its first keys: {', '.join(list(state)[:3])})"
 
 
 def clip_is(state: State) -> str:
@@ -49,7 +51,10 @@ OTHERS = {  # no UNets, or UNets that read something else than CLIP's texts
     "Stable Video Diffusion": r"time_stack\.|temporal_transformer_blocks\.",
 }
 SMALL = (  # what is trained beside a base model, and is no adapter of ours
-    ("a textual-inversion embedding", r"^(emb_params$|string_to_param\.|clip_[lg]$|<[^>]*>$)"),
+    (
+        f"{INVERSION}, which `embedding` opens",
+        r"^(\d+\.)?(emb_params$|string_to_param\.|clip_[lg]$|text_encoders_[01]$|<[^>]*>$)",
+    ),
     ("the state of an optimizer, not a model", r"^(optimizer\.)?(state\.\d+\.(exp_avg|step)|exp_avg)"),
     ("a PuLID adapter", r"^(pulid_|id_adapter)"),
     ("an IP-Adapter for a transformer, which is not supported", r"^blocks\.\d+\..*_ip\."),

@@ -73,7 +73,7 @@ def read_lora(path: str | Path) -> LoRA:
         if key := next((key for key in state if re.search(mark, key)), None):
             raise WeightsError(f"{path}: {kind} is not supported ({key}); LoRA, LoCon, LoHa, LoKr and DoRA are")
     if bundled := sorted({match[1] for key in state if (match := BUNDLED.match(key))}):
-        told = f"{path}: its textual inversions ({', '.join(bundled)}) are left aside; the LoRA is used"
+        told = f"{path}: its textual inversions ({', '.join(bundled)}) are left aside, `embedding` opens them; the LoRA is used"
         warnings.warn(Notice(told), stacklevel=2)
         state = {key: w for key, w in state.items() if not BUNDLED.match(key)}
     found: dict[tuple[str, str], State] = {}
