@@ -11,12 +11,13 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from benchmarks import reference
 from benchmarks.reference import FULL, NARROW, Files, Sizes
 from clip import CLIPImage, CLIPText, preprocess, tokenize
 from files.pictures import open_picture, to_pil
+from generate import open_models, pictures, prompts
 from generate.picture import denoise
 from ipadapter import ImagePrompt, IPAdapter, Prompt
 from sampler import SAMPLERS, guided, noise
@@ -152,6 +154,44 @@ def against_diffusers(files: Files) -> Iterator[Row]:
         ).images[0]
         yield Row(f"run, {name}: latents", distance(x, latents[-1]), LATENTS)
         yield Row(f"run, {name}: pixels", steps_apart(to_pil(vae.decode(x))[0], found), PIXELS)
+    del vae, unet, text_tower
+    yield from edited(theirs, files)
+
+
+def edited(theirs: nn.Module, files: Files) -> Iterator[Row]:
+    """Whole runs that begin with a picture, each with the adapter that is attached; at last as a base for inpainting."""
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+
+    models = open_models(files.base, files.plus, files.image_encoder, device="cpu", dtype="float32")
+    seen = open_picture(files.picture)
+    init, mask = seen.resize((SIDE, SIDE)), Image.new("L", (SIDE, SIDE))
+    mask.paste(255, (0, SIDE // 8, SIDE // 2, SIDE))
+    pair = prompts(models, TEXT, NEGATIVE, [seen], 0.8)
+    to_image = (StableDiffusionImg2ImgPipeline, {"init": init, "strength": 0.8}, {"image": init, "strength": 0.8})
+    paint = {"image": init, "mask_image": mask, "height": SIDE, "width": SIDE}
+    for name, (kind, ours, other) in {
+        "image to image": to_image,
+        "inpainting": (StableDiffusionInpaintPipeline, {"init": init, "inpaint": mask}, paint),
+        "inpainting, 9 channels": (StableDiffusionInpaintPipeline, {"init": init, "inpaint": mask}, paint),
+    }.items():
+        if name.endswith("9 channels"):
+            conv = nn.Conv2d(9, theirs.unet.config.block_out_channels[0], 3, padding=1)
+            models.unet().input_blocks[0][0] = theirs.unet.conv_in = conv.requires_grad_(False)
+            theirs.unet.register_to_config(in_channels=9, encoder_hid_dim_type="ip_image_proj")
+            models = replace(models, base=replace(models.base, channels=9))
+        (picture,) = pictures(models, *pair, SEED, steps=STEPS, guidance_scale=GUIDANCE, **ours)
+        whole = kind.from_pipe(theirs)
+        whole.set_progress_bar_config(disable=True)
+        found = whole(
+            TEXT,
+            negative_prompt=NEGATIVE,
+            ip_adapter_image=seen,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(SEED),
+            **other,
+        ).images[0]
+        yield Row(f"run, {name}, plus: pixels", steps_apart(picture, found), PIXELS)
 
 
 def clip_towers(theirs: nn.Module, text_tower: CLIPText, encoder: CLIPImage, files: Files) -> Iterator[Row]:

@@ -16,6 +16,7 @@ from files.errors import Notice, UserError
 from files.masks import grey, open_mask
 from files.pictures import from_pil, open_picture, to_pil
 from generate.models import Models
+from ipadapter import Prompt
 from sampler import Level, Sampler, Schedule, inpainted
 from sampler.noise import noise_like, seeded
 from weights.base import INPAINTS, INSTRUCTED, Base
@@ -68,6 +69,19 @@ class Canvas:
     def box(self, height: int, width: int) -> Box:
         """The part that is worked on, in a size of this aspect."""
         return (0, 0, *self.picture.size) if self.padding is None else around(self.mask, self.padding, height, width)
+
+    def framed(self, prompt: Prompt, height: int, width: int) -> Prompt:
+        """A prompt whose masks speak of the whole picture, for the part that is worked on."""
+        if self.padding is None:
+            return prompt
+        left, top, right, bottom = self.box(height, width)
+
+        def cut(mask: Tensor) -> Tensor:
+            whole = interpolate(mask.float(), size=(self.picture.height, self.picture.width), mode="bilinear")
+            return whole[:, :, top:bottom, left:right]
+
+        images = (image if image.mask is None else replace(image, mask=cut(image.mask)) for image in prompt.images)
+        return replace(prompt, images=tuple(images))
 
     def finished(self, made: Image.Image) -> Image.Image:
         """What was made; if that is a part alone, the whole picture, of which no bit changes outside of the mask."""
@@ -166,7 +180,7 @@ def eights(pixels: float) -> int:
 
 
 def tell(line: str) -> None:
-    warnings.warn(Notice(line), stacklevel=4)
+    warnings.warn(Notice(line), stacklevel=2)
 
 
 def steps_that_run(base: Base, canvas: Canvas | None, steps: int) -> int:

@@ -99,6 +99,8 @@ def pictures(
         for p, n in zip(prompts, nulls, strict=True)
         for i in range(0, len(seeds), size)
     ]
+    if canvas:
+        parts = [(*(canvas.framed(one, height, width) for one in pair), some) for *pair, some in parts]
     first = beginning(models, canvas, height, width)
     unet = models.unet(face=any(p.images for p in prompts))
     model = unet if models.base.channels == 4 else widened(unet)

@@ -42,14 +42,17 @@ from test_sampler import LEADING, config, eps, predicted
 
 from files.errors import UserError
 from files.masks import open_mask
+from files.pictures import from_pil
 from generate import open_models, pictures, prompts
 from generate.editing import Canvas, around, canvas_of, posterior, steps_that_run
 from generate.picture import decode
+from ipadapter import Prompt
 from sampler import SAMPLERS, SD, inpainted
 from unet import UNet
 from weights import load_adapter, open_base
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy
 TEXT, SEED, STEPS = "a red fox in the snow, 35mm", 7, 5
 SCHEDULERS = {
     "ddim": (DDIMScheduler, {}),
@@ -295,6 +298,18 @@ def test_working_on_the_mask_alone_equals_diffusers(sd1_9):
     kept = np.asarray(where) == 0
     assert found[1].shape == (133, 203, 3) and np.array_equal(found[1][kept], np.asarray(large)[kept])
     assert not np.array_equal(found[1][~kept], np.asarray(large)[~kept])
+
+
+def test_an_image_prompts_mask_speaks_of_the_whole_picture(sd1, base_adapter, draw):
+    """Of which only a part is worked on."""
+    where = Image.new("L", (96, 64))
+    where.paste(255, (64, 0, 96, 32))
+    said = base_adapter.prompt(draw(1, 4, 64), mask=from_pil(photo())[:, :1])
+    canvas = canvas_of(photo(), where, only_masked=0)
+    found = canvas.framed(Prompt(draw(1, 77, 64), (said, replace(said, mask=None))), 64, 64)
+    assert torch.equal(found.images[0].mask, said.mask[:, :, :32, 64:]) and found.images[1].mask is None
+    whole = canvas_of(photo(), where).framed(Prompt(draw(1, 77, 64), (said,)), 64, 64)
+    assert whole.images[0].mask is said.mask
 
 
 @pytest.mark.parametrize("box", [(0, 0, 30, 30), (90, 40, 130, 80), (170, 2, 203, 133), (0, 50, 203, 60), (4, 4, 9, 5)])
