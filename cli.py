@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import torch
 from PIL import Image
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import start
 from files.errors import Notice, UserError
-from files.pictures import open_picture, read_picture
+from files.pictures import open_picture
 from generate.models import DTYPES, default_device
 
 MAX_SIDE = 16384  # pixels
@@ -193,15 +193,15 @@ def steps(total: int, what: str) -> Iterator[Callable[[], None]]:
 PIPED: dict[str, str] = {}  # of pictures that came out of a pipe: their names here, their SHA-256
 
 
-def picture(name: str) -> Image.Image:
-    """A picture that was brought: a file, `-` or another pipe. Raises PictureError."""
+def picture(name: str, read: Callable[[str | Path | BinaryIO], Image.Image] = open_picture) -> Image.Image:
+    """A picture that was brought: a file, `-` or another pipe; `read` may be `open_mask`. Raises PictureError."""
     source = Path(os.path.expanduser(name))
     if name == "-" or (source.exists() and not source.is_file() and not source.is_dir()):
         content = sys.stdin.buffer.read() if name == "-" else source.read_bytes()
         PIPED[name] = hashlib.sha256(content).hexdigest()
-        found = read_picture(io.BytesIO(content), "standard input" if name == "-" else name, mend=True)
-    else:
-        found = open_picture(name if "://" in name else source)
+        source = io.BytesIO(content)
+        source.name = "standard input" if name == "-" else name
+    found = read(name if "://" in name else source)
     found.filename = name
     return found
 

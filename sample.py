@@ -26,12 +26,15 @@ from pathlib import Path
 from PIL import Image
 
 import cli
+import flags
 from files.errors import UserError
 from files.faces import read_embedding
+from files.masks import open_mask
 from files.outputs import reserved
 from files.pictures import save_picture
 from files.sheets import sheet
 from generate import attention_sheet, open_models, pictures, prompts, scaled
+from generate.editing import canvas_of, size_of, steps_that_run
 from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
@@ -58,17 +61,30 @@ RECORDED = (
     "prompt_syntax",
     "long_prompt",
     "clip_skip",
+    "init",
+    "inpaint",
+    "strength",
+    "outpaint",
+    "only_masked",
 )
 
 
 def main() -> None:
     args = parse()
     images = [cli.picture(name) for name in args.image]  # before anything slow
+    begin = {name: getattr(args, name) for name in ("strength", "outpaint", "only_masked")}
+    begin |= {
+        "init": args.init and cli.picture(args.init),
+        "inpaint": args.inpaint and cli.picture(args.inpaint, open_mask),
+    }
+    if (canvas := canvas_of(**begin)) and args.strength is not None:
+        canvas.count(args.steps)
+    drawn_on = [name for name in (args.init, args.inpaint) if name]
     brought = args.image + args.face_embedding
     for name in args.face_embedding:
         read_embedding(name)
     total = len(args.scale) * args.num_images
-    with reserved(args.output, total, args.grid, args.overwrite, args.image, args.attention) as names:
+    with reserved(args.output, total, args.grid, args.overwrite, args.image + drawn_on, args.attention) as names:
         models = open_models(
             base=args.base,
             adapter=args.adapter,
@@ -88,8 +104,9 @@ def main() -> None:
             keep=False,
             tell=lambda line: print(line, file=sys.stderr),
         )
-        began, hashes = time.time(), Hashes(models, brought, cli.PIPED)
-        size = {"height": args.height or models.side, "width": args.width or models.side}
+        began, hashes = time.time(), Hashes(models, brought + drawn_on, cli.PIPED)
+        size = dict(zip(("height", "width"), size_of(canvas, models.side, args.height, args.width), strict=True))
+        run = steps_that_run(models.base, canvas, args.steps)
         guidance = usual_guidance(models, args.sampler) if args.guidance_scale is None else args.guidance_scale
         how = {name: vars(args)[name] for name in RECORDED} | {"guidance_scale": guidance} | size
         texts, faces = (args.prompt, args.negative_prompt), (args.face_embedding, args.structure_scale)
@@ -97,7 +114,7 @@ def main() -> None:
         prompt, null = prompts(models, *texts, images, args.scale[0] if brought else None, *faces, **reading)
         batches = -(-args.num_images // (1 if args.low_memory else BATCH))
         seen, said = [], [[Path(name).name for name in args.image or args.face_embedding]] if brought else []
-        with cli.steps(args.steps * batches * len(args.scale), "denoising") as step:
+        with cli.steps(run * batches * len(args.scale), "denoising") as step:
             made = pictures(
                 models,
                 [scaled(prompt, scale) for scale in args.scale],
@@ -110,6 +127,7 @@ def main() -> None:
                 guidance_rescale=args.guidance_rescale,
                 image_guidance_scale=args.image_guidance_scale,
                 **size,
+                **begin,
                 on_step=step,
                 on_seen=seen.append if args.attention else None,
             )
@@ -127,9 +145,10 @@ def main() -> None:
             page = grid(done, args.num_images, titles, images, min(size["width"], 256))
             save_picture(page, names[-1], record(models, hashes, **how, scale=args.scale, seed=args.seed))
     scales = ", ".join(f"{scale:g}" for scale in args.scale)
-    parts = [f"image prompt {', '.join(brought)} (scale {scales})"] if brought else []
+    parts = [f"picture {args.init}"] if args.init else []
+    parts += [f"image prompt {', '.join(brought)} (scale {scales})"] if brought else []
     parts += [f"text {args.prompt!r}"] if args.prompt else []
-    how = f"{args.steps} steps of {args.sampler}, seed {args.seed}, {time.time() - began:.1f} s"
+    how = f"{args.steps if run == args.steps else f'the last {run} of {args.steps}'} steps of {args.sampler}, seed {args.seed}, {time.time() - began:.1f} s"
     print(f"{' and '.join(parts)}: {how}", file=sys.stderr)
     print(*names, sep="\n")
     if models.bundled and args.image == [str(EXAMPLE)]:
@@ -174,10 +193,15 @@ def parse() -> argparse.Namespace:
     seeds = "picture j is made from the noise of seed + j; -1: a random one, printed (default: %(default)s)"
     add("--seed", type=cli.seed(2**63 - 1), default=0, help=seeds)
     add("--num-images", type=cli.whole(1), default=1, metavar="N", help="pictures to make (default: %(default)s)")
-    add("--height", type=cli.side, help="pixels, a multiple of 8 (default: what the base was made for)")
+    add(
+        "--height",
+        type=cli.side,
+        help="pixels, a multiple of 8 (default: what the base was made for, or that of --init)",
+    )
     add("--width", type=cli.side, help="pixels, a multiple of 8 (default: what the base was made for)")
     add("--again", type=cli.path, metavar="PICTURE", help="make this picture again, but for the flags that differ")
 
+    flags.editing(parser)
     files = parser.add_argument_group("models, each a file or a published name")
     files.add_argument("--list", action="store_true", help="print all names, and what of them is already here")
     cli.models(files)
@@ -220,10 +244,10 @@ def parse() -> argparse.Namespace:
     if args.again:  # what is not said anew is as it was
         parser.set_defaults(**again(args.again, parser.given()))
         args = parser.parse_args()
-    if not any((args.image, args.face_embedding, args.prompt, args.base)):
+    if not any((args.image, args.face_embedding, args.prompt, args.base, args.init)):
         args.image = [str(EXAMPLE)]
     prompted = bool(args.image or args.face_embedding)
-    if not prompted and not args.prompt:
+    if not prompted and not args.prompt and not args.init:
         raise UserError("--image or --prompt is wanted: what should the picture show?")
     if args.scale and not prompted:
         raise UserError("--scale is the weight of an image prompt: it goes with --image")
@@ -239,7 +263,7 @@ def parse() -> argparse.Namespace:
         cli.warn(f"guidance is off at --guidance-scale {guidance:g}: 1 and less follow the prompt as trained")
     if args.guidance_rescale > 1:
         raise UserError(f"--guidance-rescale {args.guidance_rescale:g}: 0 to 1")
-    if args.image_guidance_scale is not None and not prompted:
+    if args.image_guidance_scale is not None and not prompted and not args.init:
         raise UserError("--image-guidance-scale is how far to follow an image prompt: it goes with --image")
     if args.guidance_rescale and guidance <= 1 and args.image_guidance_scale is None:
         cli.warn(f"--guidance-rescale has no effect at --guidance-scale {guidance:g}")

@@ -38,37 +38,20 @@ class Canvas:
     strength: float | None = None  # share of the steps that run; None: what is usual
     padding: int | None = None  # work on the part around the mask alone, so many pixels more, and paste it back
 
-    def size(self, side: int, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width in which to work, multiples of 8.
-
-        Args:
-            side: of a picture that the base was made for.
-            height, width: as asked for. One alone brings the other by the picture's aspect. None: the picture's own, or,
-                where that is too large or only a part is worked on, its aspect in the area that the base was made for.
-        """
-        across, down = self.picture.size
-        if height and width:
-            off = min(abs(height * across / down - width), abs(width * down / across - height))
-            if off >= 8 and self.padding is None:
-                tell(
-                    f"`init` is {across}x{down} pixels, of another aspect than {width}x{height}, to which it is brought"
-                )
-        elif height or width:
-            height, width = height or eights(width * down / across), width or eights(height * across / down)
-        elif self.padding is None and across * down <= LARGE * side**2:
-            height, width = max(8, down // 8 * 8), max(8, across // 8 * 8)
-        else:
-            by = side / math.sqrt(across * down)
-            height, width = eights(by * down), eights(by * across)
-            if self.padding is None:
-                tell(
-                    f"`init` is {across}x{down} pixels, brought to {width}x{height}: `height` and `width` can say more"
-                )
-        return height, width
-
     def box(self, height: int, width: int) -> Box:
         """The part that is worked on, in a size of this aspect."""
         return (0, 0, *self.picture.size) if self.padding is None else around(self.mask, self.padding, height, width)
+
+    def count(self, steps: int) -> int:
+        """How many of so many steps run, the last ones: the less, the nearer the result is to the picture.
+
+        Raises:
+            UserError: none.
+        """
+        strength = self.strength if self.strength is not None else STRENGTH if self.mask is None else 1.0
+        if not (count := min(int(steps * strength), steps)):
+            raise UserError(f"`strength` {strength:g}: leaves none of {steps} `steps`; more of either is wanted")
+        return count
 
     def framed(self, prompt: Prompt, height: int, width: int) -> Prompt:
         """A prompt whose masks speak of the whole picture, for the part that is worked on."""
@@ -133,6 +116,33 @@ def canvas_of(
     return Canvas(picture, mask, strength, only_masked)
 
 
+def size_of(canvas: Canvas | None, side: int, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """Height and width in which to work, multiples of 8 but for what is asked for.
+
+    Args:
+        side: of a picture that the base was made for.
+        height, width: as asked for. One alone brings the other by the picture's aspect. None: the picture's own, or,
+            where that is too large or only a part is worked on, its aspect in the area that the base was made for.
+    """
+    if canvas is None:
+        return height or side, width or side
+    across, down = canvas.picture.size
+    if height and width:
+        off = min(abs(height * across / down - width), abs(width * down / across - height))
+        if off >= 8 and canvas.padding is None:
+            tell(f"`init` is {across}x{down} pixels, of another aspect than {width}x{height}, to which it is brought")
+    elif height or width:
+        height, width = height or eights(width * down / across), width or eights(height * across / down)
+    elif canvas.padding is None and across * down <= LARGE * side**2:
+        height, width = max(8, down // 8 * 8), max(8, across // 8 * 8)
+    else:
+        by = side / math.sqrt(across * down)
+        height, width = eights(by * down), eights(by * across)
+        if canvas.padding is None:
+            tell(f"`init` is {across}x{down} pixels, brought to {width}x{height}: `height` and `width` can say more")
+    return height, width
+
+
 def enlarged(picture: Image.Image, mask: Image.Image | None, by: Sequence[int]) -> tuple[Image.Image, Image.Image]:
     """A picture with so many pixels more on the left, at the top, on the right and at the bottom, and where these are.
 
@@ -184,17 +194,8 @@ def tell(line: str) -> None:
 
 
 def steps_that_run(base: Base, canvas: Canvas | None, steps: int) -> int:
-    """How many of so many steps run, the last ones: the less, the nearer the result is to the picture.
-
-    Raises:
-        UserError: none.
-    """
-    if canvas is None or base.channels == INSTRUCTED:
-        return steps
-    strength = canvas.strength if canvas.strength is not None else STRENGTH if canvas.mask is None else 1.0
-    if not (count := min(int(steps * strength), steps)):
-        raise UserError(f"`strength` {strength:g}: leaves none of {steps} `steps`; more of either is wanted")
-    return count
+    """As `Canvas.count`; an instruction-editing base always begins with noise. Raises UserError."""
+    return steps if canvas is None or base.channels == INSTRUCTED else canvas.count(steps)
 
 
 def check_reads(base: Base, canvas: Canvas | None) -> None:

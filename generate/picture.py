@@ -10,7 +10,7 @@ from torch import Tensor
 
 from files.errors import UserError
 from files.pictures import to_pil
-from generate.editing import IMAGE_GUIDANCE, Picture, beginning, canvas_of, check_reads, steps_that_run
+from generate.editing import IMAGE_GUIDANCE, Picture, beginning, canvas_of, check_reads, size_of, steps_that_run
 from generate.models import Models
 from generate.prompt import sized
 from ipadapter import Prompt, Seen, prepared, watched
@@ -44,7 +44,7 @@ def pictures(
     image_guidance_scale: float | None = None,
     # One of sampler.SAMPLERS.
     sampler: str = "ddim",
-    # Pixels, multiples of 8; None: what the base was made for, or the size of `init` (see `Canvas.size`).
+    # Pixels, multiples of 8; None: what the base was made for, or the size of `init` (see `size_of`).
     height: int | None = None,
     width: int | None = None,
     # A picture to begin with, a file or a picture, in the place of pure noise.
@@ -74,7 +74,7 @@ def pictures(
         raise UserError(f"`sampler`: {sampler!r} given, one of {', '.join(SAMPLERS)} is wanted")
     canvas = canvas_of(init, inpaint, strength, outpaint, only_masked)
     check_reads(models.base, canvas)
-    height, width = canvas.size(models.side, height, width) if canvas else (height or models.side, width or models.side)
+    height, width = size_of(canvas, models.side, height, width)
     if height % 8 or width % 8:
         raise UserError(f"`height` and `width`: {height} and {width} given, multiples of 8 are wanted")
     row, schedule = SAMPLERS[sampler], models.base.schedule

@@ -57,6 +57,7 @@ def record(models: Models, hashes: Hashes, **settings: object) -> dict:
         **{role: public(models.files[role]) if role in models.files else None for role in ROLES},
         **settings,
         **{name: [public(path) for path in settings.get(name, ())] for name in ("image", "face_embedding")},
+        **{name: settings[name] and public(settings[name]) for name in ("init", "inpaint") if name in settings},
         "prediction": models.base.schedule.prediction,
         "spacing": models.base.schedule.spacing,
         "text_encoder": [public(path) for path in models.base.text_files],
@@ -119,6 +120,9 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
         arguments.pop("image_encoder", None)
     for name in ("image", "face_embedding", "text_encoder"):
         arguments |= {name: [found(path) for path in settings.get(name, ())]} if name not in given else {}
+    for name in ("init", "inpaint"):
+        arguments |= {name: found(settings[name])} if settings.get(name) and name not in given else {}
+    arguments |= {name: settings.get(name) for name in ("strength", "outpaint", "only_masked")}
     if "lora" not in given:
         arguments["lora"] = [(found(path), weight) for path, weight in settings.get("lora", ())]
     if "embedding" not in given:
@@ -147,12 +151,15 @@ def sound(settings: dict) -> bool:
         are(
             str | None,
             *hashes.values(),
-            *of(*ROLES, "sampler", "prediction", "spacing", "storage", "dtype", "prompt_syntax"),
+            *of(*ROLES, "init", "inpaint", "sampler", "prediction", "spacing", "storage", "dtype", "prompt_syntax"),
         )
         and are(str, *names, *of("prompt", "negative_prompt"))
-        and are(int | None, *of("seed", "steps", "height", "width", "clip_skip"))
+        and are(int | None, *of("seed", "steps", "height", "width", "clip_skip", "only_masked"))
+        and are(list | None, settings.get("outpaint"))
+        and are(int, *(settings.get("outpaint") or ()))
         and are(
-            float | int | None, *of("guidance_scale", "structure_scale", "guidance_rescale", "image_guidance_scale")
+            float | int | None,
+            *of("guidance_scale", "structure_scale", "guidance_rescale", "image_guidance_scale", "strength"),
         )
         and are(float | int, *(scale if isinstance(scale, list) else [scale]))
         and all(

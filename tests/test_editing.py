@@ -1,6 +1,7 @@
 """A picture to begin with: image to image, inpainting, instructions; equal to diffusers' pipelines."""
 
 import copy
+import hashlib
 import io
 from dataclasses import replace
 from functools import cache
@@ -38,14 +39,16 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import load_file, save_file
+from test_sample import sample
 from test_sampler import LEADING, config, eps, predicted
 
 from files.errors import UserError
 from files.masks import open_mask
-from files.pictures import from_pil
+from files.pictures import from_pil, read_settings
 from generate import open_models, pictures, prompts
-from generate.editing import Canvas, around, canvas_of, posterior, steps_that_run
+from generate.editing import Canvas, around, canvas_of, posterior, size_of, steps_that_run
 from generate.picture import decode
+from generate.record import sound
 from ipadapter import Prompt
 from sampler import SAMPLERS, SD, inpainted
 from unet import UNet
@@ -323,7 +326,7 @@ def test_the_part_around_a_mask_is_that_of_diffusers(box, padding, size):
 
 def test_outpainting_makes_the_added_pixels_anew(sd1):
     canvas = canvas_of(photo(50, 42), outpaint=(16, 0, 20, 8))
-    assert canvas.picture.size == canvas.mask.size == (86, 50) and canvas.size(64) == (48, 80)
+    assert canvas.picture.size == canvas.mask.size == (86, 50) and size_of(canvas, 64) == (48, 80)
     kept = canvas.mask.point(lambda v: 255 - v).getbbox()
     assert kept == (16, 0, 64, 40)  # in whole positions of the latent
     assert canvas.picture.crop((16, 0, 66, 42)).tobytes() == photo(50, 42).tobytes()
@@ -388,7 +391,7 @@ def test_an_autoencoder_that_overflows_is_taken_in_fp32(sd1):
     ],
 )
 def test_the_size_is_the_pictures_own_unless_asked_for(recwarn, own, asked, wanted, told):
-    assert canvas_of(photo(*own)).size(64, **asked) == wanted
+    assert size_of(canvas_of(photo(*own)), 64, **asked) == wanted
     assert [str(w.message) for w in recwarn] == [] if told is None else told in str(recwarn.pop().message)
 
 
@@ -459,6 +462,96 @@ def test_a_base_that_reads_more_says_what_it_wants(request, base, given, said):
 def test_adapters_are_not_trained_on_a_base_that_reads_more(sd1_9):
     with pytest.raises(UserError, match="its UNet reads 9 channels; adapters are trained on those of 4"):
         open_models(base=sd1_9.base.path, image_encoder=ROOT / "tiny/weights/clip-tiny.safetensors", new_adapter=True)
+
+
+# At the command line
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory) -> tuple[Path, Path]:
+    """A picture and a mask, in files."""
+    folder = tmp_path_factory.mktemp("brought")
+    photo(100, 72).save(folder / "init.png")
+    mask(100, 72).save(folder / "mask.png")
+    return folder / "init.png", folder / "mask.png"
+
+
+def test_the_steps_that_run_are_told(brought, tmp_path):
+    made = sample(
+        "--init", brought[0], "--prompt", "x", "--steps", 3, "--strength", 0.7, "--output", tmp_path / "a.png"
+    )
+    assert made.returncode == 0 and "the last 2 of 3 steps of ddim" in made.stderr and "2/2" in made.stderr, made.stderr
+    assert Image.open(tmp_path / "a.png").size == (96, 72)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        [
+            "--inpaint",
+            "MASK",
+            "--only-masked",
+            "8",
+            "--image",
+            ROOT / "tiny/example.png",
+            "--low-memory",
+            "--steps",
+            "1",
+        ],
+        ["--outpaint", "8", "0", "0", "16", "--strength", "0.6", "--sampler", "euler-a", "--steps", "2"],
+    ],
+)
+@pytest.mark.slow
+def test_a_picture_says_what_it_began_with_and_is_made_again(brought, tmp_path, how):
+    """Also where the files have other names now."""
+    init, where = (tmp_path / path.name for path in brought)
+    for old, new in zip(brought, (init, where), strict=True):
+        new.write_bytes(old.read_bytes())
+    how = [where if flag == "MASK" else flag for flag in how]
+    first = sample("--init", init, *how, "--prompt", "x", "--output", tmp_path / "a.png")
+    assert first.returncode == 0, first.stderr
+    settings = read_settings(tmp_path / "a.png")
+    assert settings["sha256"][str(init)] == hashlib.sha256(init.read_bytes()).hexdigest()
+    init, where = init.rename(tmp_path / "moved.png"), where.rename(tmp_path / "moved-mask.png")
+    second = sample("--again", tmp_path / "a.png", "--output", tmp_path / "b.png")
+    assert second.returncode == 0, second.stderr
+    one, other = (Image.open(tmp_path / name) for name in ("a.png", "b.png"))
+    assert one.tobytes() == other.tobytes() and one.size == ((100, 72) if "--only-masked" in how else (104, 88))
+    for name, wrong in {"outpaint": 3, "strength": "much", "only_masked": [1], "init": 5}.items():
+        assert sound(settings) and not sound(settings | {name: wrong})
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_was_brought_is_never_replaced(brought, number):
+    before = brought[number].read_bytes()
+    how = ["--init", brought[0], "--inpaint", brought[1], "--prompt", "x", "--overwrite", "--output", brought[number]]
+    made = sample(*how)
+    assert made.returncode == 2 and "the file that is read as input" in made.stderr
+    assert brought[number].read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--inpaint", "MASK"], "--inpaint: goes with --init, the picture to begin with"),
+        (["--strength", "0.5"], "--strength: goes with --init"),
+        (
+            ["--init", "INIT", "--strength", "0.01"],
+            "--strength 0.01: leaves none of 50 --steps; more of either is wanted",
+        ),
+        (["--init", "INIT", "--strength", "1.5"], "--strength: '1.5' given, a number from 0 to 1 is wanted"),
+        (["--init", "INIT", "--inpaint", "INIT"], "init.png: has colours; a mask is grey"),
+        (["--init", "INIT", "--only-masked"], "--only-masked: goes with --inpaint"),
+        (["--init", "INIT", "--outpaint", "8", "8"], "--outpaint: expected 4 arguments"),
+        (["--init", "nowhere.png"], "nowhere.png: no such picture"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_opened(brought, tmp_path, given, said):
+    given = [{"INIT": brought[0], "MASK": brought[1]}.get(flag, flag) for flag in given]
+    with patch("generate.models.open_base", side_effect=AssertionError):
+        made = sample(*given, "--prompt", "x", "--output", tmp_path / "out")
+    assert made.returncode == 2 and said in made.stderr and made.stderr.count("\n") == 1, made.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # Masks in files

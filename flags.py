@@ -1,0 +1,22 @@
+"""Flags of sample.py, by what they are about."""
+
+import argparse
+
+import cli
+
+PADDING = 32  # pixels around a mask, of --only-masked without a number
+
+
+def editing(parser: argparse.ArgumentParser) -> None:
+    """--init, --strength, --inpaint, --outpaint, --only-masked."""
+    add = parser.add_argument_group("a picture to begin with").add_argument
+    add("--init", metavar="PICTURE", help="draw on from this picture, in its size; - is a pipe")
+    far = "how far to go from it: the last int(steps * S) steps run (default: 0.8, with a mask 1: all)"
+    add("--strength", type=cli.share, metavar="S", help=far)
+    add("--inpaint", metavar="MASK", help="make anew what is white in this picture, keep what is black")
+    sides = "add so many pixels, and make them anew"
+    add("--outpaint", nargs=4, type=cli.whole(0), metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=sides)
+    alone = (
+        f"work on the part around the mask alone, so many pixels more ({PADDING}), and paste it back: all else stays"
+    )
+    add("--only-masked", nargs="?", type=cli.whole(0), const=PADDING, metavar="PADDING", help=alone)
