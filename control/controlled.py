@@ -51,7 +51,7 @@ def controlled(unet: UNet, controls: Sequence[Control]) -> Callable[..., Tensor]
     def forward(x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: float | None = None) -> Tensor:
         acting = [control for control in controls if control.acts(prompt.step)]
         found = [added(control, x, t, prompt) for control in acting]
-        return unet(x, t, prompt, guidance_scale, total(found) if found else None)
+        return unet(x, t, prompt, guidance_scale=guidance_scale, added=total(found) if found else None)
 
     forward.config = unet.config
     return forward

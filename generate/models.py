@@ -14,6 +14,7 @@ from ipadapter import IPAdapter
 from unet import UNet
 from vae import VAE
 from weights import Base, check_fit, load_adapter, load_image_encoder, open_base
+from weights.control import Net, load_control
 from weights.hub import cached, fetch
 from weights.inversion import Embedding, check_embeddings, read_embeddings
 from weights.lora import LoRA, read_lora
@@ -42,6 +43,7 @@ class Models:
     device: torch.device
     keep: bool
     embeddings: tuple[Embedding, ...] = ()  # textual inversions, which prompts call by name
+    controls: tuple[Path, ...] = ()  # ControlNets and T2I-Adapters
     held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     def adapter(self) -> IPAdapter:
@@ -78,6 +80,12 @@ class Models:
         self.held.pop("unet" if face else "unet for a face", None)  # one of the two is enough
         return self.part("unet for a face" if face else "unet", build)
 
+    def control(self, file: Path) -> Net:
+        """One of `controls`, a ControlNet or a T2I-Adapter."""
+        return self.part(
+            f"control {file}", lambda: self.stored(load_control(file, self.base, self.loaded, self.device))
+        )
+
     def vae(self, dtype: torch.dtype | None = None) -> VAE:
         """`dtype`: another than the usual one, where that has overflowed; such a one is not held."""
         build = replace(self.base, dtype=dtype or self.dtype).vae  # the storage is not for the autoencoder
@@ -110,6 +118,8 @@ def open_models(
     loras: Sequence[Named | tuple[Named, float]] = (),
     # Textual inversions, files, each alone or with the name that is to call it.
     embeddings: Sequence[str | Path | tuple[str | Path, str | None]] = (),
+    # ControlNets and T2I-Adapters, for the hints that `pictures` takes.
+    controls: Sequence[Named] = (),
     # Text towers for a base that has none, files or folders.
     text_encoder: Sequence[str | Path] = (),
     # Whether there will be image prompts; without any, no adapter and no image encoder is wanted.
@@ -150,8 +160,9 @@ def open_models(
     named = [one if isinstance(one, tuple) else (one, None) for one in embeddings]
     inversions = tuple(embedding for one in named for embedding in read_embeddings(*one))
     found = resolve({role: name and str(name) for role, name in given.items()}, image, new_adapter, faces_alone)
-    for lora, _ in wanted:
-        check_together({"base": found["base"], "lora": lora})
+    nets = [find("control", str(name)) for name in controls]
+    for kind, row in (*(("lora", lora) for lora, _ in wanted), *(("control", net) for net in nets)):
+        check_together({"base": found["base"], kind: row})
     files = {role: file(value, tell) for role, value in found.items() if value}
     merged = tuple((ready.get(lora) or read_lora(file(lora, tell)), weight) for lora, weight in wanted)
     storage = storage or ("float16" if low_memory else None)
@@ -163,6 +174,9 @@ def open_models(
             f"{files['base']}: its UNet reads {opened.channels} channels; adapters are trained on those of 4"
         )
     check_embeddings(inversions, [text.width for text in opened.texts])
+    followed = tuple(file(net, tell) for net in nets)
+    for net in dict.fromkeys(followed):
+        load_control(net, opened, device="meta")
     if not new_adapter:  # training works on batches that are large enough
         threads.suit(max(dim for dim, _ in opened.layers), device)
     kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
@@ -188,6 +202,7 @@ def open_models(
         device=device,
         keep=keep,
         embeddings=inversions,
+        controls=followed,
     )
 
 

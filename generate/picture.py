@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from control import attentions, controlled
 from files.errors import UserError
 from files.pictures import to_pil
+from generate.control import Hint, follow
 from generate.editing import IMAGE_GUIDANCE, Picture, beginning, canvas_of, check_reads, size_of, steps_that_run
 from generate.models import Models
 from generate.prompt import sized
@@ -57,6 +59,8 @@ def pictures(
     outpaint: Sequence[int] | None = None,
     # Work on the mask's surroundings alone, with so many pixels around it, and paste them back: all else stays, bit for bit.
     only_masked: int | None = None,
+    # What to follow besides, each with one of the nets that were opened as `controls`.
+    controls: Sequence[Hint] = (),
     # Pictures that go through the UNet together.
     batch: int = BATCH,
     # Called after each step of each batch.
@@ -103,13 +107,16 @@ def pictures(
         parts = [(*(canvas.framed(one, height, width) for one in pair), some) for *pair, some in parts]
     first = beginning(models, canvas, height, width)
     unet = models.unet(face=any(p.images for p in prompts))
-    model = unet if models.base.channels == 4 else widened(unet)
+    nets = follow(models, controls, height, width, canvas)
+    layers = list(attentions(unet, nets))
+    model = controlled(unet, nets) if nets else unet
+    model = model if models.base.channels == 4 else widened(model)
     if image_guidance_scale is not None and unet.config.guidance_dim:
         raise UserError("`image_guidance_scale`: this base is told one guidance scale, and runs one pass")
     for number, (p, n, some) in enumerate(parts, 1):
         p, n = rows(p, len(some)), rows(n, len(some))
         if not models.low_memory:
-            p, n = (prepared(one, unet.cross_attentions()) for one in (p, n))
+            p, n = (prepared(one, layers) for one in (p, n))
         guidance = guidance_scale, schedule.prediction, models.low_memory, guidance_rescale
         x, generators, run, beside = first.drawn(row, schedule, levels, some)
         p, n = (replace(one, beside=beside) for one in (p, n))
@@ -122,7 +129,7 @@ def pictures(
         for seen in watch.seen() if watch else ():
             on_seen(seen)
         if number == len(parts):
-            del unet, model, predict  # unless it is kept, before the autoencoder takes its place
+            del unet, model, predict, layers, nets  # unless it is kept, before the autoencoder takes its place
         if not x.isfinite().all():
             raise UserError(f"the UNet's prediction is not finite in {models.dtype}; try another `dtype`")
         yield from (canvas.finished(made) if canvas else made for made in decode(models, x))

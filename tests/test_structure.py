@@ -1,19 +1,38 @@
 """ControlNets and T2I-Adapters: the same random weights in ours and in diffusers."""
 
+import inspect
+import warnings
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
-from counterparts import randomise, rel
-from diffusers import ControlNetModel, ControlNetUnionModel
+from counterparts import Twin, assert_same_picture, opened, randomise, rel
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    DiffusionPipeline,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
 from diffusers import T2IAdapter as TheirT2IAdapter
 from narrow import NARROW_SD2, NARROW_UNET, NARROW_XL
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from control import ControlNet, ControlNetUnion, T2IAdapter
+from control import ControlNet, T2IAdapter
+from files.errors import Notice
+from generate import Hint, pictures, prompts
+from generate.picture import decode
 from ipadapter import Prompt
 from unet import UNetConfig
-from weights.configs import encoder_config, t2i_config
+from weights.configs import t2i_config
+from weights.control import build_control
 from weights.diffusers_names import control_from_diffusers, t2i_from_diffusers
 from weights.fill import under
 
@@ -46,8 +65,7 @@ def their_controlnet(
 
 def ours_of(theirs: nn.Module) -> ControlNet:
     state = control_from_diffusers(theirs.state_dict())
-    config, tasks = encoder_config(state), state.get("task_embedding")
-    ours = ControlNet(config, HINT) if tasks is None else ControlNetUnion(config, len(tasks), HINT, sinusoids=8)
+    ours = build_control(state)
     ours.load_state_dict(state, strict=True)
     return ours.requires_grad_(False).eval()
 
@@ -115,3 +133,132 @@ def test_a_t2i_adapter_is_diffusers_own(kind, draw):
     hint = draw(1, 3, 128, 192)
     for a, b in zip(ours.encode(hint), theirs(hint), strict=True):
         assert rel(a, b) <= 1e-5
+
+
+# Whole pictures: ours from files, by the line that everybody calls; theirs by their pipelines
+
+TEXT, SEED, STEPS = "a red fox in the snow, 35mm", 7, 4
+
+
+def picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:
+    """Coloured fields and lines."""
+    generator = torch.Generator().manual_seed(seed)
+    image = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y, a, b, *colour = torch.randint(0, 255, (7,), generator=generator).tolist()
+        draw.rectangle(sorted_box(x % width, y % height, a % width, b % height), fill=tuple(colour))
+    return image
+
+
+def sorted_box(x: int, y: int, a: int, b: int) -> tuple[int, int, int, int]:
+    return min(x, a), min(y, b), max(x, a), max(y, b)
+
+
+def saved(theirs: nn.Module, path: Path) -> Path:
+    save_file({key: w.contiguous() for key, w in theirs.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory) -> dict[str, tuple[nn.Module, Path]]:
+    """diffusers' models, and files of the same weights in diffusers' layout."""
+    folder = tmp_path_factory.mktemp("nets")
+    made = {
+        "first": their_controlnet(NARROW_UNET, 40),
+        "second": their_controlnet(NARROW_UNET, 41),
+        "shuffle": their_controlnet(NARROW_UNET, 42, global_pool_conditions=True),
+        "xl": their_controlnet(NARROW_XL, 43),
+        "t2i": randomise(TheirT2IAdapter(3, [32, 64, 96, 96], 2, 8, "full_adapter"), 44),
+        "t2i-grey": randomise(TheirT2IAdapter(1, [32, 64, 96, 96], 2, 8, "full_adapter"), 45),
+        "t2i-light": randomise(TheirT2IAdapter(3, [32, 64, 96], 4, 8, "light_adapter"), 46),
+        "t2i-xl": randomise(TheirT2IAdapter(3, [64, 128, 192, 192], 2, 16, "full_adapter_xl"), 47),
+    }
+    return {name: (net, saved(net, folder / f"{name}.safetensors")) for name, net in made.items()}
+
+
+def ours(twin: Twin, files: list[Path], hints: list[Hint], adapter=None, encoder=None, **how):
+    models = replace(opened(twin, adapter, encoder), controls=tuple(files))
+    images, scale = ([picture(9, 80, 80)], 0.7) if adapter else ([], None)
+    pair, latents = prompts(models, TEXT, images=images, scale=scale), []
+    with patch("generate.picture.decode", lambda models, x: latents.append(x) or decode(models, x)):
+        how = {"steps": STEPS, "height": 64, "width": 96} | how
+        (made,) = pictures(models, *pair, SEED, controls=hints, **how)
+    return latents[0], np.asarray(made)
+
+
+def theirs(kind, pipeline: DiffusionPipeline, parts: dict[str, nn.Module], **how):
+    found = kind(**{name: part for name, part in pipeline.components.items() if name in wanted(kind)} | parts)
+    found.set_progress_bar_config(disable=True)
+    latents = []
+    if "adapter" in parts:  # of these pipelines the older has no other way
+        how |= {"callback": lambda i, t, x: latents.append(x), "callback_steps": 1}
+    else:
+        how["callback_on_step_end"] = lambda pipeline, i, t, tensors: latents.append(tensors["latents"]) or {}
+    made = found(
+        TEXT,
+        generator=torch.Generator().manual_seed(SEED),
+        **{"num_inference_steps": STEPS, "height": 64, "width": 96} | how,
+    )
+    return latents[-1], np.asarray(made.images[0])
+
+
+def wanted(kind: type) -> set[str]:
+    return set(inspect.signature(kind.__init__).parameters)
+
+
+CASES = {  # the nets, ours, theirs
+    "one": (["first"], [Hint(picture(1), scale=0.8)], {"image": picture(1), "controlnet_conditioning_scale": 0.8}),
+    "two, with windows": (
+        ["first", "second"],
+        [Hint(picture(1), 0, until=0.5), Hint(picture(2), 1, scale=-0.6, start=0.25)],
+        {
+            "image": [picture(1), picture(2)],
+            "controlnet_conditioning_scale": [1.0, -0.6],
+            "control_guidance_start": [0.0, 0.25],
+            "control_guidance_end": [0.5, 1.0],
+        },
+    ),
+    "guess": (["first"], [Hint(picture(1), guess=True)], {"image": picture(1), "guess_mode": True}),
+    "pooled": (["shuffle"], [Hint(picture(1), scale=0.9)], {"image": picture(1), "controlnet_conditioning_scale": 0.9}),
+    "another size": (["first"], [Hint(picture(1, 50, 90))], {"image": picture(1, 50, 90)}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_picture_under_control_equals_diffusers(sd1, nets, case):
+    names, hints, how = CASES[case]
+    parts = [nets[name][0] for name in names]
+    found = theirs(
+        StableDiffusionControlNetPipeline, sd1.pipeline, {"controlnet": parts if len(parts) > 1 else parts[0]}, **how
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        assert_same_picture(ours(sd1, [nets[name][1] for name in names], hints), found)
+
+
+@pytest.mark.slow
+def test_with_sdxl_a_picture_under_control_equals_diffusers(sdxl, nets):
+    net, file = nets["xl"]
+    found = theirs(
+        StableDiffusionXLControlNetPipeline, sdxl.pipeline, {"controlnet": net}, image=picture(1), guidance_scale=7.5
+    )
+    assert_same_picture(ours(sdxl, [file], [Hint(picture(1))]), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("t2i", "t2i-light"))
+def test_a_picture_with_a_t2i_adapter_equals_diffusers(sd1, nets, name):
+    net, file = nets[name]
+    how = {"image": picture(1, 128, 64), "adapter_conditioning_scale": 0.7, "width": 128}
+    found = theirs(StableDiffusionAdapterPipeline, sd1.pipeline, {"adapter": net}, **how)
+    assert_same_picture(ours(sd1, [file], [Hint(picture(1, 128, 64), scale=0.7)], width=128), found)
+
+
+@pytest.mark.slow
+def test_with_sdxl_a_picture_with_a_t2i_adapter_equals_diffusers(sdxl, nets):
+    net, file = nets["t2i-xl"]
+    how = {"image": picture(1), "adapter_conditioning_factor": 0.5, "guidance_scale": 7.5}
+    found = theirs(StableDiffusionXLAdapterPipeline, sdxl.pipeline, {"adapter": net}, **how)
+    assert_same_picture(ours(sdxl, [file], [Hint(picture(1), until=0.5)]), found)

@@ -12,7 +12,7 @@ from clip import CLIPText, CLIPTextConfig, TextEncoder, TwoTowerEncoder
 from clip.tokenizer import CONTEXT, END
 from files.tensors import State, WeightsError, read
 from sampler import Schedule
-from unet import UNet
+from unet import UNet, UNetConfig
 from vae import VAE
 from weights.configs import count, text_config, unet_config, vae_config
 from weights.diffusers import read_folder, read_part
@@ -54,6 +54,7 @@ class Base:
     layers: list[tuple[int, int]]  # (dim, context_dim) of each cross-attention, in the order of an adapter's keys
     dtype: torch.dtype
     device: torch.device | str
+    config: UNetConfig
     sinusoids: int = 0  # that stand for each size of a picture in `Prompt.vector`: 256 in SDXL, none elsewhere
     loras: Sequence[tuple[LoRA, float]] = ()  # merged into each part as it is built, each with its weight
     channels: int = 4  # that its UNet reads: of the latent, and of what stands beside it
@@ -154,6 +155,7 @@ def open_base(
         layers,
         dtype,
         device,
+        unet.config,
         sinusoids=(vector_dim - texts[-1].config.projection) // 6 if vector_dim else 0,
         loras=loras,
         channels=unet.config.in_channels,

