@@ -39,6 +39,7 @@ from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
 from generate.syntax import SYNTAXES, parts
+from generate.text import words_of
 from sampler import SAMPLERS
 from weights.hub import table
 from weights.storage import STORAGES
@@ -111,6 +112,7 @@ def main() -> None:
         how = {name: vars(args)[name] for name in RECORDED} | {"guidance_scale": guidance} | size
         texts, faces = (args.prompt, args.negative_prompt), (args.face_embedding, args.structure_scale)
         reading = {name: vars(args)[name] for name in ("prompt_syntax", "long_prompt", "clip_skip")}
+        ways = {"syntax": args.prompt_syntax, "long": args.long_prompt}
         prompt, null = prompts(models, *texts, images, args.scale[0] if brought else None, *faces, **reading)
         batches = -(-args.num_images // (1 if args.low_memory else BATCH))
         seen, said = [], [[Path(name).name for name in args.image or args.face_embedding]] if brought else []
@@ -137,7 +139,7 @@ def main() -> None:
                 settings = record(models, hashes, **how, scale=scale, seed=seed)
                 save_picture(picture, name, settings)
                 if args.attention:
-                    page = attention_sheet(picture, seen[len(done)], args.prompt, said)
+                    page = attention_sheet(picture, seen[len(done)], words_of(models, *texts, **ways), said)
                     save_picture(page, names[total + len(done)], settings)
                 done.append(picture)
         if args.grid:

@@ -31,10 +31,13 @@ class Text:
     def __bool__(self) -> bool:
         return any(map(len, self.chunks))
 
+    def rows(self, pad: int) -> list[list[int]]:
+        """The tokens of each chunk, 77: start, words, end, padding."""
+        return [[START, *(token for token, _ in chunk), END] + [pad] * (CHUNK - len(chunk)) for chunk in self.chunks]
+
     def tokens(self, pad: int, device: torch.device) -> Tensor:
-        """(chunks, 77): start, words, end, padding."""
-        rows = [[START, *(token for token, _ in chunk), END] + [pad] * (CHUNK - len(chunk)) for chunk in self.chunks]
-        return torch.tensor(rows, device=device)
+        """(chunks, 77)."""
+        return torch.tensor(self.rows(pad), device=device)
 
     def weights(self) -> Tensor:
         """(chunks, 77): of the tokens."""

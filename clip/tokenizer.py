@@ -28,12 +28,6 @@ def tokenize(texts: str | list[str], pad: int = END) -> Tensor:
     return torch.tensor([[START, *row, END] + [pad] * (CHUNK - len(row)) for row in rows])
 
 
-def cut(text: str) -> str:
-    """The end of the text that does not fit into 75 tokens, or ''."""
-    rest = encode(text)[CHUNK:]
-    return decode(rest) if rest else ""
-
-
 def encode(text: str) -> list[int]:
     """Text to token numbers, without start and end."""
     if not text:  # as often: what follows takes a tenth of a second the first time
@@ -56,7 +50,8 @@ def decode(tokens: list[int]) -> str:
 
 
 def words(row: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """The words of a row of tokens, each with the places of its tokens: start, end, padding and punctuation left out.
+    """The words of a row of tokens, each with the places of its tokens: start, end, padding, punctuation
+    and embeddings left out.
 
     A row may be of several chunks, each with its start and end.
     """
@@ -64,6 +59,8 @@ def words(row: Sequence[int]) -> list[tuple[str, list[int]]]:
     for place, token in enumerate(row):
         if token in (START, END):
             inside = token == START
+        elif token < 0:  # of an embedding
+            whole = True
         elif inside:
             if whole:
                 found.append([])

@@ -312,7 +312,7 @@ def read_settings(path: str | Path) -> dict | None:
 
 
 def text_in(path: Path, key: str) -> str | None:
-    """A text that a PNG holds, by its key; None if it has none.
+    """A text that a PNG holds before its pixels, by its key; None if it has none.
 
     Raises:
         PictureError: missing, damaged, or no PNG.
@@ -321,7 +321,7 @@ def text_in(path: Path, key: str) -> str | None:
         untrusted(PictureError, f"{path}: not a PNG picture that can be read"),
         Image.open(path, formats=["PNG"]) as image,
     ):
-        return image.text.get(key)
+        return image.info.get(key)
 
 
 def settings_in(file: BinaryIO) -> dict | None:

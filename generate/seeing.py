@@ -20,8 +20,8 @@ def attention_sheet(
     picture: Image.Image,
     # Where its prompt acted: what `on_seen` was told of it.
     seen: Seen,
-    # The text prompt; its words get a map each.
-    text: str = "",
+    # The text prompt; its words get a map each. One that is not plain: as `words_of` has it.
+    text: str | Sequence[tuple[str, Sequence[int]]] = "",
     # The image prompts, in order: the names of the pictures of each.
     names: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
@@ -41,7 +41,8 @@ def attention_sheet(
         if len(pictures) > 1:
             parts = seen.images[i].chunk(len(pictures))
             cells += [(f"of it {name}", laid(picture, p.sum(dim=0))) for name, p in zip(pictures, parts, strict=True)]
-    attention = [(word, seen.text[places].mean(dim=0)) for word, places in words(tokenize(text)[0].tolist())]
+    spoken = words(tokenize(text)[0].tolist()) if isinstance(text, str) else text
+    attention = [(word, seen.text[places].mean(dim=0)) for word, places in spoken]
     told = [(word, laid(picture, (m - m.min()) / (m.max() - m.min()).clamp(min=1e-9))) for word, m in attention]
     rows = [part for row in (cells, told) for part in in_rows(row, min(COLUMNS, max(len(cells), len(told))))]
     return stacked([sheet([[image for _, image in row]], [title for title, _ in row], SIDE) for row in rows])

@@ -2,15 +2,16 @@
 
 import re
 import warnings
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Container, Sequence
+from itertools import accumulate, chain, pairwise
 from math import lcm
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from clip.encode import Text, Weigh, from_empty, times_weight
-from clip.tokenizer import CHUNK, decode, encode
+from clip.tokenizer import CHUNK, END, decode, encode, words
 from files.errors import Notice, UserError
 from generate.models import Models
 from generate.syntax import EMBEDDING, SYNTAXES, parts, told
@@ -20,8 +21,8 @@ WEIGH: dict[str, Weigh | None] = {"plain": None, "a1111": times_weight, "comfy":
 COMMA = 267
 NEAR = 20  # tokens at the end of a chunk among which a comma may end it
 LARGE = 8  # tokens of a word from which on it may be divided between chunks
-# Tokens, each with its weight, that belong together; None: here a chunk begins.
-Pieces = list[list[tuple[int, float]] | None]
+Token = tuple[int, float]  # and its weight
+Pieces = list[list[Token] | None]  # tokens that belong together; None: here a chunk begins
 
 
 def encoded(
@@ -38,7 +39,8 @@ def encoded(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Features (1, 77 * chunks, context_dim) and pooled embedding of the prompt and of the negative one, equally long.
 
-    As in diffusers, `clip_skip` is for the prompt alone; in the syntaxes of A1111 and ComfyUI for both, as there.
+    "plain" is as diffusers has it: `clip_skip` is for the prompt alone, and no negative prompt is zeros to SDXL. In the
+    other syntaxes it is as there: both skip, and no negative prompt is the empty text.
 
     Raises:
         UserError: what cannot be read, with its place; an embedding that is not there.
@@ -48,17 +50,20 @@ def encoded(
     most = min(config.layers for config in models.base.texts) - len(models.base.texts)
     if not 0 <= clip_skip <= most:
         raise UserError(f"`clip_skip`: {clip_skip} given, 0 to {most} is wanted with this base")
-    given = {"prompt": text, "negative_prompt": negative}
-    found = {name: pieces(words, syntax, name, models.embeddings) for name, words in given.items()}
-    tell_unused(
-        models.embeddings, syntax, [token for one in found.values() for piece in one for token, _ in piece or ()]
-    )
-    towers = zip(*(embedding.vectors for embedding in models.embeddings), strict=True)
-    vectors = [torch.cat(of_tower).to(models.device) for of_tower in towers]
-    texts = [Text(chunks(one, syntax, name, long), WEIGH[syntax], vectors) for name, one in found.items()]
+    opened, given = models.embeddings, {"prompt": text, "negative_prompt": negative}
+    found = {name: pieces(said, syntax, name, opened) for name, said in given.items()}
+    for name, said in given.items():
+        tell_marks(name, said, syntax, opened)
+        if syntax == "plain" and not long:
+            tell_cut(name, found[name])
+    tell_unused(opened, syntax, {token for one in found.values() for piece in one for token, _ in piece or ()})
+    vectors = [torch.cat(tower) for tower in zip(*(embedding.vectors for embedding in opened), strict=True)]
+    texts = [
+        Text(chunks(one, syntax, long), WEIGH[syntax], [x.to(models.device) for x in vectors]) for one in found.values()
+    ]
     encoder = models.text_encoder()
-    halves = encoder(texts[0], clip_skip), encoder.null(texts[1], clip_skip if syntax != "plain" else 0)
-    features, pooled = zip(*halves, strict=True)
+    negative_half = encoder.null(texts[1]) if syntax == "plain" else encoder(texts[1], clip_skip)
+    features, pooled = zip(encoder(texts[0], clip_skip), negative_half, strict=True)
     return list(zip(even(features), pooled, strict=True))
 
 
@@ -72,31 +77,31 @@ def even(features: Sequence[Tensor]) -> list[Tensor]:
 
 
 def pieces(text: str, syntax: str, name: str, embeddings: Sequence[Embedding]) -> Pieces:
-    """A prompt in tokens: words for ComfyUI, single tokens else; and what calls an embedding.
-
-    Embeddings stand in it as tokens -1, -2, ..., numbered through all that are opened.
-    """
-    names, found = names_of(embeddings), []
+    """A prompt in tokens: words for ComfyUI, single tokens else; and embeddings where they are called."""
+    names, numbers, found = names_of(embeddings), numbers_of(embeddings), []
     call = calls(names, syntax)
-    ends = [*accumulate(len(embedding.vectors[0]) for embedding in embeddings)]
-    if line := told(name, call.sub("", text), syntax):
-        warnings.warn(Notice(line), stacklevel=4)
     for part in parts(text, syntax, name):
         if part is None:
             found.append(None)
             continue
-        (words, weight), at = part, 0
-        for match in [*call.finditer(words), None]:
-            between = words[at : match.start() if match else None]
+        (said, weight), at = part, 0
+        for match in [*call.finditer(said), None]:
+            between = said[at : match.start() if match else None]
             if syntax == "comfy" and (unknown := re.search(EMBEDDING, between)):
                 place, opened = text.find(unknown[0]) + 1, ", ".join(one for one, _ in names) or "none"
                 raise UserError(f"`{name}`, character {place}: {unknown[0]} is not opened by `embedding` ({opened})")
             tokens = [encode(word) for word in between.split()] if syntax == "comfy" else [[t] for t in encode(between)]
             if match:
-                number, at = names[match.lastindex - 1][1], match.end()
-                tokens.append([-1 - i for i in range(ends[number] - len(embeddings[number].vectors[0]), ends[number])])
+                tokens.append(numbers[names[match.lastindex - 1][1]])
+                at = match.end()
             found += [[(token, weight) for token in piece] for piece in tokens]
     return found
+
+
+def numbers_of(embeddings: Sequence[Embedding]) -> list[list[int]]:
+    """The tokens of each: -1, -2, ..., counted through all that are opened."""
+    ends = [0, *accumulate(len(embedding.vectors[0]) for embedding in embeddings)]
+    return [[-1 - i for i in range(begin, end)] for begin, end in pairwise(ends)]
 
 
 def names_of(embeddings: Sequence[Embedding]) -> list[tuple[str, int]]:
@@ -115,31 +120,54 @@ def calls(names: Sequence[tuple[str, int]], syntax: str) -> re.Pattern:
     return re.compile(rf"(?:{before})(?:{spelt})(?:(?<=[\W_])|(?![^\W_]))" if names else r"(?!)", re.IGNORECASE)
 
 
-def tell_unused(embeddings: Sequence[Embedding], syntax: str, tokens: Sequence[int]) -> None:
-    end = 0
-    for embedding in embeddings:
-        begin, end = end, end + len(embedding.vectors[0])
-        if -1 - begin not in tokens:
-            called = " or ".join("embedding:" * (syntax == "comfy") + name for name in embedding.names)
-            told = f"`embedding` {embedding.path} is not used: no prompt calls it, as {called}"
-            warnings.warn(Notice(told), stacklevel=4)
+def words_of(
+    models: Models, text: str, negative: str = "", syntax: str = "plain", long: bool = False
+) -> list[tuple[str, list[int]]]:
+    """The words of a prompt and the embeddings that it calls, each with the places of its tokens in the features."""
+    read = [pieces(one, syntax, "prompt", models.embeddings) for one in (text, negative)]
+    rows = [[*chain(*Text(chunks(one, syntax, long)).rows(END))] for one in read]
+    found = words(rows[0])
+    for embedding, numbers in zip(models.embeddings, numbers_of(models.embeddings), strict=True):
+        if places := [place for place, token in enumerate(rows[0]) if token in numbers]:
+            found.append((embedding.names[0], places))
+    starts = range(0, lcm(*map(len, rows)), len(rows[0]))  # of the text, which may be repeated
+    return [
+        (word, [start + place for start in starts for place in places])
+        for word, places in sorted(found, key=itemgetter(1))
+    ]
 
 
-def chunks(found: Pieces, syntax: str, name: str, long: bool) -> list[list[tuple[int, float]]]:
-    """Of at most 75 tokens."""
+def tell_marks(name: str, text: str, syntax: str, embeddings: Sequence[Embedding]) -> None:
+    if line := told(name, calls(names_of(embeddings), syntax).sub("", text), syntax):
+        warnings.warn(Notice(line), stacklevel=4)
+
+
+def tell_cut(name: str, found: Pieces) -> None:
+    tokens = [token for piece in found for token, _ in piece]
+    if len(tokens) > CHUNK:
+        rest = decode([token for token in tokens[CHUNK:] if token >= 0])
+        line = f"`{name}` is longer than 75 tokens; cut off: {rest!r}; `long_prompt` reads it in chunks"
+        warnings.warn(Notice(line), stacklevel=4)
+
+
+def tell_unused(embeddings: Sequence[Embedding], syntax: str, tokens: Container[int]) -> None:
+    for embedding, numbers in zip(embeddings, numbers_of(embeddings), strict=True):
+        if numbers[0] not in tokens:
+            called = "embedding:" * (syntax == "comfy") + embedding.names[0]
+            line = f"`embedding` {embedding.path} is not used: no prompt calls it, as {called}"
+            warnings.warn(Notice(line), stacklevel=4)
+
+
+def chunks(found: Pieces, syntax: str, long: bool) -> list[list[Token]]:
+    """Of at most 75 tokens; what is too long, and not to be divided, is cut."""
     if syntax == "comfy":
         return by_words(found)
     if syntax == "a1111" or long:
         return by_commas(found)
-    tokens = [token for piece in found for token in piece]
-    if len(tokens) > CHUNK:
-        rest = decode([token for token, _ in tokens[CHUNK:] if token >= 0])
-        line = f"`{name}` is longer than 75 tokens; cut off: {rest!r}; `long_prompt` reads it in chunks"
-        warnings.warn(Notice(line), stacklevel=4)
-    return [tokens[:CHUNK]]
+    return [[token for piece in found for token in piece][:CHUNK]]
 
 
-def by_commas(found: Pieces) -> list[list[tuple[int, float]]]:
+def by_commas(found: Pieces) -> list[list[Token]]:
     """As A1111 divides: a full chunk ends at its last comma, if that is near its end."""
     done, chunk, comma = [], [], None
     for piece in found:
@@ -156,7 +184,7 @@ def by_commas(found: Pieces) -> list[list[tuple[int, float]]]:
     return [*done, chunk] if chunk or not done else done
 
 
-def by_words(found: Pieces) -> list[list[tuple[int, float]]]:
+def by_words(found: Pieces) -> list[list[Token]]:
     """As ComfyUI divides: words of fewer than 8 tokens stay whole."""
     done = [[]]
     for piece in found:

@@ -51,6 +51,8 @@ from files.errors import UserError
 from files.faces import read_embedding
 from files.pictures import open_picture, read_settings
 from generate.record import again
+from generate.syntax import SYNTAXES, told
+from generate.text import chunks, pieces
 from ipadapter import FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
 from training.data import open_pairs
 from training.pairs import BadSample
@@ -58,6 +60,7 @@ from unet import SD15, UNet
 from vae import VAE, VAEConfig
 from weights import load_adapter, load_image_encoder, load_vae, open_base, read
 from weights.clip import load_clip
+from weights.inversion import Embedding, check_embeddings, read_embeddings
 from weights.lora import check, merge, read_lora
 
 SECONDS, BYTES = 10, 1 << 30
@@ -158,6 +161,7 @@ def good_pickles(zipped: bool) -> tuple[bytes, ...]:
         {"state_dict": some_tensors(), **notes},
         some_tensors(),
         {"a": {"b": some_tensors()}, "c": torch.nn.Parameter(torch.ones(3))},
+        [{"a": torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.ones(3))})}],
     )
     return tuple(as_bytes(content, _use_new_zipfile_serialization=zipped) for content in contents)
 
@@ -433,7 +437,14 @@ def good_states() -> dict[str, tuple[State, ...]]:
                 others |= {f"{flat}.diff": r(rows, columns)}
     peft = {f"unet.{k}.lora_{ab}.weight": r(4, 4) for k in ("a.to_q", "b.to_k") for ab in "AB"}
     named = {"image encoder": (filled(image), filled(image) | filled(text), openclip), "adapter": (*adapters, trained)}
-    return named | {"vae": (filled(vae),), "base": (base,), "lora": (loras, peft, others, others)}
+    inversions = ({"emb_params": r(2, 8)}, {"<sks>": r(8), "<fox>": r(3, 8)}, {"clip_l": r(2, 8), "clip_g": r(2, 8)})
+    inversions += ({"bundle_emb.fox.string_to_param.*": r(2, 8), "lora_unet_x.alpha": r(())}, {"0.<sks>": r(2, 8)})
+    return named | {
+        "inversion": inversions,
+        "vae": (filled(vae),),
+        "base": (base,),
+        "lora": (loras, peft, others, others),
+    }
 
 
 @cache
@@ -503,6 +514,39 @@ def merge_lora(path: Path) -> None:
     except BaseException:
         narrow_unet.cache_clear()  # what was merged by half is in there
         raise
+
+
+def read_inversion(path: Path) -> None:
+    if path.exists():
+        check_embeddings(read_embeddings(path), [8])
+
+
+PROMPTS = (
+    "a (red:1.4) apple, ((very) [sweet]:0.7) BREAK embedding:sks \\(x\\) <sks-2>, café 😀 (16:9)",
+    "((((a)))) [[b] c (d:1,2) e:-.5) (: :) (embedding:sks:1.2)",
+    "word, " * 60 + "(x:1e3)",
+)
+
+
+def prompt_file(rng: Random, folder: Path) -> Path:
+    return written(folder / "x.txt", changed(rng, *(text.encode() for text in rng.sample(PROMPTS, 2))))
+
+
+def read_prompts(path: Path) -> None:
+    """In every syntax; each that can be read makes chunks of at most 75 tokens."""
+    text = cli.text(os.fsdecode(path.read_bytes()))
+    opened = [Embedding(path, (name,), (torch.ones(2, 8),)) for name in ("sks", "<sks-2>")]
+    refused = None
+    for syntax in SYNTAXES:
+        told("prompt", text, syntax)
+        try:
+            found = pieces(text, syntax, "prompt", opened)
+        except UserError as error:
+            refused = error
+        else:
+            assert all(len(chunk) <= 75 for chunk in chunks(found, syntax, long=True))
+    if refused:
+        raise refused
 
 
 # Pictures, faces, pairs
@@ -613,6 +657,9 @@ SETTINGS = {
     "height": 512,
     "image": ["tiny/example.png"],
     "lora": [["tiny/weights/clip-tiny.safetensors", 0.5]],
+    "embedding": [["tiny/weights/clip-tiny.safetensors", "sks"]],
+    "prompt_syntax": "a1111",
+    "clip_skip": 1,
     "faceid_v2": False,
     "sha256": {"x.safetensors": "1" * 64},
 }
@@ -791,6 +838,8 @@ KINDS = {
     "adapters": Kind(tensors_file("adapter"), load_adapter),
     "autoencoders": Kind(tensors_file("vae"), load_vae),
     "bases": Kind(tensors_file("base"), open_base),
+    "inversions": Kind(tensors_file("inversion"), read_inversion),
+    "prompts": Kind(prompt_file, read_prompts),
     "LoRAs": Kind(tensors_file("lora"), merge_lora),
     "pictures": Kind(picture_file, read_a_picture),
     "settings": Kind(settings_file, again),

@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from clip import SD15_TEXT, VIT_H, CLIPImage, CLIPText, preprocess, tokenize
 from clip.preprocess import MEAN, STD
-from clip.tokenizer import CONTEXT, END, START, cut, decode, encode
+from clip.tokenizer import CONTEXT, END, START, decode, encode
 from weights.configs import image_config, text_config
 from weights.openclip import from_openclip
 
@@ -127,17 +127,6 @@ def test_padding_is_end_of_text_or_zero():
 def test_long_texts_end_with_end_of_text():
     tokens = tokenize("word " * 100)[0]
     assert len(tokens) == CONTEXT and tokens[-1] == END and (tokens[1:-1] == tokens[1]).all()
-
-
-@pytest.mark.parametrize("words, rest", [(0, ""), (74, ""), (75, ""), (76, "word"), (78, "word word word")])
-def test_cut_is_what_does_not_fit(words, rest):
-    assert cut("Word " * words) == rest
-
-
-def test_cut_and_kept_tokens_are_the_whole_text():
-    text = "café 😀, it's 12 o'clock " * 12
-    kept = tokenize(text)[0, 1:-1].tolist()
-    assert kept + encode(cut(text)) == encode(text)
 
 
 @pytest.mark.parametrize("text", TEXTS + REPAIRED)

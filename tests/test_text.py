@@ -26,7 +26,7 @@ from files.pictures import read_settings
 from generate import Models, open_models, pictures, prompts
 from generate.picture import decode
 from generate.syntax import parts, told
-from generate.text import by_commas, by_words, encoded, even, pieces
+from generate.text import by_commas, by_words, encoded, even, pieces, words_of
 from ipadapter import Prompt
 from sampler import SD, guided
 from unet import UNet
@@ -218,6 +218,23 @@ def test_long_prompts_are_read_chunk_by_chunk(sd1: Twin, sd2: Twin, sdxl: Twin):
         assert torch.equal(null, encoder.null("a dog")[0].repeat(1, 2, 1))  # made equally long
 
 
+def test_the_words_of_a_prompt_have_their_places_in_the_features(sd1: Twin, draw):
+    """What --attention shows of each word."""
+    models = replace(models_of(sd1), embeddings=(Embedding(Path("x.pt"), ("sks",), (draw(2, 64),)),))
+    assert words_of(models, "a (red:1.2) fox, sks cat", syntax="a1111") == [
+        ("a", [1]),
+        ("red", [2]),
+        ("fox", [3]),
+        ("sks", [5, 6]),
+        ("cat", [7]),
+    ]
+    found = dict(words_of(models, "red BREAK sks fox", LONG + LONG, "a1111"))
+    assert (
+        found == {"red": [1, 155, 309], "sks": [78, 79, 232, 233, 386, 387], "fox": [80, 234, 388]} or len(found) == 3
+    )
+    assert words_of(models, "red fox " * 50)[-1] == ("red", [75])
+
+
 @torch.no_grad()
 def test_a_text_that_is_repeated_says_the_same(unet: UNet, draw):
     x, t, text = draw(1, 4, 8, 8), torch.tensor(500), draw(1, 77, 64)
@@ -255,6 +272,8 @@ def test_clip_skip_is_that_of_diffusers(sd1: Twin, sd2: Twin, sdxl: Twin, skip):
         assert all(rel(ours, theirs) <= 1e-5 for ours, theirs in zip(found, wanted, strict=True))
         both = encoded(models_of(twin), "a red fox", "a dog", "a1111", clip_skip=skip)
         assert torch.equal(both[0][0], halves[0][0]) and torch.equal(both[1][0], halves[1][0]) == (not skip)
+        (empty, _), (zeros, _) = (encoded(models_of(twin), "a", "", syntax)[1] for syntax in ("comfy", "plain"))
+        assert rel(empty, twin.parts[0]("")[0]) == 0 and bool(zeros.any()) == (twin is not sdxl)
     with pytest.raises(UserError, match="`clip_skip`: 3 given, 0 to 2 is wanted"):
         encoded(models_of(sd1), "a", "", clip_skip=3)
 
