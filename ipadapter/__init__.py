@@ -17,6 +17,7 @@ from ipadapter.adapter import IPAdapter
 from ipadapter.attention import DecoupledCrossAttention, heard, number, prepared
 from ipadapter.projection import FacePlusProjection, FaceProjection, ImageProjection, PatchProjection, Resampler
 from ipadapter.prompt import ImagePrompt, Prompt
+from ipadapter.scale import Scale
 from ipadapter.seen import Seen, watched
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PatchProjection",
     "Prompt",
     "Resampler",
+    "Scale",
     "Seen",
     "heard",
     "number",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ipadapter.attention import DecoupledCrossAttention
 from ipadapter.low_rank import LowRank, merge
 from ipadapter.projection import FacePlusProjection, FaceProjection, ImageProjection, PatchProjection, Resampler
-from ipadapter.prompt import ImagePrompt, Scale
+from ipadapter.prompt import ImagePrompt
+from ipadapter.scale import Scale, Weight
 
 Projection = ImageProjection | PatchProjection | Resampler | FaceProjection | FacePlusProjection
 
@@ -97,7 +98,9 @@ class IPAdapter(nn.Module):
         version_2 = {} if structure_scale is None else {"structure_scale": structure_scale}
         return self.image_proj(*(x.to(self.dtype) for x in features), **version_2).flatten(0, 1)[None]
 
-    def prompt(self, tokens: Tensor, scale: Scale | Sequence[Scale] = 1.0, mask: Tensor | None = None) -> ImagePrompt:
+    def prompt(
+        self, tokens: Tensor, scale: Weight | Sequence[Weight] | Scale = 1.0, mask: Tensor | None = None
+    ) -> ImagePrompt:
         """What every cross-attention layer is told of tokens (batch, num_tokens, context_dim): once, for all steps.
 
         Args:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from ipadapter.prompt import Prompt
+from ipadapter.scale import Rows, Scale
 
 
 class DecoupledCrossAttention(nn.Module):
@@ -58,8 +59,8 @@ def heard(
         grid: (rows, columns) of the feature map, whose positions ask row by row; only masks need it.
 
     Yields:
-        K' and V', (batch, num_tokens, heads * head_dim), and what their attention is multiplied by: the scale, or
-        scale times mask as (1 or batch, 1, 1 or positions, 1).
+        K' and V', (batch, num_tokens, heads * head_dim), and what their attention is multiplied by: the scale in this
+        layer and this step, or scale times mask as (1 or batch, 1, 1 or positions, 1).
 
     Raises:
         ValueError: a layer without a number, or of a backbone with more layers than the prompt has; a mask and no grid.
@@ -70,7 +71,11 @@ def heard(
                 f"an image prompt for {len(image.key_values)} layers meets layer {layer}: "
                 "`number` the backbone's cross-attentions, as many as the adapter has"
             )
-        gain = image.scale[layer] if isinstance(image.scale, Sequence) else image.scale
+        gain = image.scale
+        if isinstance(gain, Scale | Rows):
+            gain = gain.at(layer, prompt.step)
+        elif isinstance(gain, Sequence):
+            gain = gain[layer]
         if isinstance(gain, Tensor):  # one for each row
             gain = gain.to(image.key_values[layer][0]).view(-1, 1, 1, 1)
         elif gain == 0:  # the base model, bit for bit

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Scale = float | Tensor  # one number, or one for each row of the batch: (batch,)
+from ipadapter.scale import Rows, Scale, Weight, of_rows
+
 # Keys and values of each cross-attention layer, in the order of their numbers; (batch, tokens, heads * head_dim).
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 
@@ -21,21 +22,24 @@ class ImagePrompt:
 
     Args:
         key_values: K' and V'.
-        scale: the weight of the image prompt, one for all layers or a sequence with one for each. Where it is the
-            number 0 the prompt is silent, and the model is the base model, bit for bit.
+        scale: the weight of the image prompt, one for all layers, a sequence with one for each, or a `Scale`. Where it
+            comes to the number 0 the prompt is silent, and the model is the base model, bit for bit.
         mask: (1 or batch, 1, H, W) in [0, 1] at any resolution, where the prompt acts; None: everywhere.
+        group: which of several it is, where one of what is asked for makes several image prompts.
 
     Raises:
         ValueError: not as many scales as layers.
     """
 
     key_values: KeyValues
-    scale: Scale | Sequence[Scale] = 1.0
+    scale: Weight | Sequence[Weight] | Scale | Rows = 1.0
     mask: Tensor | None = None
+    group: int = 0
 
     def __post_init__(self):
-        if isinstance(self.scale, Sequence) and len(self.scale) != len(self.key_values):
-            raise ValueError(f"`scale`: {len(self.scale)} given, one for each of {len(self.key_values)} layers wanted")
+        given = self.scale.layers if isinstance(self.scale, Scale) else self.scale
+        if isinstance(given, Sequence) and len(given) != len(self.key_values):
+            raise ValueError(f"`scale`: {len(given)} given, one for each of {len(self.key_values)} layers wanted")
 
     @property
     def rows(self) -> int:
@@ -88,7 +92,8 @@ class Prompt:
 def cat_images(row: Sequence[ImagePrompt]) -> ImagePrompt:
     """One image prompt of several, stacked along the batch."""
     key_values = cat_key_values("an image prompt (tokens, width)", [image.key_values for image in row])
-    return ImagePrompt(key_values, cat_scales(row), cat_masks(row))
+    group = same("the group of an image prompt", (image.group for image in row))
+    return ImagePrompt(key_values, cat_scales(row), cat_masks(row), group)
 
 
 def cat_key_values(what: str, rows: Sequence[KeyValues]) -> KeyValues:
@@ -96,22 +101,18 @@ def cat_key_values(what: str, rows: Sequence[KeyValues]) -> KeyValues:
     return [tuple(stack(what, x) for x in zip(*pairs, strict=True)) for pairs in zip(*rows, strict=True)]
 
 
-def cat_scales(row: Sequence[ImagePrompt]) -> Scale | list[Scale]:
-    """Numbers that agree stay a number: where all rows are silent, so is the batch."""
-
-    def of_rows(scales: Sequence[Scale]) -> Scale:
-        if not any(isinstance(scale, Tensor) for scale in scales) and len(set(scales)) == 1:
-            return scales[0]
-        device = row[0].key_values[0][0].device
-        scales = (torch.as_tensor(scale, dtype=torch.float32, device=device) for scale in scales)
-        return torch.cat([scale.expand(image.rows) for scale, image in zip(scales, row, strict=True)])
-
-    scales = [image.scale for image in row]
+def cat_scales(row: Sequence[ImagePrompt]) -> Weight | list[Weight] | Scale | Rows:
+    """Those that agree stay as they are; what differs by the step is told apart in it."""
+    scales, counts = [image.scale for image in row], tuple(image.rows for image in row)
+    if any(isinstance(scale, Scale | Rows) for scale in scales):
+        first = scales[0]
+        shared = isinstance(first, Scale) and not isinstance(first.weight, Tensor)
+        return first if shared and all(scale == first for scale in scales) else Rows(tuple(scales), counts)
     if not any(isinstance(scale, Sequence) for scale in scales):
-        return of_rows(scales)
+        return of_rows(scales, counts)
     layers = len(row[0].key_values)
     scales = [scale if isinstance(scale, Sequence) else [scale] * layers for scale in scales]
-    return [of_rows(layer) for layer in zip(*scales, strict=True)]
+    return [of_rows(layer, counts) for layer in zip(*scales, strict=True)]
 
 
 def cat_masks(row: Sequence[ImagePrompt]) -> Tensor | None:
