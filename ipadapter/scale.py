@@ -53,7 +53,8 @@ class Scale:
             return 0.0
         if not isinstance(self.curve, str):
             return self.curve[i * len(self.curve) // steps]
-        passed = ((i + 0.5) / steps - self.start) / (self.until - self.start)  # of the window, in the middle of the step
+        # Of the window, in the middle of the step:
+        passed = ((i + 0.5) / steps - self.start) / (self.until - self.start)
         return {"constant": 1.0, "fade-in": passed, "fade-out": 1 - passed}[self.curve]
 
 
