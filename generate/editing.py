@@ -38,9 +38,13 @@ class Canvas:
     strength: float | None = None  # share of the steps that run; None: what is usual
     padding: int | None = None  # work on the part around the mask alone, so many pixels more, and paste it back
 
+    def part(self, height: int, width: int) -> Box | None:
+        """The part that is worked on alone, in a size of this aspect; None: the whole."""
+        return None if self.padding is None else around(self.mask, self.padding, height, width)
+
     def box(self, height: int, width: int) -> Box:
         """The part that is worked on, in a size of this aspect."""
-        return (0, 0, *self.picture.size) if self.padding is None else around(self.mask, self.padding, height, width)
+        return self.part(height, width) or (0, 0, *self.picture.size)
 
     def count(self, steps: int) -> int:
         """How many of so many steps run, the last ones: the less, the nearer the result is to the picture.

@@ -177,8 +177,7 @@ def open_models(
     followed = tuple(file(net, tell) for net in nets)
     for net in dict.fromkeys(followed):
         load_control(net, opened, device="meta")
-    if not new_adapter:  # training works on batches that are large enough
-        threads.suit(max(dim for dim, _ in opened.layers), device)
+    threads.suit(max(dim for dim, _ in opened.layers), device)
     kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
     if kind:
         encoder = load_image_encoder(files["image_encoder"], device="meta") if kind.reads_clip else None

@@ -127,7 +127,7 @@ def pictures(
         with watched(unet.cross_attentions(), p) if on_seen else nullcontext() as watch:
             x = denoise(run, predict, x, levels, generators, on_step)
         for seen in watch.seen() if watch else ():
-            on_seen(seen)
+            on_seen(replace(seen, box=canvas.part(height, width) if canvas else None))
         if number == len(parts):
             del unet, model, predict, layers, nets  # unless it is kept, before the autoencoder takes its place
         if not x.isfinite().all():

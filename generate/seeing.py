@@ -31,7 +31,7 @@ def attention_sheet(
     prompt of several pictures there is also how its attention is divided between them, from 0 to 1. A word's map is the
     mean over its tokens, from its own least to its own largest value.
     """
-    top = seen.shares.max()
+    picture, top = picture.crop(seen.box) if seen.box else picture, seen.shares.max()
     share = [f"{share:.0%}" for share in seen.shares.mean(dim=(1, 2)).tolist()]
     cells = [("the picture", picture)]
     if names:

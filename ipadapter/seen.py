@@ -28,11 +28,13 @@ class Seen:
         shares: (1 + image prompts, H, W): how large the terms of equation 5 are beside each other, the text's first.
             The norm of gain * Attention(Q, K', V') at a place over the sum of all terms' norms, the mean over layers and
             steps: where an image prompt is silent its share is 0.
+        box: the part of the picture that all this speaks of, (left, upper, right, lower) in pixels; None: the whole.
     """
 
     text: Tensor
     images: tuple[Tensor, ...]
     shares: Tensor
+    box: tuple[int, int, int, int] | None = None
 
 
 @dataclass

@@ -240,3 +240,15 @@ def test_at_the_command_line_a_sheet_lies_beside_each_picture(tmp_path):
     assert sample(*flags, "--output", tmp_path / "y.png").returncode == 0
     assert (pixels(tmp_path / "x_1.png") == pixels(tmp_path / "y_1.png")).all()
     assert Image.open(tmp_path / "x_1_attention.png").width > 3 * SIDE
+
+
+def test_where_a_part_is_worked_on_alone_the_maps_are_of_that_part():
+    models, seen = open_models(device="cpu"), []
+    picture, mask = Image.new("RGB", (160, 128), "white"), Image.new("L", (160, 128))
+    mask.paste(255, (100, 20, 130, 50))
+    asked = prompts(models, "red apple")
+    part = {"init": picture, "inpaint": mask, "only_masked": 8, "height": 64, "width": 64}
+    (made,) = pictures(models, *asked, steps=2, **part, on_seen=seen.append)
+    assert made.size == (160, 128) and seen[0].box == (92, 12, 138, 58)
+    page = attention_sheet(made, seen[0], "red apple")
+    assert page.width == SIDE // 32 + 2 * (SIDE + SIDE // 32)
