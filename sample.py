@@ -38,7 +38,7 @@ from generate.editing import canvas_of, size_of, steps_that_run
 from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
-from generate.syntax import SYNTAXES, parts
+from generate.syntax import parts
 from generate.text import words_of
 from sampler import SAMPLERS
 from weights.hub import table
@@ -170,12 +170,6 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--image", nargs="+", default=[], metavar="FILE", help="image prompt; several prompt together; - is a pipe")
     add("--prompt", type=cli.text, default="", help="text prompt")
-    ways = "how words are weighed: (red:1.2) as in A1111 or ComfyUI (default: %(default)s, brackets are text)"
-    add("--prompt-syntax", choices=SYNTAXES, default="plain", help=ways)
-    long = "read prompts beyond 75 tokens in chunks, instead of cutting them; a1111 and comfy always do"
-    add("--long-prompt", action="store_true", help=long)
-    skip = "leave out so many of the text tower's last layers, as diffusers counts; A1111 counts one more (default: 0)"
-    add("--clip-skip", type=cli.whole(0), default=0, metavar="N", help=skip)
     add("--negative-prompt", type=cli.text, default="", help="what the picture should not be")
     weight = "weight of the image prompt; several: one picture for each (default: 1.0, with text 0.6)"
     add("--scale", nargs="+", type=cli.number(), metavar="S", help=weight)
@@ -203,6 +197,7 @@ def parse() -> argparse.Namespace:
     add("--width", type=cli.side, help="pixels, a multiple of 8 (default: what the base was made for)")
     add("--again", type=cli.path, metavar="PICTURE", help="make this picture again, but for the flags that differ")
 
+    flags.texts(parser)
     flags.editing(parser)
     files = parser.add_argument_group("models, each a file or a published name")
     files.add_argument("--list", action="store_true", help="print all names, and what of them is already here")
@@ -212,8 +207,6 @@ def parse() -> argparse.Namespace:
     add("--text-encoder", nargs="+", type=cli.path, default=[], metavar="FILE", help=towers)
     merged = "LoRAs for the base, each with a weight (default: 1)"
     add("--lora", nargs="+", type=cli.weighted, default=[], metavar="FILE[:W]", help=merged)
-    words = "textual inversions; a prompt calls each by its name (default: the file's, or what it says)"
-    add("--embedding", nargs="+", type=cli.called, default=[], metavar="FILE[:NAME]", help=words)
     visited = "which timesteps are visited (default: as the base's file tells, or as the sampler is used to)"
     add("--spacing", choices=("leading", "trailing", "linspace"), help=visited)
     add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: as the base's file tells)")

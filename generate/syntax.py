@@ -1,6 +1,7 @@
 """Weights in a prompt, in the ways of A1111 and of ComfyUI: a text in, its parts with their weights out.
 
-    A1111      (word) times 1.1, [word] through 1.1, (word:1.2) times 1.2; nested, they multiply; BREAK begins a chunk
+    A1111      (word) times 1.1, [word] through 1.1, (word:1.2) times 1.2; nested, they multiply; BREAK begins a chunk (also in plain
+               texts that may be long)
     ComfyUI    (word) times 1.1, (word:1.2) is 1.2, whatever stands around it
 
 A bracket with a backslash before it is a bracket as such.
@@ -8,6 +9,7 @@ A bracket with a backslash before it is a bracket as such.
 
 import math
 import re
+from collections.abc import Sequence
 
 from files.errors import UserError
 
@@ -30,15 +32,21 @@ MARKS = (  # of other ways to write; where they are plain text; what else does i
         "weights are read with `prompt_syntax` a1111 or comfy",
     ),
     (r"\[[^\[\]]+\]", ("plain", "comfy"), "[ ] is read with `prompt_syntax` a1111"),
-    (r"\bBREAK\b", ("plain", "comfy"), "BREAK is read with `prompt_syntax` a1111"),
+    (r"\bBREAK\b", ("plain",), "BREAK is read with `long_prompt`"),
+    (r"\bBREAK\b", ("comfy",), "BREAK is read with `prompt_syntax` a1111"),
     (r"\[[^\[\]]*[:|][^\[\]]*\]|\bAND\b", ("a1111",), "prompts that change over the steps are not read"),
     (r"<(?:lora|lyco|hypernet):[^>]*>", SYNTAXES, "LoRAs are given by `lora`"),
     (EMBEDDING, ("plain", "a1111"), "embeddings are given by `embedding`"),
 )
 
 
-def told(name: str, text: str, syntax: str) -> str:
-    """A line on what other tools would read as more than text, and nothing here does; or ''."""
+def told(name: str, text: str, syntax: str, long: bool = False) -> str:
+    """A line on what other tools would read as more than text, and nothing here does; or ''.
+
+    Args:
+        long: as in `parts`.
+    """
+    text = BREAK.sub(" ", text) if syntax == "plain" and long else text
     found = [(marks, hint) for mark, where, hint in MARKS if syntax in where and (marks := re.findall(mark, text))]
     if not found:
         return ""
@@ -46,24 +54,23 @@ def told(name: str, text: str, syntax: str) -> str:
     return f"`{name}`: {marks}: taken as plain text; {', '.join(hint for _, hint in found)}"
 
 
-def parts(text: str, syntax: str, name: str) -> Parts:
+def parts(text: str, syntax: str, name: str, long: bool = False) -> Parts:
     """A text in its parts, each with its weight.
 
     Args:
         syntax: one of SYNTAXES.
+        long: whether a plain text is divided where it says BREAK.
         name: whose text it is, for errors: "prompt" or "negative_prompt".
 
     Raises:
         UserError: a weight that is no number; a bracket without its other half, where that means nothing.
     """
-    found = {"plain": plain, "a1111": a1111, "comfy": comfy}[syntax](text, name)
+    if syntax == "plain":
+        return divided([(text, 1.0)]) if long else [(text, 1.0)]
+    found = {"a1111": a1111, "comfy": comfy}[syntax](text, name)
     if not all(math.isfinite(part[1]) for part in found if part):
         raise UserError(f"`{name}`: the weights of brackets in brackets multiply without end")
     return found
-
-
-def plain(text: str, name: str) -> Parts:
-    return [(text, 1.0)]
 
 
 def a1111(text: str, name: str) -> Parts:
@@ -101,6 +108,11 @@ def a1111(text: str, name: str) -> Parts:
     for kind, factor in (("(", LOUDER), ("[", 1 / LOUDER)):
         while opened[kind]:
             close(kind, factor)
+    return divided(found)
+
+
+def divided(found: Sequence[tuple[str, float]]) -> Parts:
+    """Parts, divided at BREAK; those of one weight that adjoin are one."""
     joined: Parts = []
     for words, weight in found:
         for j, piece in enumerate(BREAK.split(words)):

@@ -51,9 +51,10 @@ def encoded(
     if not 0 <= clip_skip <= most:
         raise UserError(f"`clip_skip`: {clip_skip} given, 0 to {most} is wanted with this base")
     opened, given = models.embeddings, {"prompt": text, "negative_prompt": negative}
-    found = {name: pieces(said, syntax, name, opened) for name, said in given.items()}
+    found = {name: pieces(said, syntax, name, opened, long) for name, said in given.items()}
     for name, said in given.items():
-        tell_marks(name, said, syntax, opened)
+        if line := told(name, calls(names_of(opened), syntax).sub("", said), syntax, long):
+            warnings.warn(Notice(line), stacklevel=3)
         if syntax == "plain" and not long:
             tell_cut(name, found[name])
     tell_unused(opened, syntax, {token for one in found.values() for piece in one for token, _ in piece or ()})
@@ -76,11 +77,11 @@ def even(features: Sequence[Tensor]) -> list[Tensor]:
     return [x.repeat(1, length // x.shape[1], 1) for x in features]
 
 
-def pieces(text: str, syntax: str, name: str, embeddings: Sequence[Embedding]) -> Pieces:
+def pieces(text: str, syntax: str, name: str, embeddings: Sequence[Embedding], long: bool = False) -> Pieces:
     """A prompt in tokens: words for ComfyUI, single tokens else; and embeddings where they are called."""
     names, numbers, found = names_of(embeddings), numbers_of(embeddings), []
     call = calls(names, syntax)
-    for part in parts(text, syntax, name):
+    for part in parts(text, syntax, name, long):
         if part is None:
             found.append(None)
             continue
@@ -124,7 +125,7 @@ def words_of(
     models: Models, text: str, negative: str = "", syntax: str = "plain", long: bool = False
 ) -> list[tuple[str, list[int]]]:
     """The words of a prompt and the embeddings that it calls, each with the places of its tokens in the features."""
-    read = [pieces(one, syntax, "prompt", models.embeddings) for one in (text, negative)]
+    read = [pieces(one, syntax, "prompt", models.embeddings, long) for one in (text, negative)]
     rows = [[*chain(*Text(chunks(one, syntax, long)).rows(END))] for one in read]
     found = words(rows[0])
     for embedding, numbers in zip(models.embeddings, numbers_of(models.embeddings), strict=True):
@@ -135,11 +136,6 @@ def words_of(
         (word, [start + place for start in starts for place in places])
         for word, places in sorted(found, key=itemgetter(1))
     ]
-
-
-def tell_marks(name: str, text: str, syntax: str, embeddings: Sequence[Embedding]) -> None:
-    if line := told(name, calls(names_of(embeddings), syntax).sub("", text), syntax):
-        warnings.warn(Notice(line), stacklevel=4)
 
 
 def tell_cut(name: str, found: Pieces) -> None:

@@ -729,6 +729,7 @@ def read_texts(path: Path) -> None:
         cli.seed(9),
         cli.text,
         cli.weighted,
+        cli.called,
         cli.side,
         cli.device,
     )
