@@ -23,12 +23,15 @@ from counterparts import (
     rel,
 )
 from diffusers import (
+    ControlNetModel,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -37,15 +40,17 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.image_processor import VaeImageProcessor
+from narrow import NARROW_UNET
 from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import load_file, save_file
 from test_sample import sample
 from test_sampler import LEADING, config, eps, predicted
+from test_structure import their_controlnet
 
 from files.errors import UserError
 from files.masks import open_mask
 from files.pictures import from_pil, read_settings
-from generate import open_models, pictures, prompts
+from generate import Hint, open_models, pictures, prompts
 from generate.editing import Canvas, around, canvas_of, posterior, size_of, steps_that_run
 from generate.picture import decode
 from generate.record import sound
@@ -135,18 +140,22 @@ def prompted(adapter_file):
     return pipeline
 
 
-def ours(twin: Twin, adapter: Path | None = None, encoder=None, **how) -> tuple[torch.Tensor, np.ndarray]:
-    models = opened(twin, adapter and load_adapter(adapter), encoder)
+def ours(
+    twin: Twin, adapter: Path | None = None, encoder=None, nets: tuple[Path, ...] = (), **how
+) -> tuple[torch.Tensor, np.ndarray]:
+    models = replace(opened(twin, adapter and load_adapter(adapter), encoder), controls=nets)
     pair = prompts(models, TEXT, images=[photo(80, 80)] if adapter else [], scale=0.7 if adapter else None)
     latents = []
     with patch("generate.picture.decode", lambda models, x: latents.append(x) or decode(models, x)):
-        (picture,) = pictures(models, *pair, SEED, **{"steps": STEPS} | how)
+        hints = [Hint(photo())] if nets else []
+        (picture,) = pictures(models, *pair, SEED, controls=hints, **{"steps": STEPS} | how)
     return latents[0], np.asarray(picture)
 
 
 def theirs(kind, pipeline: DiffusionPipeline, sampler: str = "ddim", **how) -> tuple[torch.Tensor, np.ndarray]:
     scheduler, settings = SCHEDULERS[sampler]
-    found = kind.from_pipe(pipeline, scheduler=scheduler.from_config(pipeline.scheduler.config, **settings))
+    scheduler = scheduler.from_config(pipeline.scheduler.config, **settings)
+    found = kind.from_pipe(pipeline, scheduler=scheduler) if kind else pipeline
     found.set_progress_bar_config(disable=True)
     if getattr(pipeline.unet, "encoder_hid_proj", None) is not None:
         how["ip_adapter_image"] = [photo(80, 80)]
@@ -346,6 +355,33 @@ def test_following_an_instruction_equals_diffusers(sd1_8, adapter_file, image_to
     pipeline = prompted(sd1_8) if adapter else sd1_8.pipeline
     wanted = theirs(StableDiffusionInstructPix2PixPipeline, pipeline, image=photo(), image_guidance_scale=1.5)
     assert_same_picture(ours(sd1_8, *given, init=photo()), wanted)
+
+
+# Under control
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory) -> tuple[ControlNetModel, Path]:
+    made, path = their_controlnet(NARROW_UNET, 50), tmp_path_factory.mktemp("net") / "net.safetensors"
+    save_file({key: w.contiguous() for key, w in made.state_dict().items()}, path)
+    return made, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base, anew", [("sd1", False), ("sd1", True), ("sd1_9", True)])
+def test_beginning_with_a_picture_under_control_equals_diffusers(
+    request, adapter_file, image_tower, prompted, net, base, anew
+):
+    """The ControlNet reads the latent alone, also beside a base that reads more."""
+    twin = request.getfixturevalue(base)
+    how = {"init": photo(), "strength": 0.6} | ({"inpaint": mask()} if anew else {})
+    found = ours(twin, adapter_file, image_tower, (net[1],), **how)
+    kind = StableDiffusionControlNetInpaintPipeline if anew else StableDiffusionControlNetImg2ImgPipeline
+    pipeline = kind(**prompted(twin).components, controlnet=net[0])
+    wanted = {"image": photo(), "control_image": photo(), "strength": 0.6, "controlnet_conditioning_scale": 1.0}
+    wanted |= {"mask_image": mask()} if anew else {}
+    wanted |= {"height": 64, "width": 96}
+    assert_same_picture(found, theirs(None, pipeline, **wanted))
 
 
 # Seeds, memory
