@@ -1,6 +1,6 @@
 """Opens the models of a run: names or files in, what follows from them brought along, what does not fit refused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,14 +27,23 @@ Named = str | Path  # a file, or the name of a published one
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """An adapter of a run: what it is read from, and what it reads."""
+
+    file: Path
+    kind: IPAdapter  # without its weights (on `meta`)
+    image_encoder: Path | None  # None: it reads face embeddings alone
+    faceid_v2: bool = False
+
+
+@dataclass(frozen=True)
 class Models:
     """All that pictures are made with. A part is built when it is asked for; with `keep` it is then held."""
 
-    files: dict[str, Path]  # what they are read from, by role: "base", "adapter", "image_encoder", "vae"
+    files: dict[str, Path]  # what they are read from, by role: "base", "adapter" (the first), "image_encoder", "vae"
     base: Base
     loras: tuple[tuple[LoRA, float], ...]  # merged into the base, each with its weight
-    adapter_kind: IPAdapter | None  # the adapter without its weights (on `meta`): what it reads
-    faceid_v2: bool
+    adapters: tuple[Adapter, ...]
     bundled: bool  # the tiny model that lies in the tree
     side: int  # pixels along the side of a picture where none is asked for
     dtype: torch.dtype  # what is computed in
@@ -46,39 +55,47 @@ class Models:
     controls: tuple[Path, ...] = ()  # ControlNets and T2I-Adapters
     held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
-    def adapter(self) -> IPAdapter:
+    @property
+    def adapter_kind(self) -> IPAdapter | None:
+        """The first adapter without its weights (on `meta`): what it reads."""
+        return self.adapters[0].kind if self.adapters else None
+
+    def adapter(self, number: int = 0) -> IPAdapter:
         """With its image projection in `dtype` (a Resampler is small), its keys and values as they are stored."""
+        file = self.adapters[number].file
 
         def build() -> IPAdapter:
-            adapter = load_adapter(self.files["adapter"], self.loaded, self.device)
+            adapter = load_adapter(file, self.loaded, self.device)
             adapter.image_proj.to(self.dtype)
             self.stored(adapter.ip_adapter)
             return adapter
 
-        return self.part("adapter", build)
+        return self.part(f"adapter {number}" if number else "adapter", build)
 
-    def image_encoder(self) -> CLIPImage | None:
-        """None where the adapter reads face embeddings alone."""
-        if "image_encoder" not in self.files:
+    def image_encoder(self, number: int = 0) -> CLIPImage | None:
+        """What an adapter reads; None where that is face embeddings alone."""
+        file = self.adapters[number].image_encoder if self.adapters else self.files.get("image_encoder")
+        if file is None:
             return None
-        file = self.files["image_encoder"]
-        return self.part("image encoder", lambda: self.stored(load_image_encoder(file, self.loaded, self.device)))
+        return self.part(
+            f"image encoder {file}", lambda: self.stored(load_image_encoder(file, self.loaded, self.device))
+        )
 
     def text_encoder(self) -> TextEncoder | TwoTowerEncoder:
         return self.part("text encoder", lambda: self.stored(self.base.text_encoder()))
 
     def unet(self, face: bool = False) -> UNet:
-        """`face`: with the changes to its own attention that a FaceID adapter brings, which are merged for good."""
+        """`face`: with the changes to its own attention that FaceID adapters bring, which are merged for good."""
+        changing = [adapter.file for adapter in self.adapters if face and adapter.kind.lora_rank]
 
         def build() -> UNet:
             unet = self.base.unet()
-            if face:
-                load_adapter(self.files["adapter"], self.loaded, self.device).merge(unet, keep=False)
+            for file in dict.fromkeys(changing):
+                load_adapter(file, self.loaded, self.device).merge(unet, keep=False)
             return self.stored(unet)
 
-        face = face and bool(self.adapter_kind and self.adapter_kind.lora_rank)
-        self.held.pop("unet" if face else "unet for a face", None)  # one of the two is enough
-        return self.part("unet for a face" if face else "unet", build)
+        self.held.pop("unet" if changing else "unet for a face", None)  # one of the two is enough
+        return self.part("unet for a face" if changing else "unet", build)
 
     def control(self, file: Path) -> Net:
         """One of `controls`, a ControlNet or a T2I-Adapter."""
@@ -108,10 +125,10 @@ class Models:
 def open_models(
     # The base model: SD 1.x, SD 2.x or SDXL; nothing named: the tiny model of the tree.
     base: Named | None = None,
-    # The IP-Adapter; a published base brings the base adapter of its family.
-    adapter: Named | None = None,
-    # The CLIP image tower that the adapter reads; a published adapter brings it.
-    image_encoder: Named | None = None,
+    # The IP-Adapter, or several; a published base brings the base adapter of its family.
+    adapter: Named | Sequence[Named | None] | None = None,
+    # The CLIP image tower that the adapters read, or one for each; a published adapter brings it.
+    image_encoder: Named | Sequence[Named | None] | None = None,
     # Another autoencoder than the base's own.
     vae: Named | None = None,
     # LoRAs for the base, each alone or with its weight.
@@ -126,8 +143,8 @@ def open_models(
     image: bool = True,
     # Whether an adapter is to be made: then none is brought, only the image encoder that it will read.
     new_adapter: bool = False,
-    # Whether the adapter's file is FaceID-plus version 2: no tensor tells.
-    faceid_v2: bool = False,
+    # Whether the adapter's file is FaceID-plus version 2, or whether each is: no tensor tells.
+    faceid_v2: bool | Sequence[bool] = False,
     # What the UNet predicts, "eps" or "v", where the file tells it wrongly or not at all.
     prediction: str | None = None,
     # Which timesteps are visited, "leading", "trailing" or "linspace", where the file tells it wrongly or not at all.
@@ -153,13 +170,21 @@ def open_models(
     """
     device = torch.device(device or default_device())
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype or default_dtype(device)
-    given = {"base": base, "adapter": adapter, "image_encoder": image_encoder, "vae": vae}
+    each = together(adapter, image_encoder, faceid_v2)
+    presets = [find("adapter", str(name)) for name, _, _ in each if name] if len(each) > 1 else []
+    base = base or next((preset.base for preset in presets if isinstance(preset, Preset)), None)
     pairs = [(*lora, 1.0)[:2] if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
     wanted = [(find("lora", str(name)), weight) for name, weight in pairs]
     ready = {found: read_lora(found) for found, _ in wanted if isinstance(found, Path)}  # before anything is fetched
     named = [one if isinstance(one, tuple) else (one, None) for one in embeddings]
     inversions = tuple(embedding for one in named for embedding in read_embeddings(*one))
-    found = resolve({role: name and str(name) for role, name in given.items()}, image, new_adapter, faces_alone)
+    found, *others = (
+        resolve(
+            {role: name and str(name) for role, name in zip(ROLES, (base, one, encoder, vae), strict=True)},
+            *(image, new_adapter, faces_alone),
+        )
+        for one, encoder, _ in each
+    )
     nets = [find("control", str(name)) for name in controls]
     for kind, row in (*(("lora", lora) for lora, _ in wanted), *(("control", net) for net in nets)):
         check_together({"base": found["base"], kind: row})
@@ -178,21 +203,18 @@ def open_models(
     for net in dict.fromkeys(followed):
         load_control(net, opened, device="meta")
     threads.suit(max(dim for dim, _ in opened.layers), device)
-    kind = load_adapter(files["adapter"], device="meta") if "adapter" in files else None
-    if kind:
-        encoder = load_image_encoder(files["image_encoder"], device="meta") if kind.reads_clip else None
-        check_fit(kind, files["adapter"], opened, encoder, files.get("image_encoder"))
-        if not kind.reads_clip:
-            files.pop("image_encoder", None)
-        if faceid_v2 and not (kind.image_proj.faces and kind.image_proj.patches):
-            raise UserError(f"`faceid_v2`: for FaceID-plus adapters; {files['adapter']} is another kind")
-    preset = found["adapter"] if isinstance(found["adapter"], Preset) else None
+    read = tuple(
+        open_adapter(one, version_2, opened, tell)
+        for one, (*_, version_2) in zip((found, *others), each, strict=True)
+        if one["adapter"]
+    )
+    if read and read[0].image_encoder is None:
+        files.pop("image_encoder", None)
     return Models(
         files=files,
         base=opened,
         loras=merged,
-        adapter_kind=kind,
-        faceid_v2=faceid_v2 or bool(preset and preset.faceid_v2),
+        adapters=read,
         bundled=found["base"] == PRESETS["base", "tiny"],
         side=(found["base"].side if isinstance(found["base"], Preset) else None) or opened.side,
         dtype=dtype,
@@ -203,6 +225,37 @@ def open_models(
         embeddings=inversions,
         controls=followed,
     )
+
+
+def together(
+    adapter: Named | Sequence[Named | None] | None,
+    image_encoder: Named | Sequence[Named | None] | None,
+    faceid_v2: bool | Sequence[bool],
+) -> list[tuple[Named | None, Named | None, bool]]:
+    """For each adapter itself, its image encoder and whether it is FaceID-plus version 2."""
+    adapters = list(adapter) if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
+    several = isinstance(image_encoder, Sequence) and not isinstance(image_encoder, str)
+    encoders = list(image_encoder) if several else [image_encoder] * len(adapters)
+    versions = [faceid_v2] * len(adapters) if isinstance(faceid_v2, bool) else list(faceid_v2)
+    for name, found in (("image_encoder", encoders), ("faceid_v2", versions)):
+        if len(found) != len(adapters):
+            raise UserError(f"`{name}`: {len(found)} given, for {len(adapters)} adapters: one for all, or one for each")
+    return list(zip(adapters, encoders, versions, strict=True))
+
+
+def open_adapter(
+    found: Mapping[str, Path | Preset | None], faceid_v2: bool, base: Base, tell: Callable[[str], object]
+) -> Adapter:
+    """Fetch and check one adapter and the image encoder that it reads."""
+    path = file(found["adapter"], tell)
+    encoder_path = file(found["image_encoder"], tell) if found["image_encoder"] else None
+    kind = load_adapter(path, device="meta")
+    encoder = load_image_encoder(encoder_path, device="meta") if kind.reads_clip else None
+    check_fit(kind, path, base, encoder, encoder_path)
+    if faceid_v2 and not (kind.image_proj.faces and kind.image_proj.patches):
+        raise UserError(f"`faceid_v2`: for FaceID-plus adapters; {path} is another kind")
+    named = isinstance(found["adapter"], Preset) and found["adapter"].faceid_v2
+    return Adapter(path, kind, encoder_path if kind.reads_clip else None, faceid_v2 or named)
 
 
 def faces_alone(adapter: Path) -> bool:

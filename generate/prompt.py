@@ -12,12 +12,13 @@ from clip import preprocess
 from files.errors import UserError
 from files.faces import find_faces, read_embedding
 from files.pictures import open_picture
+from generate.group import ImageGroup, Picture, check_weights, mask_tensor, swap, weighed
+from generate.layers import factors
 from generate.models import Models
 from generate.text import encoded
-from ipadapter import IPAdapter, Prompt
-from unet import size_vector
-
-Picture = str | Path | Image.Image
+from ipadapter import ImagePrompt, IPAdapter, Prompt, Scale
+from unet import layer_names, size_vector
+from weights.families import TINY
 
 
 @torch.no_grad()
@@ -27,10 +28,11 @@ def prompts(
     text: str = "",
     # The negative prompt: what the picture should not be.
     negative: str = "",
-    # Image prompts, files or pictures; several prompt together.
-    images: Sequence[Picture] = (),
-    # The weight of the image prompt: one number, or one for each cross-attention layer; None: 1, beside a text 0.6.
-    scale: float | Sequence[float] | None = None,
+    # Image prompts, files or pictures; several prompt together. Or groups of them, each heard in its own way.
+    images: Sequence[Picture | ImageGroup] = (),
+    # The weight of the image prompt: one number, one for each cross-attention layer, or a `Scale`; None: 1, beside a text
+    # 0.6. Of groups it is that of those that have none.
+    scale: float | Sequence[float] | Scale | None = None,
     # Face embeddings for FaceID adapters, files or tensors (faces, 512); without any, the faces are read off the images
     # (insightface).
     faces: Sequence[str | Path | Tensor] = (),
@@ -50,12 +52,13 @@ def prompts(
     """
     texts = encoded(models, text, negative, prompt_syntax, long_prompt, clip_skip)
     pair = [sized(Prompt(x, vector=pooled), models, models.side, models.side, pooled) for x, pooled in texts]
-    if images or faces:
-        if models.adapter_kind is None:
-            raise UserError("`image`: no adapter was opened, which an image prompt wants")
-        adapter, scale = models.adapter(), default_scale(text) if scale is None else scale
-        tokens = image_tokens(models, adapter, images, faces, structure_scale)
-        pair = [replace(p, images=(adapter.prompt(t, scale),)) for p, t in zip(pair, tokens, strict=True)]
+    groups = [image for image in images if isinstance(image, ImageGroup)]
+    alone = [image for image in images if not isinstance(image, ImageGroup)]
+    if alone or faces:
+        groups.insert(0, ImageGroup(alone, faces=faces, structure_scale=structure_scale))
+    if groups:
+        found = image_prompts(models, groups, default_scale(text) if scale is None else scale)
+        pair = [replace(p, images=side) for p, side in zip(pair, zip(*found, strict=True), strict=True)]
     elif scale is not None:
         raise UserError("`scale` is the weight of an image prompt: it goes with `image`")
     return tuple(pair)
@@ -65,9 +68,15 @@ def default_scale(text: str) -> float:
     return 0.6 if text else 1.0
 
 
-def scaled(prompt: Prompt, scale: float | Sequence[float]) -> Prompt:
-    """The same prompt with another weight of its image prompts."""
-    return replace(prompt, images=tuple(replace(image, scale=scale) for image in prompt.images))
+def scaled(prompt: Prompt, scale: float | Sequence[float], group: int | None = None) -> Prompt:
+    """The same prompt with another weight of its image prompts, or of those of one group; what else a `Scale` says stays."""
+
+    def one(image: ImagePrompt) -> ImagePrompt:
+        if group not in (None, image.group):
+            return image
+        return replace(image, scale=replace(image.scale, weight=scale) if isinstance(image.scale, Scale) else scale)
+
+    return replace(prompt, images=tuple(map(one, prompt.images)))
 
 
 def sized(prompt: Prompt, models: Models, height: int, width: int, pooled: Tensor | None = None) -> Prompt:
@@ -79,32 +88,70 @@ def sized(prompt: Prompt, models: Models, height: int, width: int, pooled: Tenso
     return replace(prompt, vector=size_vector(pooled, height, width, sinusoids))
 
 
-def image_tokens(
-    models: Models,
-    adapter: IPAdapter,
-    images: Sequence[Picture],
-    faces: Sequence[str | Path | Tensor] = (),
-    structure_scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The tokens of the image prompt and those of its absence, both (1, pictures * num_tokens, context_dim).
+def image_prompts(
+    models: Models, groups: Sequence[ImageGroup], scale: float | Sequence[float] | Scale
+) -> list[tuple[ImagePrompt, ImagePrompt]]:
+    """Each group's image prompt and its absence.
 
-    An image encoder that is not kept is freed on return.
+    An adapter and an image encoder are held as long as the next group reads them too.
+
+    Args:
+        scale: of groups that have none.
+
+    Raises:
+        UserError: as `prompts` does.
     """
-    encoder = models.image_encoder()
+    heard, found = [], {}
+    for group in groups:  # before anything is read
+        if not 0 <= group.adapter < len(models.adapters):
+            count = len(models.adapters)
+            raise UserError(
+                f"`adapter` {group.adapter}: {count} adapters were opened, the first is 0"
+                if count
+                else "`image`: no adapter was opened, which an image prompt wants"
+            )
+        if not (group.images or group.faces):
+            raise UserError("`image`: a group without a picture; a file or a face embedding is wanted")
+        family = TINY if models.bundled else models.base.family
+        layers = factors(group.layers, layer_names(models.base.config), family)
+        mask = None if group.mask is None else mask_tensor(group.mask).to(models.device)
+        heard.append((layers, *group.heard(scale, layers), mask))
+    several = replace(models, keep=True, held=models.held if models.keep else {})
+    read = [models.adapters[group.adapter] for group in groups]
+    last = None
+    for i in sorted(range(len(groups)), key=lambda i: (str(read[i].image_encoder), groups[i].adapter)):
+        if not models.keep and groups[i].adapter != last:
+            for name in several.held.keys() - {f"image encoder {read[i].image_encoder}"}:
+                del several.held[name]
+        last = groups[i].adapter
+        adapter, (layers, here, away, mask) = several.adapter(groups[i].adapter), heard[i]
+        both = [adapter.prompt(tokens) for tokens in image_tokens(several, adapter, groups[i])]
+        image, absent = (weighed(one, groups[i].weights) for one in both)
+        if layers and layers.swapped:
+            absent = swap(image, absent, layers.swapped)
+        found[i] = replace(image, scale=here, mask=mask, group=i), replace(absent, scale=away, mask=mask, group=i)
+    return [found[i] for i in range(len(groups))]
+
+
+def image_tokens(models: Models, adapter: IPAdapter, group: ImageGroup) -> tuple[Tensor, Tensor]:
+    """The tokens of the image prompt and those of its absence, both (1, pictures * num_tokens, context_dim)."""
+    images, faces, structure_scale = group.images, group.faces, group.structure_scale
+    encoder, opened = models.image_encoder(group.adapter), models.adapters[group.adapter]
     if faces and not adapter.image_proj.faces:
-        raise UserError(f"`face_embedding`: for FaceID adapters; {models.files['adapter']} reads pictures (`image`)")
-    if structure_scale is not None and not models.faceid_v2:
-        raise UserError(f"`structure_scale`: for FaceID-plus version 2; {models.files['adapter']} is another kind")
+        raise UserError(f"`face_embedding`: for FaceID adapters; {opened.file} reads pictures (`image`)")
+    if structure_scale is not None and not opened.faceid_v2:
+        raise UserError(f"`structure_scale`: for FaceID-plus version 2; {opened.file} is another kind")
     seen = [image if isinstance(image, Image.Image) else open_picture(image) for image in images]
     embeddings = pixels = None
     if adapter.image_proj.faces:
         if faces and images and not encoder:
-            raise UserError(f"`image`: {models.files['adapter']} reads the face alone, which `face_embedding` gives")
+            raise UserError(f"`image`: {opened.file} reads the face alone, which `face_embedding` gives")
         if faces:
             embeddings = torch.cat([x if isinstance(x, Tensor) else read_embedding(x) for x in faces])
         else:
             embeddings, seen = find_faces(seen, [str(image) for image in images])
         embeddings = embeddings.to(models.device, models.dtype)
+    check_weights(group.weights, len(seen) if embeddings is None else len(embeddings))
     if encoder:
         if embeddings is not None and len(embeddings) != len(seen):
             raise UserError(
@@ -113,6 +160,6 @@ def image_tokens(
             )
         pixels = torch.cat([preprocess(image, encoder.config.image_size) for image in seen])
         pixels = pixels.to(models.device, models.dtype)
-    weight = (1.0 if structure_scale is None else structure_scale) if models.faceid_v2 else None
+    weight = (1.0 if structure_scale is None else structure_scale) if opened.faceid_v2 else None
     given = encoder, pixels, embeddings, weight
     return adapter.tokens(*given), adapter.null_tokens(*given)

@@ -49,7 +49,8 @@ class Hashes:
 
 def record(models: Models, hashes: Hashes, **settings: object) -> dict:
     """All that makes a picture again: the settings, what each file was, its hash."""
-    if models.faceid_v2 and settings.get("structure_scale") is None:
+    version_2 = bool(models.adapters and models.adapters[0].faceid_v2)
+    if version_2 and settings.get("structure_scale") is None:
         settings["structure_scale"] = 1.0
     words = " ".join(f"{settings.get('prompt')} {settings.get('negative_prompt')}".replace("\\", "").lower().split())
     inversions = [(one.path, next((n for n in one.names if n.lower() in words), None)) for one in models.embeddings]
@@ -61,7 +62,7 @@ def record(models: Models, hashes: Hashes, **settings: object) -> dict:
         "prediction": models.base.schedule.prediction,
         "spacing": models.base.schedule.spacing,
         "text_encoder": [public(path) for path in models.base.text_files],
-        "faceid_v2": models.faceid_v2,
+        "faceid_v2": version_2,
         "lora": [[public(lora.path), weight] for lora, weight in models.loras],
         "embedding": [[public(path), name] for path, name in inversions if name],  # the others change nothing
         "dtype": str(models.dtype).removeprefix("torch."),

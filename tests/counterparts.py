@@ -40,6 +40,7 @@ from transformers import (
 
 from clip import CLIPImage, CLIPText
 from generate import Models, pictures, prompts
+from generate.models import Adapter
 from generate.picture import decode
 from ipadapter import IPAdapter
 from unet import UNet
@@ -329,15 +330,16 @@ def opened(
 ) -> Models:
     """A base of a twin and an adapter, as `open_models` gives them."""
     encode, unet, vae = twin.parts
-    held = {"adapter": adapter, "image encoder": encoder, "text encoder": encode, "vae": vae}
+    held = {"adapter": adapter, "image encoder encoder": encoder, "text encoder": encode, "vae": vae}
     return Models(
         files={"adapter": Path("adapter"), "image_encoder": Path("encoder")}
         if encoder
         else {"adapter": Path("adapter")},
         base=twin.base,
         loras=(),
-        adapter_kind=adapter,
-        faceid_v2=faceid_v2,
+        adapters=(Adapter(Path("adapter"), adapter, Path("encoder") if encoder else None, faceid_v2),)
+        if adapter
+        else (),
         bundled=False,
         side=side,
         dtype=torch.float32,

@@ -29,6 +29,9 @@ class Family:
     latent_scale: float = SD_VAE.latent_scale
     half_vae: bool = True  # its autoencoder computes in fp16 without overflow
     schedule: Schedule = SD
+    # In which layers of the UNet (`unet.layer_names`) an image prompt brings its style, and where its layout; InvokeAI's.
+    style: str = "up.block_1"
+    layout: str = "down.block_2+middle"
 
 
 CLIP_L = Tower(("cond_stage_model.transformer.",), True, END)
@@ -41,7 +44,17 @@ SDXL_TEXT = (
     Tower(("conditioner.embedders.0.transformer.",), True, END),
     Tower(("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."), False, 0),
 )
-SDXL = Family("SDXL", "sdxl", 2048, SDXL_TEXT, 1024, 0.13025, half_vae=False)
+SDXL = Family(
+    "SDXL",
+    "sdxl",
+    2048,
+    SDXL_TEXT,
+    1024,
+    0.13025,
+    half_vae=False,
+    style="up.block_0.1",  # InstantStyle's (arXiv 2404.02733, section 3.2)
+    layout="down.block_2.1",
+)
 FAMILIES = {row.name: row for row in (SD1, SD2, SDXL)}
 
 # Narrower ones, to which other adapters belong; their files are read as those of the family they come from.

@@ -1,0 +1,126 @@
+"""Pictures that prompt together, and how they are heard: by which adapter, how loudly, where, when, in which layers."""
+
+import warnings
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from files.errors import Notice, UserError
+from files.masks import grey, open_mask
+from files.pictures import from_pil
+from generate.layers import Factors
+from ipadapter import ImagePrompt, Prompt, Scale
+
+Picture = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """One image prompt of one or more pictures, which share one softmax; several groups are added, each with its own."""
+
+    # Files or pictures.
+    images: Sequence[Picture] = ()
+    # Which of the adapters that were opened reads them, 0 and on.
+    adapter: int = 0
+    # Its weight: a number, or one for each cross-attention layer; None: 1, beside a text 0.6.
+    scale: float | Sequence[float] | None = None
+    # In which layers: `all`, `style`, `layout`, `style+layout`, `down`, `middle`, `up`, `down.block_2=0.3,up.block_0.1=1`,
+    # or one of the courses over the layers in `generate.layers`.
+    layers: str = "all"
+    # In which steps: the shares of the run between which it acts.
+    start: float = 0.0
+    until: float = 1.0
+    # How its weight goes over the steps: "constant", "fade-in", "fade-out", or numbers, each for an equal share of them.
+    curve: str | Sequence[float] = "constant"
+    # Of each picture; 0 leaves one out.
+    weights: Sequence[float] = ()
+    # Where: a grey picture, white is here, or (1, 1, H, W) in [0, 1].
+    mask: Picture | Tensor | None = None
+    # Face embeddings for a FaceID adapter, files or tensors (faces, 512); without any, the faces are read off the images.
+    faces: Sequence[str | Path | Tensor] = ()
+    # How far FaceID-plus version 2 follows the picture of the face, beside the embedding; None: 1.
+    structure_scale: float | None = None
+
+    def heard(self, scale: float | Sequence[float] | Scale, found: Factors | None) -> tuple[Scale, Scale]:
+        """The scales of the image prompt and of its absence.
+
+        Args:
+            scale: where it has none of its own.
+            found: what `layers` comes to.
+
+        Raises:
+            UserError: a window or a curve that there is not.
+        """
+        scale = scale if self.scale is None else self.scale
+        if found is None and (self.start, self.until, self.curve) == (0.0, 1.0, "constant"):
+            return scale, scale
+        if isinstance(scale, Scale):
+            raise UserError("`scale`: a Scale has layers and steps of its own; here they are the group's")
+        each, scale = (scale, 1.0) if isinstance(scale, Sequence) else (None, scale)
+        sides = (found.heard, found.factors) if found else (None, None)
+        if each is not None:
+            sides = [[a * b for a, b in zip(each, side or [1.0] * len(each), strict=True)] for side in sides]
+        try:
+            return tuple(Scale(scale, side, self.start, self.until, self.curve) for side in sides)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def swap(image: ImagePrompt, absent: ImagePrompt, layers: Container[int]) -> ImagePrompt:
+    """The absence of an image prompt, which in these layers hears its pictures."""
+    pairs = enumerate(zip(absent.key_values, image.key_values, strict=True))
+    return replace(absent, key_values=[there if i in layers else away for i, (away, there) in pairs])
+
+
+def weighed(image: ImagePrompt, weights: Sequence[float]) -> ImagePrompt:
+    """An image prompt whose pictures have a weight each: their values V' are multiplied by it, in their one softmax.
+
+    At weight 1 nothing changes, at 0 a picture's tokens are left out.
+
+    Raises:
+        UserError: not as many weights as there are pictures.
+    """
+    if not weights or set(weights) == {1}:
+        return image
+    tokens = image.key_values[0][0].shape[1]
+    each = torch.tensor(weights).repeat_interleave(tokens // len(weights))
+    key_values = [(k[:, each != 0], (v * each.to(v)[:, None])[:, each != 0]) for k, v in image.key_values]
+    return ImagePrompt(key_values, image.scale, image.mask, image.group)
+
+
+def check_weights(weights: Sequence[float], pictures: int) -> None:
+    """Raises UserError: not as many weights as there are pictures, or all are 0."""
+    if weights and len(weights) != pictures:
+        raise UserError(f"`weights`: {len(weights)} given, {pictures} wanted, one for each picture of the group")
+    if weights and not any(weights):
+        raise UserError("`weights`: all are 0: nothing of the group is left")
+
+
+def mask_tensor(mask: Picture | Tensor) -> Tensor:
+    """Grey values (1, 1, H, W) in [0, 1], not cut at the half.
+
+    Raises:
+        UserError: no mask, or one without any white.
+    """
+    if not isinstance(mask, Tensor):
+        seen = grey(mask, "`mask`") if isinstance(mask, Image.Image) else open_mask(mask)
+        mask = from_pil(seen.convert("RGB"))[:, :1] / 2 + 0.5
+    if not mask.any():
+        raise UserError("`mask`: it is all black: the image prompt would act nowhere; white is where it acts")
+    return mask
+
+
+def tell_aspects(prompt: Prompt, height: int, width: int) -> None:
+    """Say where a mask has another aspect than the picture, to which it is brought."""
+    for image in prompt.images:
+        if image.mask is not None:
+            down, across = image.mask.shape[2:]
+            if min(abs(down * width / height - across), abs(across * height / width - down)) >= 2:
+                told = (
+                    f"`mask`: {across}x{down} pixels, of another aspect than {width}x{height}, to which it is brought"
+                )
+                warnings.warn(Notice(told), stacklevel=3)
