@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -13,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from counterparts import Order, Twin, rel
+from counterparts import Order, Twin, assert_same_picture, rel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -26,7 +27,7 @@ from files.errors import Notice, UserError
 from files.pictures import read_settings
 from generate import Models, open_models, pictures, prompts
 from generate.picture import decode
-from generate.syntax import parts, told
+from generate.syntax import SYNTAXES, parts, told
 from generate.text import by_commas, by_words, encoded, even, pieces, words_of
 from ipadapter import Prompt
 from sampler import SD, guided
@@ -159,11 +160,14 @@ def read(twin: Twin, plain: str, text: str, syntax: str = "a1111", **how: object
     return encoded(models_of(twin), text, "", syntax, **how)[0]
 
 
+@cache
+def tiny() -> Models:
+    return open_models(image=False)
+
+
 def models_of(twin: Twin) -> Models:
     encode, unet, vae = twin.parts
-    return replace(
-        open_models(image=False), base=twin.base, side=64, held={"text encoder": encode, "unet": unet, "vae": vae}
-    )
+    return replace(tiny(), base=twin.base, side=64, held={"text encoder": encode, "unet": unet, "vae": vae})
 
 
 # Chunks
@@ -481,17 +485,39 @@ def test_what_stands_beside_x_may_differ_from_pass_to_pass(draw, apart):
     assert rel(found, none + 7.5 * (all_of_it - alone) + 1.5 * (alone - none)) <= 1e-6
 
 
-def test_a_rescaled_picture_is_that_of_diffusers(sd1: Twin):
-    order, latents = Order(negative_prompt="blurred"), []
-    how = {"num_inference_steps": 2, "guidance_scale": 7.5, "guidance_rescale": 0.7, "height": 64, "width": 96}
-    wanted = sd1.pipeline(
-        order.prompt, negative_prompt="blurred", generator=torch.Generator().manual_seed(7), output_type="latent", **how
-    ).images
-    models = models_of(sd1)
+@pytest.mark.slow
+def test_a_picture_of_all_this_is_that_of_diffusers(sd1: Twin, draw):
+    """Guidance rescale, clip skip and an embedding together."""
+    order, latents, vectors = Order("a <sks> in the snow", "blurred"), [], draw(2, 64)
+    pipeline = copy.copy(sd1.pipeline)
+    for part in ("text_encoder", "tokenizer"):
+        setattr(pipeline, part, copy.deepcopy(getattr(sd1.pipeline, part)))
+    pipeline.load_textual_inversion({"<sks>": vectors})
+    level = SimpleNamespace(final_layer_norm=pipeline.text_encoder.final_layer_norm)
+    how = {"num_inference_steps": 2, "guidance_scale": 7.5, "guidance_rescale": 0.7, "clip_skip": 1}
+    how |= {"height": 64, "width": 96, "generator": torch.Generator().manual_seed(7), "output_type": "latent"}
+    with patch.object(pipeline.text_encoder, "text_model", level, create=True):
+        wanted = pipeline(order.prompt, negative_prompt=order.negative_prompt, **how).images
+    models = replace(models_of(sd1), embeddings=(Embedding(Path("x"), ("<sks>",), (vectors,)),))
     with patch("generate.picture.decode", lambda models, x: latents.append(x) or decode(models, x)):
-        pair = prompts(models, order.prompt, "blurred")
-        list(pictures(models, *pair, 7, steps=2, guidance_rescale=0.7, height=64, width=96))
-    assert rel(latents[0], wanted) <= 1e-4
+        pair = prompts(models, order.prompt, order.negative_prompt, clip_skip=1)
+        (picture,) = pictures(models, *pair, 7, steps=2, guidance_rescale=0.7, height=64, width=96)
+    assert_same_picture((latents[0], np.asarray(picture)), (wanted, np.asarray(next(decode(models, wanted)))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_long_texts_go_with_image_prompts_and_three_passes(syntax):
+    """Batched and one half at a time; the texts are of 4 chunks and of 1."""
+    models = open_models(device="cpu")
+    texts = LONG + LONG, "a (dog:1.2)" if syntax != "plain" else "a dog"
+    pair = prompts(models, *texts, [EXAMPLE], prompt_syntax=syntax, long_prompt=True)
+    assert {p.text.shape[1] // 77 for p in pair} == {4}
+    how = {"steps": 2, "height": 64, "width": 64, "image_guidance_scale": 2.0}
+    together, apart = (
+        np.asarray(next(pictures(replace(models, low_memory=low), *pair, **how))).astype(int) for low in (False, True)
+    )
+    assert np.abs(together - apart).max() <= 1 and together.std() > 10
 
 
 @pytest.mark.slow
