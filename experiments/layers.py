@@ -1,7 +1,7 @@
 """Which layers of the tiny model carry what of an image prompt: colour and style, or the shape.
 
 python -m experiments.layers
-python -m experiments.layers --adapters base --beside text
+python -m experiments.layers --adapters base --beside text --layers style layout
 
 Each block alone hears the image prompt, and then all but it. Beside no text, and beside the thing of another drawing without a
 style. Compared with what the base makes without an image prompt ("none") and with all layers ("all"), from the same noise.
@@ -9,7 +9,7 @@ style. Compared with what the base makes without an image prompt ("none") and wi
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,12 +20,14 @@ from clip import tokenize
 from files.pictures import save_picture, to_pil
 from files.sheets import sheet
 from files.whole import write_text
+from generate.layers import factors
 from ipadapter import Prompt
 from tiny import drawings
 from tiny.measure import ADAPTERS, image_tokens, load_judge, pictures, told
 from tiny.trainer import BASE, ENCODER, WEIGHTS
-from unet import UNetConfig
+from unet import layer_names
 from weights import load_adapter, load_image_encoder, open_base
+from weights.families import TINY
 
 SHOWN = 8  # drawings on a sheet
 
@@ -59,7 +61,7 @@ def main() -> None:
         tokens, null = image_tokens(adapter, encoder, x)
         for beside in args.beside:
             columns, rows = {"image prompt": x}, {}
-            for name, scales in variants(unet.config, args.only):
+            for name, scales in variants(layer_names(unet.config), args.layers):
                 asked = (Prompt(w, (adapter.prompt(t, scales),)) for w, t in ((words[beside], tokens), (empty, null)))
                 y = pictures(unet, vae, *asked, args.steps, args.guidance_scale, f"{kind}, {beside}, {name}")
                 columns[name] = y
@@ -80,25 +82,19 @@ def main() -> None:
     write_text(args.output / "layers.json", json.dumps({"settings": settings, "rows": found}, indent=1))
 
 
-def variants(config: UNetConfig, only: list[str] | None) -> Iterator[tuple[str, list[float]]]:
-    """A name and a scale for each layer: none, all, each block alone, all but it."""
-    names = [name for name, count in blocks(config) for _ in range(count)]
+def variants(names: Sequence[str], specs: Sequence[str] | None) -> Iterator[tuple[str, list[float]]]:
+    """A title and a scale for each layer: none, all, and these lines of `--layers`; or each block alone, and all but it."""
     yield "none", [0.0] * len(names)
     yield "all", [1.0] * len(names)
-    if only:
-        yield " ".join(only), [float(name in only) for name in names]
-        return
-    for one in dict.fromkeys(names):
-        yield one, [float(name == one) for name in names]
-    for one in dict.fromkeys(names):
-        yield f"not {one}", [float(name != one) for name in names]
-
-
-def blocks(config: UNetConfig) -> Iterator[tuple[str, int]]:
-    """diffusers' names of the blocks with their numbers of layers, in the order of an adapter's keys."""
-    for side, levels in (("down", config.down), ("up", config.up)):
-        yield from ((f"{side}.block_{i}", sum(depths)) for i, depths in enumerate(levels) if sum(depths))
-    yield "middle", sum(config.middle)
+    for spec in specs or ():
+        found = factors(spec, names, TINY)
+        yield spec, list(found.heard) if found else [1.0] * len(names)
+    if not specs:
+        of = [name.rpartition(".")[0] or name for name in names]
+        for block in dict.fromkeys(of):
+            yield block, [float(one == block) for one in of]
+        for block in dict.fromkeys(of):
+            yield f"not {block}", [float(one != block) for one in of]
 
 
 def silhouette(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from clip.tokenizer import encode, words
 from files.heat import heated
 from generate import attention_sheet, open_models, pictures, prompts
 from generate.seeing import SIDE
-from ipadapter import ImageProjection, IPAdapter, Prompt, prepared, watched
+from ipadapter import ImageProjection, IPAdapter, Prompt, Scale, Seen, prepared, watched
 from sampler import SAMPLERS, SD, guided, numbered
 from unet import UNet, size_vector
 
@@ -252,3 +252,21 @@ def test_where_a_part_is_worked_on_alone_the_maps_are_of_that_part():
     assert made.size == (160, 128) and seen[0].box == (92, 12, 138, 58)
     page = attention_sheet(made, seen[0], "red apple")
     assert page.width == SIDE // 32 + 2 * (SIDE + SIDE // 32)
+
+
+def test_a_window_of_steps_and_silent_layers_count_in_the_share(unet, base_adapter, draw):
+    """Heard in one step of two its share is half of what it is there; its attention is that of where it is heard."""
+    x, text, tokens = draw(1, 4, 8, 8), draw(1, 77, 64), base_adapter.image_proj(3 * draw(1, 96))
+
+    def seen(scale: Scale | float, steps: list[tuple[int, int]]) -> Seen:
+        prompt = Prompt(text, (base_adapter.prompt(tokens, scale),))
+        with watched(unet.cross_attentions(), prompt) as watch:
+            for step in steps:
+                unet(x, T, replace(prompt, step=step))
+        return watch.seen()[0]
+
+    always, half = seen(0.7, [(0, 1)]), seen(Scale(0.7, until=0.5), [(0, 2), (1, 2)])
+    assert rel(half.shares[1], always.shares[1] / 2) <= 1e-5 and rel(half.images[0], always.images[0]) <= 1e-5
+    coarse = seen(Scale(0.7, layers=[0.0] * 15 + [1.0]), [(0, 1)])  # the middle, a single position here
+    assert coarse.shares.shape == (2, 8, 8) and 0 < coarse.shares[1].max() <= 1 / 16
+    assert coarse.images[0].std(dim=(1, 2)).max() < 1e-6 and rel(coarse.images[0].sum(0), torch.ones(8, 8)) <= 1e-5
