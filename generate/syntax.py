@@ -1,7 +1,7 @@
 """Weights in a prompt, in the ways of A1111 and of ComfyUI: a text in, its parts with their weights out.
 
-    A1111      (word) times 1.1, [word] through 1.1, (word:1.2) times 1.2; nested, they multiply; BREAK begins a chunk (also in plain
-               texts that may be long)
+    A1111      (word) times 1.1, [word] through 1.1, (word:1.2) times 1.2; nested, they multiply;
+               BREAK begins a chunk, as it does in plain texts that may be long
     ComfyUI    (word) times 1.1, (word:1.2) is 1.2, whatever stands around it
 
 A bracket with a backslash before it is a bracket as such.
@@ -23,7 +23,8 @@ WEIGHT = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?\s*", re.IGNORECASE
 NEARLY = re.compile(r"\s*[-+]*([.,]*\d[-+.,\de]*|nan|inf)\s*", re.IGNORECASE)
 BEHIND = re.compile(r":([^:()\[\]\\]*)\)")
 EMBEDDING = r"\bembedding:[^\s,()<>]+"
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
+RUN = re.compile(r"[^\\()\[\]:]+|.", re.DOTALL)  # text in which no character means anything, or one that may
 
 MARKS = (  # of other ways to write; where they are plain text; what else does it
     (
@@ -34,7 +35,7 @@ MARKS = (  # of other ways to write; where they are plain text; what else does i
     (r"\[[^\[\]]+\]", ("plain", "comfy"), "[ ] is read with `prompt_syntax` a1111"),
     (r"\bBREAK\b", ("plain",), "BREAK is read with `long_prompt`"),
     (r"\bBREAK\b", ("comfy",), "BREAK is read with `prompt_syntax` a1111"),
-    (r"\[[^\[\]]*[:|][^\[\]]*\]|\bAND\b", ("a1111",), "prompts that change over the steps are not read"),
+    (r"\[[^\[\]:|]*[:|][^\[\]]*\]|\bAND\b", ("a1111",), "prompts that change over the steps are not read"),
     (r"<(?:lora|lyco|hypernet):[^>]*>", SYNTAXES, "LoRAs are given by `lora`"),
     (EMBEDDING, ("plain", "a1111"), "embeddings are given by `embedding`"),
 )
@@ -85,7 +86,8 @@ def a1111(text: str, name: str) -> Parts:
 
     i = 0
     while i < len(text):
-        c, width = text[i], 1
+        c = RUN.match(text, i)[0]
+        width = len(c)
         weight = BEHIND.match(text, i) if opened["("] else None
         if c == "\\":
             after = text[i + 1 : i + 2]

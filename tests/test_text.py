@@ -5,6 +5,7 @@ import copy
 import json
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -56,8 +57,8 @@ SAID = {  # what A1111's and ComfyUI's users write, and what it means there
         "(style: noon) (16:9)": [("style: noon", 1.1), (" ", 1.0), ("16", 9.0)],
         "a:1.2) b": [("a:1.2) b", 1.0)],
         "(a:-.5)(b: +2. )": [("a", -0.5), ("b", 2.0)],
-        "red BREAK blue": [("red", 1.0), None, ("blue", 1.0)],
-        "(red BREAK blue:1.2) BREAKING": [("red", 1.2), None, ("blue", 1.2), (" BREAKING", 1.0)],
+        "red BREAK blue": [("red ", 1.0), None, (" blue", 1.0)],
+        "(red BREAK blue:1.2) BREAKING": [("red ", 1.2), None, (" blue", 1.2), (" BREAKING", 1.0)],
         "BREAK": [None],
         "[red:1.2]": [("red:1.2", 1 / 1.1)],
     },
@@ -102,6 +103,16 @@ def test_weights_are_read_as_their_users_mean_them(syntax, text):
 def test_what_cannot_be_read_is_pointed_at(syntax, text, wrong):
     with pytest.raises(UserError, match=f"^{wrong}"):
         parts(text, syntax, "prompt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", [" ", ":", "[:", "(:1", "(a:1)", "(a) ", "\\", "[a|", "word ", "((a))"])
+def test_the_longest_of_texts_are_read_at_once(piece):
+    """As long as an argument of a process can be; none of these takes more than a second."""
+    for syntax in SYNTAXES:
+        told("prompt", piece * 20000, syntax)
+        with suppress(UserError):
+            parts(piece * 20000, syntax, "prompt", long=True)
 
 
 @pytest.mark.parametrize(

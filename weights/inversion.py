@@ -39,7 +39,6 @@ class Embedding:
     path: Path
     names: tuple[str, ...]  # that call it
     vectors: tuple[Tensor, ...]  # (n, width), for each text tower
-    called: str | None = None  # the name that was asked for
 
 
 def read_embeddings(path: str | Path, called: str | None = None) -> list[Embedding]:
@@ -63,7 +62,7 @@ def read_embeddings(path: str | Path, called: str | None = None) -> list[Embeddi
     found = []
     for word, group in groups.items():
         names = (called,) if called else dict.fromkeys(name for name in (word, *file) if name.split())
-        found.append(Embedding(path, tuple(names), vectors_of(path, group), called))
+        found.append(Embedding(path, tuple(names), vectors_of(path, group)))
     return found
 
 
