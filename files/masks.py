@@ -1,12 +1,14 @@
 """Masks: grey pictures that say where, from black, nowhere, to white."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, ImageChops
 
-from files.pictures import PictureError, open_picture, opened
+from files.errors import untrusted
+from files.pictures import PictureError, decoded, open_picture
 
 COLOURED = 16  # of 255, by which channels differ at most in a grey picture: JPEG rounds them apart
 
@@ -20,13 +22,11 @@ def open_mask(source: str | Path | BinaryIO) -> Image.Image:
     Raises:
         PictureError: as in `open_picture`; a picture that has colours, or says by its transparency where it holds.
     """
-    seen = open_picture(source)
-    if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
-            clear = see_through(opened(file))
-    else:
-        clear = see_through(opened(source))
-    return grey(seen, str(getattr(source, "name", source)), clear)
+    seen, name = open_picture(source), str(getattr(source, "name", source))
+    with open(source, "rb") if isinstance(source, (str, os.PathLike)) else nullcontext(source) as file:
+        with untrusted(PictureError, f"{name}: the picture is damaged"):
+            stored = decoded(file, name, mend=True)  # before its transparency becomes white
+        return grey(seen, name, see_through(stored))
 
 
 def grey(image: Image.Image, name: str = "the mask", clear: bool | None = None) -> Image.Image:
@@ -49,4 +49,5 @@ def grey(image: Image.Image, name: str = "the mask", clear: bool | None = None) 
 
 
 def see_through(image: Image.Image) -> bool:
+    image.load()  # else it may not know its palette
     return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255

@@ -73,7 +73,7 @@ def read(net: Net, models: Models, hint: Hint, height: int, width: int, canvas: 
     kind, picture = hint.control_type, picture_of(hint, canvas)
     task = task_of(net, kind, "canny" if hint.edges else getattr(picture, "filename", str(hint.picture)))
     picture = canny(picture) if hint.edges else picture
-    box = canvas.box(height, width) if canvas and canvas.padding is not None else None
+    box = canvas.part(height, width) if canvas else None
     picture = brought(picture, height, width, canvas and canvas.picture.size, box)
     pixels = from_pil(picture) / 2 + 0.5
     if isinstance(net, T2IAdapter) and net.config.hint_channels == 1:

@@ -42,9 +42,10 @@ class Canvas:
         """The part that is worked on alone, in a size of this aspect; None: the whole."""
         return None if self.padding is None else around(self.mask, self.padding, height, width)
 
-    def box(self, height: int, width: int) -> Box:
-        """The part that is worked on, in a size of this aspect."""
-        return self.part(height, width) or (0, 0, *self.picture.size)
+    def cut(self, picture: Image.Image, height: int, width: int) -> Image.Image:
+        """Of a picture as large as this one, what is worked on."""
+        box = self.part(height, width)
+        return picture.crop(box) if box else picture
 
     def count(self, steps: int) -> int:
         """How many of so many steps run, the last ones: the less, the nearer the result is to the picture.
@@ -59,9 +60,9 @@ class Canvas:
 
     def framed(self, prompt: Prompt, height: int, width: int) -> Prompt:
         """A prompt whose masks speak of the whole picture, for the part that is worked on."""
-        if self.padding is None:
+        if not (box := self.part(height, width)):
             return prompt
-        left, top, right, bottom = self.box(height, width)
+        left, top, right, bottom = box
 
         def cut(mask: Tensor) -> Tensor:
             whole = interpolate(mask.float(), size=(self.picture.height, self.picture.width), mode="bilinear")
@@ -72,9 +73,9 @@ class Canvas:
 
     def finished(self, made: Image.Image) -> Image.Image:
         """What was made; if that is a part alone, the whole picture, of which no bit changes outside of the mask."""
-        if self.padding is None:
+        if not (box := self.part(made.height, made.width)):
             return made
-        left, top, right, bottom = self.box(made.height, made.width)
+        left, top, right, bottom = box
         whole = self.picture.copy()
         whole.paste(made.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
         return Image.composite(whole, self.picture, self.mask)
@@ -272,14 +273,13 @@ def beginning(models: Models, canvas: Canvas | None, height: int, width: int) ->
     like, reads = torch.empty(1, 4, height // 8, width // 8, device=models.device), models.base.channels
     if canvas is None:
         return Beginning(like)
-    box, size = canvas.box(height, width), (width, height)
-    pixels = from_pil(canvas.picture.crop(box).resize(size, Image.Resampling.LANCZOS))
+    size = width, height
+    pixels = from_pil(canvas.cut(canvas.picture, height, width).resize(size, Image.Resampling.LANCZOS))
     if reads == INSTRUCTED:  # the mean, and unscaled, as it was trained
         return Beginning(like, changed=posterior(models, pixels)[0] / models.base.family.latent_scale)
     if canvas.mask is None:
         return Beginning(like, posterior(models, pixels), pure=False)
-    area = canvas.mask if canvas.padding is None else canvas.mask.crop(box)
-    area = from_pil(area.resize(size, Image.Resampling.LANCZOS))[:, :1] / 2 + 0.5
+    area = from_pil(canvas.cut(canvas.mask, height, width).resize(size, Image.Resampling.LANCZOS))[:, :1] / 2 + 0.5
     if reads == INPAINTS or not sum(canvas.mask.histogram()[1:-1]):  # a soft mask stays soft, where that can be
         area = (area >= 0.5).float()
     mask = interpolate(area, size=like.shape[2:]).to(like)

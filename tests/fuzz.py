@@ -49,6 +49,7 @@ import cli
 from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
 from files.errors import UserError
 from files.faces import read_embedding
+from files.masks import open_mask
 from files.pictures import open_picture, read_settings
 from generate.record import again
 from generate.syntax import SYNTAXES, told
@@ -653,6 +654,11 @@ SETTINGS = {
     "negative_prompt": "",
     "scale": [0.5, 1.0],
     "seed": 3,
+    "init": "tiny/example.png",
+    "inpaint": None,
+    "strength": 0.5,
+    "outpaint": [8, 0, 8, 0],
+    "only_masked": 4,
     "steps": 20,
     "height": 512,
     "image": ["tiny/example.png"],
@@ -843,6 +849,7 @@ KINDS = {
     "prompts": Kind(prompt_file, read_prompts),
     "LoRAs": Kind(tensors_file("lora"), merge_lora),
     "pictures": Kind(picture_file, read_a_picture),
+    "masks": Kind(picture_file, open_mask),
     "settings": Kind(settings_file, again),
     "texts": Kind(text_file, read_texts),
     "faces": Kind(face_file, read_embedding),
