@@ -1,5 +1,6 @@
 """Squares of a long picture: each prompts by itself, and acts in the result where it lies in the picture."""
 
+import itertools
 import math
 
 import torch
@@ -49,7 +50,7 @@ def tiles(image: Image.Image) -> list[tuple[Image.Image, Tensor]]:
     fade = max(overlap / max(1, count - 1), 1e-6)
     taken = [((along - start) / fade).clamp(0, 1) for start in starts[1:]]
     taken = [torch.ones_like(along), *taken, torch.zeros_like(along)]
-    masks = [(this - following).float() for this, following in zip(taken, taken[1:], strict=False)]
+    masks = [(this - following).float() for this, following in itertools.pairwise(taken)]
     return [
         (image.crop(box), mask.view(1, 1, 1, -1) if wide else mask.view(1, 1, -1, 1))
         for box, mask in zip(boxes, masks, strict=True)
