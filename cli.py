@@ -34,7 +34,9 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and whose paths may begin with `~`."""
 
     def error(self, message: str) -> NoReturn:
-        if "expected" in message and (dashed := [word for word in sys.argv[1:] if re.match(r"-[^-\d]", word)]):
+        if re.search("expected|unrecognized", message) and (
+            dashed := [word for word in sys.argv[1:] if re.match(r"-[^-\d]", word)]
+        ):
             message += f"; a value that begins with - is given as --flag={dashed[0]}, a file as ./{dashed[0]}"
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
@@ -140,7 +142,12 @@ def tell(message: Warning, category: type[Warning], *where: object) -> None:
 
 def flagged(message: str) -> str:
     """`image_encoder`, an argument's name in Python, as the flag that gives it."""
-    return re.sub(r"`([a-z][a-z0-9]*(?:_[a-z0-9]+)*)`", lambda match: f"--{match[1].replace('_', '-')}", message)
+    named = {"start": "from"}  # a word of Python's
+    return re.sub(
+        r"`([a-z][a-z0-9]*(?:_[a-z0-9]+)*)`",
+        lambda match: f"--{named.get(match[1], match[1]).replace('_', '-')}",
+        message,
+    )
 
 
 def counter(what: str, unit: str, shown: bool = True) -> Callable[[int], None]:
@@ -209,12 +216,18 @@ def picture(name: str, read: Callable[[str | Path | BinaryIO], Image.Image] = op
 # Flags that several scripts have
 
 
-def models(parser: argparse.ArgumentParser) -> None:
-    """--base, --adapter, --image-encoder, --vae."""
+def models(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """--base, --adapter, --image-encoder, --vae.
+
+    Args:
+        several: an adapter belongs to the --image before it, and an image encoder may be given for each.
+    """
     add = parser.add_argument
     add("--base", metavar="FILE", help="SD 1.x, SD 2.x or SDXL: a checkpoint or a folder (default: the tiny model)")
-    add("--adapter", metavar="FILE", help="IP-Adapter of any kind, .safetensors or .bin")
-    add("--image-encoder", metavar="FILE", help="CLIP image encoder: a file or a folder")
+    group, each = ({"action": Belongs, "groups": ("image",)}, {"nargs": "+"}) if several else ({}, {})
+    add("--adapter", metavar="FILE", help="IP-Adapter of any kind, .safetensors or .bin", **group)
+    turn = "; several: one for each adapter in turn" * several
+    add("--image-encoder", metavar="FILE", help=f"CLIP image encoder: a file or a folder{turn}", **each)
     add("--vae", metavar="FILE", help="another autoencoder")
 
 

@@ -1,11 +1,126 @@
 """Flags of sample.py, by what they are about."""
 
 import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import cli
+from files.errors import UserError
+from files.faces import read_embedding
+from files.masks import open_mask
+from generate import ImageGroup
+from generate.group import mask_tensor
+from generate.layers import check_layers, read_curve
 from generate.syntax import SYNTAXES
+from sampler import SAMPLERS
+from weights.storage import STORAGES
 
 PADDING = 32  # pixels around a mask, of --only-masked without a number
+
+
+# What belongs to an image prompt, and what it is where nothing is said
+OF_IMAGE = {
+    "adapter": None,
+    "scale": None,
+    "weights": (),
+    "layers": "all",
+    "start": 0.0,
+    "until": 1.0,
+    "curve": "constant",
+    "mask": None,
+    "face_embedding": [],
+    "structure_scale": None,
+    "faceid_v2": False,
+}
+
+
+def images(parser: argparse.ArgumentParser) -> None:
+    """--image, and what belongs to the last one before it: --scale, --weights, --layers, --from, --until, --curve, --mask.
+
+    FaceID's too: --face-embedding, --faceid-v2, --structure-scale.
+    """
+    told = "what stands behind an --image belongs to it, what stands before the first to all of them"
+    add = parser.add_argument_group("image prompts", told).add_argument
+    together = "pictures that prompt together; - is a pipe; given again: another image prompt beside it"
+    add("--image", nargs="*", action=cli.Opens, metavar="FILE", help=together)
+    of_image = {"action": cli.Belongs, "groups": ("image",)}
+    weight = "weight of the image prompt; several: one picture for each (default: 1.0, with text 0.6)"
+    add("--scale", nargs="+", type=cli.number(), metavar="S", help=weight, **of_image)
+    add("--weights", nargs="+", type=cli.number(), metavar="W", help="of each of its pictures", **of_image)
+    parts = (
+        "all, style, layout, style+layout, down, middle, up, or blocks as down.block_2=0.3,up.block_0.1=1, or a weight type "
+        "of ComfyUI: ease-in, weak-output, strong-middle, style-transfer, style-precise, ... (default: all)"
+    )
+    add("--layers", type=check_layers, metavar="SPEC", help=parts, **of_image)
+    add("--from", dest="start", type=cli.share, metavar="A", help="the share of the steps where it begins", **of_image)
+    add("--until", type=cli.share, metavar="B", help="the share of the steps where it ends", **of_image)
+    curve = "over the steps: constant, fade-in, fade-out, or weights as 1,0.5,0, each for an equal share of them"
+    add("--curve", type=read_curve, help=curve, **of_image)
+    add("--mask", metavar="FILE", help="where it acts: a grey picture, white is here, black is not", **of_image)
+    add = parser.add_argument_group("FaceID adapters").add_argument
+    numbers = "512 numbers, .npy or .safetensors: insightface's normed_embedding (default: of the faces in --image)"
+    add("--face-embedding", nargs="+", metavar="FILE", help=numbers, **of_image)
+    version = "the file is FaceID-plus version 2; no tensor tells"
+    add("--faceid-v2", nargs=0, const=True, help=version, **of_image)
+    structure = "version 2: how far to follow the picture of the face, beside the embedding (default: 1.0)"
+    add("--structure-scale", type=cli.number(0), metavar="S", help=structure, **of_image)
+
+
+def image_groups(
+    opened: Iterable[argparse.Namespace], common: Mapping[str, object], before: Sequence[Mapping[str, object]] = ()
+) -> list[argparse.Namespace]:
+    """Every image prompt with all that belongs to it.
+
+    Args:
+        opened: the groups of the command line.
+        common: what stands before the first, by name; None is not given.
+        before: the groups of a picture that is made again: what is not said anew for each in turn is as it was. Where none
+            is opened, all of them.
+
+    Raises:
+        UserError: what belongs to an image prompt, and there is none; several scales for more than one.
+    """
+    given = [vars(group) for group in opened if hasattr(group, "image")]
+    common = {name: common[name] for name in OF_IMAGE if common.get(name) is not None}
+    if not given and not before and "face_embedding" in common:
+        given = [{"image": []}]
+    given = given or [{} for _ in before]
+    old = [*before, *({} for _ in given)]
+    groups = [argparse.Namespace(**OF_IMAGE | old[i] | common | group) for i, group in enumerate(given)]
+    if lone := next((name for name in common if name != "adapter" and not groups), None):
+        raise UserError(f"`{lone}` belongs to an image prompt: it goes with `image`")
+    if sum(len(group.scale or ()) > 1 for group in groups) > 1:
+        raise UserError("`scale`: several of them are for one image prompt, not for more")
+    for group in groups:
+        if not group.image and not group.face_embedding:
+            raise UserError("`image`: a group without a picture; a file, or `face_embedding` behind it, is wanted")
+    return groups
+
+
+def brought(groups: Iterable[argparse.Namespace]) -> list[str]:
+    """The files of image prompts."""
+    return [
+        name for group in groups for name in (*group.image, *group.face_embedding, *[group.mask] * bool(group.mask))
+    ]
+
+
+def image_group(group: argparse.Namespace, adapter: int) -> ImageGroup:
+    """As `prompts` takes it, its files opened; `adapter` is its place among those that are. Raises UserError."""
+    for name in group.face_embedding:
+        read_embedding(name)
+    return ImageGroup(
+        images=[cli.picture(name) for name in group.image],
+        adapter=adapter,
+        scale=group.scale[0],
+        layers=group.layers,
+        start=group.start,
+        until=group.until,
+        curve=group.curve,
+        weights=group.weights,
+        mask=None if group.mask is None else mask_tensor(cli.picture(group.mask, open_mask)),
+        faces=group.face_embedding,
+        structure_scale=group.structure_scale,
+    )
 
 
 def editing(parser: argparse.ArgumentParser) -> None:
@@ -36,3 +151,62 @@ def texts(parser: argparse.ArgumentParser) -> None:
     add("--clip-skip", type=cli.whole(0), default=0, metavar="N", help=skip)
     words = "textual inversions, which texts call by their files' names or by NAME"
     add("--embedding", nargs="+", type=cli.called, default=[], metavar="FILE[:NAME]", help=words)
+
+
+def run(parser: argparse.ArgumentParser) -> None:
+    """--sampler, --steps, --guidance-scale, --seed, --num-images, --height, --width, ...: how it is drawn."""
+    add = parser.add_argument
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        default="ddim",
+        help="(default: %(default)s; dpm++ is the 2M one with Karras steps)",
+    )
+    add("--steps", type=cli.whole(1, 1000), help="(default: 50; dpm++ and unipc 20, lcm 4)")
+    follow = "how far to follow the prompts; 1 and less is off (default: 7.5, lcm 1)"
+    add("--guidance-scale", type=cli.number(), metavar="G", help=follow)
+    spread = "bring the spread of the guided prediction back to the prompt's own, 0 to 1 (default: 0, not at all)"
+    add("--guidance-rescale", type=cli.number(0), default=0.0, metavar="R", help=spread)
+    alone = "how far to follow the image prompt by itself, and --guidance-scale the text: a third pass (default: alike)"
+    add("--image-guidance-scale", type=cli.number(0), metavar="G", help=alone)
+    seeds = "picture j is made from the noise of seed + j; -1: a random one, printed (default: %(default)s)"
+    add("--seed", type=cli.seed(2**63 - 1), default=0, help=seeds)
+    add("--num-images", type=cli.whole(1), default=1, metavar="N", help="pictures to make (default: %(default)s)")
+    add(
+        "--height",
+        type=cli.side,
+        help="pixels, a multiple of 8 (default: what the base was made for, or that of --init)",
+    )
+    add("--width", type=cli.side, help="pixels, a multiple of 8 (default: what the base was made for)")
+
+
+def models(parser: argparse.ArgumentParser) -> None:
+    """--list, and each file: --base, --adapter, ..., --text-encoder, --lora, --spacing, --prediction."""
+    files = parser.add_argument_group("models, each a file or a published name")
+    files.add_argument("--list", action="store_true", help="print all names, and what of them is already here")
+    cli.models(files, several=True)
+    add = files.add_argument
+    towers = "text towers for a base without any, files or folders"
+    add("--text-encoder", nargs="+", type=cli.path, default=[], metavar="FILE", help=towers)
+    merged = "LoRAs for the base, each with a weight (default: 1)"
+    add("--lora", nargs="+", type=cli.weighted, default=[], metavar="FILE[:W]", help=merged)
+    visited = "which timesteps are visited (default: as the base's file tells, or as the sampler is used to)"
+    add("--spacing", choices=("leading", "trailing", "linspace"), help=visited)
+    add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: as the base's file tells)")
+
+
+def where(parser: argparse.ArgumentParser) -> None:
+    """--output, --overwrite, --attention, --grid, --device, --dtype, --storage, --low-memory."""
+    group = parser.add_argument_group("where and how")
+    add = group.add_argument
+    kinds = "a .png, .jpg or .webp, or a folder (default: %(default)s)"
+    add("--output", type=cli.path, default=Path("outputs"), help=kinds)
+    add("--overwrite", action="store_true", help="replace pictures that are there already")
+    looked = "also write a sheet for each picture: where each image prompt acts, where each word attends; slower"
+    add("--attention", action="store_true", help=looked)
+    add("--grid", action="store_true", help="also write a sheet: prompts beside results, a column per scale")
+    cli.machine(group)
+    stored = "keep large weights in it, and bring each up to --dtype when it is used"
+    add("--storage", choices=STORAGES, help=stored)
+    less = "--storage float16, one picture at a time, the halves of the guidance one by one, decoded in strips: slower"
+    add("--low-memory", action="store_true", help=less)

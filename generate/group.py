@@ -45,15 +45,21 @@ class ImageGroup:
     # How far FaceID-plus version 2 follows the picture of the face, beside the embedding; None: 1.
     structure_scale: float | None = None
 
+    def __post_init__(self):
+        """Raises UserError: a window or a curve that there is not; not as many weights as pictures."""
+        try:
+            Scale(1.0, None, self.start, self.until, self.curve)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if not self.faces:
+            check_weights(self.weights, len(self.images))
+
     def heard(self, scale: float | Sequence[float] | Scale, found: Factors | None) -> tuple[Scale, Scale]:
         """The scales of the image prompt and of its absence.
 
         Args:
             scale: where it has none of its own.
             found: what `layers` comes to.
-
-        Raises:
-            UserError: a window or a curve that there is not.
         """
         scale = scale if self.scale is None else self.scale
         if found is None and (self.start, self.until, self.curve) == (0.0, 1.0, "constant"):
@@ -64,10 +70,7 @@ class ImageGroup:
         sides = (found.heard, found.factors) if found else (None, None)
         if each is not None:
             sides = [[a * b for a, b in zip(each, side or [1.0] * len(each), strict=True)] for side in sides]
-        try:
-            return tuple(Scale(scale, side, self.start, self.until, self.curve) for side in sides)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        return tuple(Scale(scale, side, self.start, self.until, self.curve) for side in sides)
 
 
 def swap(image: ImagePrompt, absent: ImagePrompt, layers: Container[int]) -> ImagePrompt:

@@ -1,7 +1,7 @@
 """What a picture tells of how it was made, and the way back: the files of a run found again by their hashes."""
 
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -17,6 +17,23 @@ from weights.diffusers import model_sha256
 from weights.hub import cached
 from weights.presets import PRESETS
 
+NUMBER = float | int
+# What an image prompt's settings are, and what stands in their lists
+GROUP = {
+    "image": ((list,), str),
+    "face_embedding": ((list,), str),
+    "adapter": ((str,), str),
+    "image_encoder": ((str,), str),
+    "mask": ((str,), str),
+    "scale": ((NUMBER, list), NUMBER),
+    "weights": ((list,), NUMBER),
+    "layers": ((str,), str),
+    "start": ((NUMBER,), str),
+    "until": ((NUMBER,), str),
+    "curve": ((str, list), NUMBER),
+    "structure_scale": ((NUMBER,), str),
+    "faceid_v2": ((bool,), str),
+}
 NEARBY = 1000  # files of a folder that are looked through at most
 
 
@@ -32,6 +49,7 @@ class Hashes:
         self.known = dict(known or {})
         files = [*models.files.values(), *models.base.text_files, *brought, *(lora.path for lora, _ in models.loras)]
         files += [embedding.path for embedding in models.embeddings]
+        files += [path for adapter in models.adapters for path in (adapter.file, adapter.image_encoder) if path]
         self.found: dict[Path, Future] = {Path(path): Future() for path in files if str(path) not in self.known}
         Thread(target=self.work, daemon=True).start()  # a daemon: nobody waits for it when the run ends early
 
@@ -47,22 +65,27 @@ class Hashes:
         return {public(path): future.result() for path, future in self.found.items()} | self.known
 
 
-def record(models: Models, hashes: Hashes, **settings: object) -> dict:
-    """All that makes a picture again: the settings, what each file was, its hash."""
-    version_2 = bool(models.adapters and models.adapters[0].faceid_v2)
-    if version_2 and settings.get("structure_scale") is None:
-        settings["structure_scale"] = 1.0
+def record(models: Models, hashes: Hashes, groups: Sequence[Mapping[str, object]] = (), **settings: object) -> dict:
+    """All that makes a picture again: the settings, what each file was, its hash.
+
+    Args:
+        groups: of each image prompt the arguments of `generate.ImageGroup`, the face embeddings as "face_embedding".
+    """
+    told = [recorded(models, group) for group in groups]
+    first = told[0] if told else {}
     words = " ".join(f"{settings.get('prompt')} {settings.get('negative_prompt')}".replace("\\", "").lower().split())
     inversions = [(one.path, next((n for n in one.names if n.lower() in words), None)) for one in models.embeddings]
     return {
         **{role: public(models.files[role]) if role in models.files else None for role in ROLES},
         **settings,
-        **{name: [public(path) for path in settings.get(name, ())] for name in ("image", "face_embedding")},
+        **{name: [path for group in told for path in group.get(name, ())] for name in ("image", "face_embedding")},
+        **{name: first.get(name) for name in ("scale", "structure_scale")},
+        "groups": told,
         **{name: settings[name] and public(settings[name]) for name in ("init", "inpaint") if name in settings},
         "prediction": models.base.schedule.prediction,
         "spacing": models.base.schedule.spacing,
         "text_encoder": [public(path) for path in models.base.text_files],
-        "faceid_v2": version_2,
+        "faceid_v2": bool(first.get("faceid_v2")),
         "lora": [[public(lora.path), weight] for lora, weight in models.loras],
         "embedding": [[public(path), name] for path, name in inversions if name],  # the others change nothing
         "dtype": str(models.dtype).removeprefix("torch."),
@@ -71,6 +94,26 @@ def record(models: Models, hashes: Hashes, **settings: object) -> dict:
         "device": str(models.device),
         "torch": torch.__version__,
         "sha256": hashes.result(),
+    }
+
+
+def recorded(models: Models, group: Mapping[str, object]) -> dict:
+    """An image prompt as `record` tells of it: what is as usual is left out."""
+    adapter, usual = (
+        models.adapters[group["adapter"]],
+        {"layers": "all", "start": 0.0, "until": 1.0, "curve": "constant"},
+    )
+    told = {name: value for name, value in group.items() if value and value != usual.get(name)}
+    if adapter.faceid_v2 and group.get("structure_scale") is None:
+        told["structure_scale"] = 1.0
+    told |= {name: [public(path) for path in told.get(name, ())] for name in ("image", "face_embedding")}
+    told |= {"mask": public(told["mask"])} if "mask" in told else {}
+    encoder = adapter.image_encoder
+    return told | {
+        "adapter": public(adapter.file),
+        "image_encoder": encoder and public(encoder),
+        "faceid_v2": adapter.faceid_v2,
+        "scale": group["scale"],
     }
 
 
@@ -83,11 +126,13 @@ def public(path: str | Path) -> str:
     return os.path.join("~", os.path.relpath(os.path.realpath(text), os.path.realpath(home))) if inside else text
 
 
-def again(picture: Path, given: Container[str] = ()) -> dict:
-    """The arguments that made a picture, its files found again.
+def again(picture: Path, given: Container[str] = (), groups: Sequence[Container[str]] = ()) -> dict:
+    """The arguments that made a picture, its files found again; "groups" holds those of each image prompt.
 
     Args:
         given: arguments that are given anew: their files are not looked for.
+        groups: those of each image prompt that is given anew; there are as many then. (): all are as they were, but for
+            `given`.
 
     Raises:
         UserError: no picture of ours, one that does not say what each file was, or a file that is nowhere.
@@ -101,12 +146,10 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
         return str(find_again(name, hashes.get(name), beside))
 
     arguments = {
-        name: settings.get(name) for name in ("prompt", "negative_prompt", "structure_scale", "sampler", "steps")
+        name: settings.get(name) for name in ("prompt", "negative_prompt", "sampler", "steps", "guidance_scale")
     }
-    arguments |= {
-        name: settings.get(name) for name in ("guidance_scale", "height", "width", "prediction", "spacing", "storage")
-    }
-    arguments |= {name: bool(settings.get(name)) for name in ("faceid_v2", "low_memory")}
+    arguments |= {name: settings.get(name) for name in ("height", "width", "prediction", "spacing", "storage")}
+    arguments["low_memory"] = bool(settings.get("low_memory"))
     arguments |= {
         "image_guidance_scale": settings.get("image_guidance_scale"),
         "guidance_rescale": settings.get("guidance_rescale") or 0.0,
@@ -114,13 +157,10 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
         "long_prompt": bool(settings.get("long_prompt")),
         "clip_skip": settings.get("clip_skip") or 0,
     }
-    scale = settings["scale"]
     arguments |= {"seed": settings["seed"], "dtype_name": settings.get("dtype")}
-    arguments |= {role: found(settings[role]) for role in ROLES if settings.get(role) and role not in given}
-    if "adapter" in given:  # another adapter brings its own
-        arguments.pop("image_encoder", None)
-    for name in ("image", "face_embedding", "text_encoder"):
-        arguments |= {name: [found(path) for path in settings.get(name, ())]} if name not in given else {}
+    arguments |= {role: found(settings[role]) for role in ("base", "vae") if settings.get(role) and role not in given}
+    if "text_encoder" not in given:
+        arguments["text_encoder"] = [found(path) for path in settings.get("text_encoder", ())]
     for name in ("init", "inpaint"):
         arguments |= {name: found(settings[name])} if settings.get(name) and name not in given else {}
     arguments |= {name: settings.get(name) for name in ("strength", "outpaint", "only_masked")}
@@ -128,9 +168,24 @@ def again(picture: Path, given: Container[str] = ()) -> dict:
         arguments["lora"] = [(found(path), weight) for path, weight in settings.get("lora", ())]
     if "embedding" not in given:
         arguments["embedding"] = [(found(path), called) for path, called in settings.get("embedding", ())]
-    if arguments.get("image") or arguments.get("face_embedding"):
-        arguments["scale"] = scale if isinstance(scale, list) else [scale]
+    old = settings.get("groups", [settings] if settings.get("image") or settings.get("face_embedding") else [])
+    anew = groups or [given] * len(old)
+    arguments["groups"] = [group_again(group, names, found) for group, names in zip(old, anew, strict=False)]
     return arguments
+
+
+def group_again(group: Mapping[str, object], given: Container[str], found: Callable[[str], str]) -> dict:
+    """The arguments of an image prompt; what is given anew is not looked for."""
+    said = {name: value for name in GROUP if (value := group.get(name)) is not None and name not in given}
+    if "adapter" in given or "image_encoder" in given:  # another adapter brings its own
+        said.pop("image_encoder", None)
+    for name in ("image", "face_embedding"):
+        said |= {name: [found(path) for path in said[name]]} if name in said else {}
+    for name in ("adapter", "image_encoder", "mask"):
+        said |= {name: found(said[name])} if name in said else {}
+    if "scale" in said:
+        said["scale"] = said["scale"] if isinstance(said["scale"], list) else [said["scale"]]
+    return said
 
 
 def sound(settings: dict) -> bool:
@@ -142,8 +197,10 @@ def sound(settings: dict) -> bool:
     def of(*names: str) -> list[object]:
         return [settings.get(name) for name in names]
 
-    hashes, scale = settings.get("sha256"), settings.get("scale")
-    lists = {name: settings.get(name, []) for name in ("image", "face_embedding", "text_encoder", "lora", "embedding")}
+    hashes, groups = settings.get("sha256"), settings.get("groups", [])
+    if not are(list, groups) or not all(are(dict, group) and sound_group(group) for group in (settings, *groups)):
+        return False
+    lists = {name: settings.get(name, []) for name in ("text_encoder", "lora", "embedding")}
     if not (are(dict, hashes) and are(list, *lists.values()) and {"base", "seed"} <= settings.keys()):
         return False
     loras, embeddings = lists.pop("lora"), lists.pop("embedding")
@@ -160,13 +217,22 @@ def sound(settings: dict) -> bool:
         and are(int, *(settings.get("outpaint") or ()))
         and are(
             float | int | None,
-            *of("guidance_scale", "structure_scale", "guidance_rescale", "image_guidance_scale", "strength"),
+            *of("guidance_scale", "guidance_rescale", "image_guidance_scale", "strength"),
         )
-        and are(float | int, *(scale if isinstance(scale, list) else [scale]))
         and all(
             are(list, pair) and len(pair) == 2 and are(str, pair[0]) and are(float | int, pair[1]) for pair in loras
         )
         and all(are(list, pair) and len(pair) == 2 and are(str, *pair) for pair in embeddings)
+    )
+
+
+def sound_group(group: dict) -> bool:
+    """Likewise of one image prompt."""
+    return all(
+        any(isinstance(value, kind) for kind in kinds)
+        and all(isinstance(one, within) for one in (value if isinstance(value, list) else ()))
+        for name, (kinds, within) in GROUP.items()
+        if (value := group.get(name)) is not None
     )
 
 

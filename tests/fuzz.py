@@ -667,6 +667,7 @@ SETTINGS = {
     "prompt_syntax": "a1111",
     "clip_skip": 1,
     "faceid_v2": False,
+    "groups": [{"image": ["tiny/example.png"], "scale": 0.5, "weights": [1], "curve": [1, 0.5], "layers": "style"}],
     "sha256": {"x.safetensors": "1" * 64},
 }
 
@@ -694,6 +695,10 @@ def settings_file(rng: Random, folder: Path) -> Path:
                 ["x" * 300],
             )
         )
+    if isinstance(settings["groups"], list) and settings["groups"] and rng.random() < 0.5:
+        group = dict(SETTINGS["groups"][0])
+        group[rng.choice(list(group))] = rng.choice((None, [], {}, "x", 1e300, [[]], [None], {"a": 1}, True, "\0"))
+        settings["groups"] = [group, *settings["groups"]]
     text = json.dumps(settings)
     if rng.random() < 0.5:
         text = changed(rng, text.encode()).decode("utf-8", "replace")

@@ -31,6 +31,7 @@ ROOMS = (
     "generate",
     "training",
     "cli.py",
+    "flags.py",
     "sample.py",
 )  # not a virtual environment beside them
 
