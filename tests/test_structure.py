@@ -1,5 +1,6 @@
 """ControlNets and T2I-Adapters: the same random weights in ours and in diffusers."""
 
+import copy
 import inspect
 import warnings
 from dataclasses import replace
@@ -9,7 +10,18 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from counterparts import Twin, assert_same_picture, opened, randomise, rel
+from counterparts import (
+    Twin,
+    assert_same_picture,
+    diffusers_unet,
+    diffusers_unet_with,
+    listed_once,
+    opened,
+    published,
+    randomise,
+    rel,
+    set_scales,
+)
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
@@ -22,17 +34,20 @@ from diffusers import (
 from diffusers import T2IAdapter as TheirT2IAdapter
 from narrow import NARROW_SD2, NARROW_UNET, NARROW_XL
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from control import ControlNet, T2IAdapter
-from files.errors import Notice
+from control import Control, ControlNet, T2IAdapter, attentions, controlled
+from control.canny import canny
+from control.controlled import added
+from files.errors import Notice, UserError
 from generate import Hint, pictures, prompts
 from generate.picture import decode
-from ipadapter import Prompt
+from ipadapter import Prompt, prepared
 from unet import UNetConfig
+from weights import Base, WeightsError
 from weights.configs import t2i_config
-from weights.control import build_control
+from weights.control import build_control, control_state, load_control, task_of
 from weights.diffusers_names import control_from_diffusers, t2i_from_diffusers
 from weights.fill import under
 
@@ -262,3 +277,232 @@ def test_with_sdxl_a_picture_with_a_t2i_adapter_equals_diffusers(sdxl, nets):
     how = {"image": picture(1), "adapter_conditioning_factor": 0.5, "guidance_scale": 7.5}
     found = theirs(StableDiffusionXLAdapterPipeline, sdxl.pipeline, {"adapter": net}, **how)
     assert_same_picture(ours(sdxl, [file], [Hint(picture(1), until=0.5)]), found)
+
+
+@pytest.mark.slow
+def test_with_an_image_prompt_a_picture_under_control_equals_diffusers(sd1, nets, base_adapter, image_tower, tmp_path):
+    """The net hears the text alone: theirs gives the image tokens to the UNet only."""
+    net, file = nets["first"]
+    path = tmp_path / "adapter.bin"
+    torch.save(published(base_adapter), path)
+    pipeline = type(sd1.pipeline)(**sd1.pipeline.components | {"unet": copy.deepcopy(sd1.pipeline.unet)})
+    with listed_once(pipeline.unet):
+        pipeline.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, image_encoder_folder=None)
+    pipeline.set_ip_adapter_scale(0.7)
+    how = {"image": picture(1), "ip_adapter_image": [picture(9, 80, 80)]}
+    found = theirs(StableDiffusionControlNetPipeline, pipeline, {"controlnet": net}, **how)
+    assert_same_picture(ours(sd1, [file], [Hint(picture(1))], base_adapter, image_tower), found)
+
+
+@pytest.mark.parametrize("kind", ("t2i", "t2i-light", "t2i-xl"))
+def test_a_t2i_adapter_acts_inside_the_unet_as_diffusers_has_it(nets, unet, unet_xl, their_unet, draw, kind):
+    xl = kind.endswith("xl")
+    model, theirs = (unet_xl, diffusers_unet(unet_xl)) if xl else (unet, their_unet)
+    net, file = nets[kind]
+    x, text, hint = draw(2, 4, 16, 16), draw(2, 77, model.config.context_dim), draw(1, 3, 128, 128)
+    vector, added = told(model.config, draw, theirs)
+    ours, prompt = build_filled(file), Prompt(text, vector=vector)
+    found = controlled(model, [Control(ours, ours.encode(hint), 0.8)])(x, T, prompt)
+    features = [0.8 * feature.expand(2, -1, -1, -1) for feature in net(hint)]
+    wanted = theirs(x, T, text, added_cond_kwargs=added, down_intrablock_additional_residuals=features).sample
+    assert rel(found, wanted) <= 1e-5 < rel(model(x, T, prompt), wanted)
+
+
+def test_a_t2i_adapter_and_a_controlnet_act_together_with_an_image_prompt(nets, unet, base_adapter, draw):
+    theirs = diffusers_unet_with(unet, base_adapter)
+    set_scales(theirs, 0.7)
+    (net, file), (t2i, t2i_file) = nets["first"], nets["t2i"]
+    x, text, hint, embed = draw(1, 4, 16, 16), draw(1, 77, 64), draw(1, 3, 128, 128), draw(1, 96)
+    prompt = Prompt(text, (base_adapter.prompt(base_adapter.image_proj(embed), 0.7),))
+    controls = [Control(one, one.encode(hint)) for one in map(build_filled, (file, t2i_file))]
+    found = controlled(unet, controls)(x, T, prepared(prompt, attentions(unet, controls)))
+    down, middle = net(x, T, text, hint, 1.0, return_dict=False)
+    wanted = theirs(
+        x,
+        T,
+        text,
+        added_cond_kwargs={"image_embeds": [embed[:, None]]},
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+        down_intrablock_additional_residuals=t2i(hint),
+    ).sample
+    assert rel(found, wanted) <= 1e-5
+
+
+def test_a_union_whole_run_is_told_its_type_by_the_name_of_the_hint(draw):
+    net = build_control(control_from_diffusers(their_controlnet(UNION, 31, kind=ControlNetUnionModel).state_dict()))
+    assert task_of(net, None, "folder/my_depth_map.png") == 1
+    assert task_of(net, "lineart", "depth.png") == 3 and task_of(net, None, "softedge.png") == 2
+    for kind, name in ((None, "cat.png"), ("tile", "tile.png")):
+        with pytest.raises(WeightsError, match="openpose, depth, scribble, canny, normal, segment"):
+            task_of(net, kind, name)
+
+
+def test_outside_of_its_window_a_net_does_not_run(nets, unet, draw):
+    net, calls = build_filled(nets["first"][1]), []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    model = controlled(unet, [Control(net, net.encode(draw(1, 3, 64, 64)), start=0.25, until=0.75)])
+    x, prompt = draw(1, 4, 8, 8), Prompt(draw(1, 77, 64))
+    acts = []
+    for i in range(4):
+        calls.clear()
+        same = torch.equal(model(x, T, replace(prompt, step=(i, 4))), unet(x, T, prompt))
+        acts.append(bool(calls))
+        assert same != acts[-1]
+    assert acts == [False, True, True, False]
+
+
+def test_a_mask_says_where_a_net_acts(nets, unet, draw):
+    net, mask = build_filled(nets["t2i"][1]), torch.zeros(1, 1, 128, 128)
+    mask[..., :64] = 1
+    hint = net.encode(draw(1, 3, 128, 128))
+    found = added(Control(net, hint, mask=mask), draw(1, 4, 16, 16), T, Prompt(draw(1, 77, 64))).features[2]
+    assert torch.equal(found[..., :8], hint[0][..., :8]) and not found[..., 8:].any()
+
+
+# Files
+
+
+def build_filled(file: Path) -> nn.Module:
+    state = control_state(file, load_file(file))
+    net = build_control(state)
+    net.load_state_dict(state, strict=True)
+    return net.requires_grad_(False).eval()
+
+
+def original(net: nn.Module) -> dict[str, Tensor]:
+    return {key: w.clone() for key, w in net.state_dict().items()}
+
+
+LAYOUTS = {  # what stands in a file, of a net in the original names
+    "bare": lambda state: state,
+    "prefixed": lambda state: {f"control_model.{key}": w for key, w in state.items()},
+    "beside its base": lambda state: (
+        {f"control_model.{key}": w for key, w in state.items()}
+        | {"model.diffusion_model.out.2.bias": torch.zeros(4), "betas": torch.zeros(1000)}
+    ),
+    "half": lambda state: {key: w.half() for key, w in state.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_controlnet_is_read_in_each_layout(sd1, nets, tmp_path, layout):
+    net, path = build_filled(nets["first"][1]), tmp_path / "net.safetensors"
+    save_file(LAYOUTS[layout](original(net)), path)
+    found = load_control(path, sd1.base)
+    assert all(rel(found.state_dict()[key], w) <= 1e-3 for key, w in net.state_dict().items())
+
+
+@pytest.mark.parametrize("nested", (False, True))
+def test_a_t2i_adapter_is_read_in_each_layout(sd1, nets, tmp_path, nested):
+    net, path = build_filled(nets["t2i-grey"][1]), tmp_path / "net.pth"
+    torch.save({"adapter": original(net)} if nested else original(net), path)
+    found = load_control(path, sd1.base)
+    assert found.config == net.config and found.config.hint_channels == 1
+    assert all(torch.equal(found.state_dict()[key], w) for key, w in net.state_dict().items())
+
+
+def control_lora(base: Base, net: nn.Module, rank: int = 4) -> dict[str, Tensor]:
+    """What Stability AI's files hold: thin pairs, biases and norms, and the parts that a UNet lacks."""
+    unet, state = base.unet().state_dict(), {"lora_controlnet": torch.zeros(1)}
+    generator = torch.Generator().manual_seed(50)
+    for key, w in net.state_dict().items():
+        if key not in unet or w.ndim < 2:
+            state[key] = w.clone()
+        elif not key.startswith("time_embed"):  # as the base has it
+            state[key.replace(".weight", ".up")] = torch.randn(len(w), rank, *(1,) * (w.ndim - 2), generator=generator)
+            state[key.replace(".weight", ".down")] = torch.randn(rank, *w.shape[1:], generator=generator) * 0.01
+    return state
+
+
+def test_a_control_lora_is_the_base_with_what_it_adds(sd1, nets, tmp_path):
+    path, net = tmp_path / "lora.safetensors", build_filled(nets["first"][1])
+    save_file(state := control_lora(sd1.base, net), path)
+    found, unet = load_control(path, sd1.base).state_dict(), sd1.base.unet().state_dict()
+    assert torch.equal(found["time_embed.0.weight"], unet["time_embed.0.weight"])
+    for key in ("input_blocks.1.0.in_layers.2.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"):
+        up, down = (state[key.replace(".weight", end)].flatten(1) for end in (".up", ".down"))
+        assert rel(found[key], unet[key] + (up @ down).view_as(unet[key])) <= 1e-6
+    assert torch.equal(found["zero_convs.3.0.weight"], state["zero_convs.3.0.weight"])
+
+
+def damaged(change):
+    def make(base: Base, net: nn.Module) -> dict[str, Tensor]:
+        return change(original(net))
+
+    return make
+
+
+REFUSED = {
+    "difference": (damaged(lambda s: s | {"difference": torch.zeros(1)}), "holds differences to its base"),
+    "LLLite": (damaged(lambda s: {"lllite_unet_input_blocks_1.down.0.weight": torch.zeros(1)}), "LLLite"),
+    "style": (damaged(lambda s: {"style_embedding": torch.zeros(1, 8, 1024)}), "style"),
+    "an adapter": (damaged(lambda s: {"image_proj.proj.weight": torch.zeros(8, 8)}), "this is an IP-Adapter"),
+    "a key too many": (damaged(lambda s: s | {"zero_convs.99.0.bias": torch.zeros(1)}), "zero_convs.99.0.bias"),
+    "a key missing": (
+        damaged(lambda s: {key: w for key, w in s.items() if key != "zero_convs.2.0.bias"}),
+        "missing: zero_convs.2.0.bias",
+    ),
+    "another context": (
+        damaged(
+            lambda s: {
+                key: torch.zeros(len(w), 768) if "attn2.to_k" in key or "attn2.to_v" in key else w
+                for key, w in s.items()
+            }
+        ),
+        "a ControlNet for SD 1.x; the base",
+    ),
+    "a LoRA for another": (
+        lambda base, net: control_lora(base, net) | {"input_blocks.1.0.in_layers.2.up": torch.zeros(7, 4, 1, 1)},
+        "for another base: it changes input_blocks.1.0.in_layers.2.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_that_does_not_go_is_refused_in_a_line(sd1, nets, tmp_path, case):
+    make, said = REFUSED[case]
+    path = tmp_path / "net.safetensors"
+    save_file(make(sd1.base, build_filled(nets["first"][1])), path)
+    with pytest.raises(WeightsError) as caught:
+        load_control(path, sd1.base, device="meta")
+    assert said in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_net_of_another_family_is_refused_with_what_would_fit(sd1, sdxl, nets):
+    for base, name in ((sd1.base, "xl"), (sd1.base, "t2i-xl"), (sdxl.base, "t2i"), (sdxl.base, "first")):
+        with pytest.raises(WeightsError, match="for that: (none|tiny|sdxl-union)"):
+            load_control(nets[name][1], base, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("hint", "how", "said"),
+    [
+        (Hint(picture(1), net=1), {}, "net 1 is wanted, 1 were opened"),
+        (Hint(picture(1), start=0.5, until=0.5), {}, "two numbers from 0 to 1 that rise"),
+        (Hint(picture(1)), {"height": 72}, "multiples of 64; near them: 64 and 64"),
+        (Hint(picture(1), guess=True), {"width": 128}, "T2I-Adapter"),
+        (Hint(), {"width": 128}, "`hint`: a picture is wanted"),
+        (Hint(picture(1), mask=Image.new("L", (8, 8))), {"width": 128}, "all black"),
+    ],
+)
+def test_a_hint_that_does_not_go_is_said_in_a_line(sd1, nets, hint, how, said):
+    with pytest.raises(UserError, match=said):
+        ours(sd1, [nets["t2i"][1]], [hint], width=how.pop("width", 64), **how)
+
+
+def test_a_hint_of_another_aspect_is_told(sd1, nets):
+    with pytest.warns(Notice, match="50x90 pixels, of another aspect than 64x64"):
+        ours(sd1, [nets["first"][1]], [Hint(picture(1, 50, 90))], width=64, steps=1)
+
+
+def test_the_edges_of_a_picture():
+    """A bright field on dark: its outline, once, white on black; a step too weak is none unless it touches one."""
+    field = Image.new("RGB", (32, 24), "black")
+    field.paste((200, 180, 40), (8, 6, 24, 18))
+    edges = np.asarray(canny(field))
+    assert edges.shape == (24, 32, 3) and set(np.unique(edges)) == {0, 255}
+    assert not edges[8:16, 10:22].any() and edges[6:18, 7:9, 0].any(1).all()
+    faint = Image.new("RGB", (32, 24), (10, 10, 10))
+    faint.paste((30, 30, 30), (8, 6, 24, 18))
+    assert not np.asarray(canny(faint)).any() and np.asarray(canny(faint, 20, 40)).any()
