@@ -24,14 +24,16 @@ from torch import Tensor, nn
 from benchmarks import reference
 from benchmarks.reference import FULL, NARROW, Files, Sizes
 from clip import CLIPImage, CLIPText, preprocess, tokenize
-from files.pictures import open_picture, to_pil
-from generate import open_models, pictures, prompts
+from control import ControlNet, t2i
+from files.pictures import from_pil, open_picture, to_pil
+from generate import Hint, open_models, pictures, prompts
 from generate.picture import denoise
 from ipadapter import ImagePrompt, IPAdapter, Prompt
 from sampler import SAMPLERS, guided, noise
 from unet import UNet
 from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base
+from weights.diffusers_names import t2i_from_diffusers
 
 MODULE, LATENTS, PIXELS = 1e-5, 1e-4, 1.0  # allowed: relative L2 of a module, of final latents; 1/255 in any pixel
 SEED, STEPS, GUIDANCE, SIDE = 7, 4, 7.5, 256
@@ -155,7 +157,56 @@ def against_diffusers(files: Files) -> Iterator[Row]:
         yield Row(f"run, {name}: latents", distance(x, latents[-1]), LATENTS)
         yield Row(f"run, {name}: pixels", steps_apart(to_pil(vae.decode(x))[0], found), PIXELS)
     del vae, unet, text_tower
+    yield from structured(theirs, files)
     yield from edited(theirs, files)
+
+
+def structured(theirs: nn.Module, files: Files) -> Iterator[Row]:
+    """Whole runs beside the adapter that is attached: with a ControlNet, and with a T2I-Adapter."""
+    from diffusers import StableDiffusionControlNetPipeline, T2IAdapter
+
+    models = open_models(files.base, files.plus, files.image_encoder, device="cpu", dtype="float32")
+    seen = open_picture(files.picture)
+    hint = seen.resize((SIDE, SIDE))
+    pair = prompts(models, TEXT, NEGATIVE, [seen], 0.8)
+    widths = models.base.config.channels
+    config = replace(models.base.config, up=(), out_channels=0)
+    for name in ("ControlNet", "T2I-Adapter"):
+        net = ControlNet(config) if name == "ControlNet" else t2i.T2IAdapter(t2i.T2IConfig(3, widths))
+        net.load_state_dict(reference.randomize(net.state_dict(), len(name), torch.float32))
+        models.held[f"control {name}"] = net.requires_grad_(False).eval()
+        ready = replace(models, controls=(Path(name),))
+        how = {"steps": STEPS, "guidance_scale": GUIDANCE, "height": SIDE, "width": SIDE}
+        (picture,) = pictures(ready, *pair, SEED, controls=[Hint(hint, scale=0.8)], **how)
+        more, whole, forward = {}, theirs, theirs.unet.forward
+        if name == "ControlNet":
+            controlnet = reference.diffusers_controlnet(net)
+            whole = StableDiffusionControlNetPipeline(**theirs.components, controlnet=controlnet)
+            whole.set_progress_bar_config(disable=True)
+            more = {"image": hint, "controlnet_conditioning_scale": 0.8}
+        else:  # no pipeline of theirs has both: their adapter's features are given to their UNet
+            other = T2IAdapter(3, list(widths))
+            names = t2i_from_diffusers({key.removeprefix("adapter."): w for key, w in other.state_dict().items()})
+            places = dict(zip(other.state_dict(), names, strict=True))
+            other.load_state_dict({key: net.state_dict()[place] for key, place in places.items()})
+            found = [0.8 * feature for feature in other(from_pil(hint) / 2 + 0.5)]
+            theirs.unet.forward = lambda *args, forward=forward, found=found, **given: forward(
+                *args, down_intrablock_additional_residuals=[one.expand(2, -1, -1, -1) for one in found], **given
+            )
+        found = whole(
+            TEXT,
+            negative_prompt=NEGATIVE,
+            ip_adapter_image=seen,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            height=SIDE,
+            width=SIDE,
+            generator=torch.Generator().manual_seed(SEED),
+            **more,
+        ).images[0]
+        theirs.unet.forward = forward
+        del models.held[f"control {name}"], net
+        yield Row(f"run, {name}, plus: pixels", steps_apart(picture, found), PIXELS)
 
 
 def edited(theirs: nn.Module, files: Files) -> Iterator[Row]:

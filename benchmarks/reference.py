@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip import SD15_TEXT, VIT_H, CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
+from control import ControlNet
 from ipadapter import ImageProjection, IPAdapter, Resampler
 from unet import SD15, UNet, UNetConfig
 from vae import SD_VAE, VAE, VAEConfig
@@ -222,6 +223,20 @@ def diffusers_unet(unet: UNet, adapter: IPAdapter, scale: float) -> nn.Module:
         [{"image_proj": adapter.image_proj.state_dict(), "ip_adapter": adapter.ip_adapter.state_dict()}]
     )
     set_scale(theirs, scale)
+    return theirs.requires_grad_(False).eval()
+
+
+def diffusers_controlnet(net: ControlNet) -> nn.Module:
+    """The same tensors, not copies, in diffusers' ControlNetModel."""
+    from diffusers import ControlNetModel
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    config = net.config
+    with torch.device("meta"):
+        theirs = ControlNetModel(
+            block_out_channels=config.channels, cross_attention_dim=config.context_dim, attention_head_dim=config.heads
+        )
+    theirs.load_state_dict(convert_controlnet_checkpoint(net.state_dict(), {"layers_per_block": 2}), assign=True)
     return theirs.requires_grad_(False).eval()
 
 
