@@ -131,7 +131,7 @@ def editing(parser: argparse.ArgumentParser) -> None:
     add("--strength", type=cli.share, metavar="S", help=far)
     add("--inpaint", metavar="MASK", help="make anew what is white in this picture, keep what is black")
     sides = "add so many pixels, and make them anew"
-    add("--outpaint", nargs=4, type=cli.whole(0), metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=sides)
+    add("--outpaint", nargs=4, type=cli.whole(0, cli.MAX_SIDE), metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=sides)
     alone = (
         f"work on the part around the mask alone, so many pixels more ({PADDING}), and paste it back: all else stays"
     )

@@ -253,6 +253,14 @@ def test_a_base_for_inpainting_equals_diffusers(sd1_9):
 
 
 @pytest.mark.slow
+def test_a_base_for_inpainting_may_be_a_folder(sd1_9, tmp_path):
+    sd1_9.pipeline.save_pretrained(tmp_path)
+    twin = Twin(open_base(tmp_path), sd1_9.pipeline)
+    found = [ours(one, init=photo(), inpaint=mask(), steps=2)[0] for one in (twin, sd1_9)]
+    assert twin.base.channels == 9 and rel(*found) <= 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [4, 9])
 def test_inpainting_with_sdxl_equals_diffusers(request, sdxl, channels):
     twin = sdxl if channels == 4 else request.getfixturevalue("sdxl_9")
