@@ -33,7 +33,8 @@ from files.outputs import reserved
 from files.pictures import save_picture
 from files.sheets import sheet
 from generate import attention_sheet, open_models, pictures, prompts, scaled
-from generate.editing import canvas_of, size_of, steps_that_run
+from generate.canvas import canvas_of, size_of
+from generate.editing import steps_that_run
 from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record

@@ -14,7 +14,7 @@ from control.canny import canny
 from files.errors import Notice, UserError
 from files.masks import grey, open_mask
 from files.pictures import from_pil, open_picture
-from generate.editing import Canvas
+from generate.canvas import Canvas
 from generate.models import Models
 from weights.control import INPAINT, SHUFFLE, Net, task_of
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from control import attentions, controlled
 from files.errors import UserError
 from files.pictures import to_pil
+from generate.canvas import Picture, canvas_of, size_of
 from generate.control import Hint, follow
-from generate.editing import IMAGE_GUIDANCE, Picture, beginning, canvas_of, check_reads, size_of, steps_that_run
+from generate.editing import IMAGE_GUIDANCE, ROWS, beginning, check_reads, steps_that_run
 from generate.models import Models
 from generate.prompt import sized
 from ipadapter import Prompt, Seen, prepared, watched
@@ -21,7 +22,6 @@ from vae import VAE
 from weights.base import INSTRUCTED
 
 BATCH = 4  # pictures that go through the UNet together
-ROWS = 64  # of a picture that are decoded at once in little memory
 
 
 @torch.no_grad()

@@ -51,7 +51,8 @@ from files.errors import UserError
 from files.masks import open_mask
 from files.pictures import from_pil, read_settings
 from generate import Hint, open_models, pictures, prompts
-from generate.editing import Canvas, around, canvas_of, posterior, size_of, steps_that_run
+from generate.canvas import Canvas, around, canvas_of, size_of
+from generate.editing import posterior, steps_that_run
 from generate.picture import decode
 from generate.record import sound
 from ipadapter import Prompt
