@@ -215,15 +215,16 @@ def parse() -> argparse.Namespace:
     if args.steps > sampler.max_steps:
         raise UserError(f"--steps {args.steps}: 1 to {sampler.max_steps} with --sampler {args.sampler}")
     guidance = sampler.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    if args.guidance_scale is not None and guidance <= 1:
+    unguided = guidance <= 1 and args.image_guidance_scale in (None, 1)
+    if args.guidance_scale is not None and unguided:
         cli.warn(f"guidance is off at --guidance-scale {guidance:g}: 1 and less follow the prompt as trained")
     if args.guidance_rescale > 1:
         raise UserError(f"--guidance-rescale {args.guidance_rescale:g}: 0 to 1")
     if args.image_guidance_scale is not None and not prompted and not args.init:
         raise UserError("--image-guidance-scale is how far to follow an image prompt: it goes with --image")
-    if args.guidance_rescale and guidance <= 1 and args.image_guidance_scale is None:
+    if args.guidance_rescale and unguided:
         cli.warn(f"--guidance-rescale has no effect at --guidance-scale {guidance:g}")
-    if args.negative_prompt and guidance <= 1:
+    if args.negative_prompt and unguided:
         cli.warn(f"--negative-prompt has no effect at --guidance-scale {guidance:g}")
     if args.adapter and not prompted:
         cli.warn("--adapter has no effect without --image or --face-embedding")
