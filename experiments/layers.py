@@ -40,9 +40,8 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=["full-face", "base"])
     parser.add_argument("--beside", nargs="+", choices=("nothing", "text"), default=["nothing", "text"])
-    parser.add_argument(
-        "--only", nargs="+", help="blocks to hear the image prompt together: one row instead of the sweep"
-    )
+    rows = "these instead of the sweep, lines of sample.py's --layers: down.block_1 up.block_2+up.block_3"
+    parser.add_argument("--layers", nargs="+", metavar="SPEC", help=rows)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--output", type=Path, default=Path("outputs/experiments"), help="(default: %(default)s)")
     args = parser.parse_args()
