@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import cli
@@ -102,6 +103,12 @@ def brought(groups: Iterable[argparse.Namespace]) -> list[str]:
     return [
         name for group in groups for name in (*group.image, *group.face_embedding, *[group.mask] * bool(group.mask))
     ]
+
+
+def shown(group: argparse.Namespace) -> list[str]:
+    """The names of an image prompt's pictures, for a sheet; those of weight 0 are left out."""
+    each = zip_longest(group.image or group.face_embedding, group.weights, fillvalue=1.0)
+    return [Path(name).name for name, weight in each if weight]
 
 
 def image_group(group: argparse.Namespace, adapter: int) -> ImageGroup:

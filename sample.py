@@ -38,6 +38,7 @@ from generate.editing import steps_that_run
 from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
+from generate.seeing import named
 from generate.syntax import parts
 from generate.text import words_of
 from sampler import SAMPLERS
@@ -120,7 +121,7 @@ def main() -> None:
         reading = {name: vars(args)[name] for name in ("prompt_syntax", "long_prompt", "clip_skip")}
         prompt, null = prompts(models, *texts, images, **reading)
         batches = -(-args.num_images // (1 if args.low_memory else BATCH))
-        seen, said = [], [[Path(name).name for name in group.image or group.face_embedding] for group in groups]
+        seen, said = [], [flags.shown(group) for group in groups]
         with cli.steps(run * batches * len(scales), "denoising") as step:
             made = pictures(
                 models,
@@ -143,7 +144,9 @@ def main() -> None:
                 kept = settings(scales[len(done) // args.num_images], args.seed + len(done) % args.num_images)
                 save_picture(picture, name, kept)
                 if args.attention:
-                    page = attention_sheet(picture, seen[len(done)], words_of(models, *texts, **ways), said)
+                    page = attention_sheet(
+                        picture, seen[len(done)], words_of(models, *texts, **ways), named(prompt, said)
+                    )
                     save_picture(page, names[total + len(done)], kept)
                 done.append(picture)
         if args.grid:

@@ -9,7 +9,7 @@ from clip import tokenize
 from clip.tokenizer import words
 from files.heat import heated
 from files.sheets import sheet, stacked
-from ipadapter import Seen
+from ipadapter import Prompt, Seen
 
 SIDE = 192  # pixels of a picture on the sheet
 COLUMNS = 6
@@ -46,6 +46,15 @@ def attention_sheet(
     told = [(word, laid(picture, (m - m.min()) / (m.max() - m.min()).clamp(min=1e-9))) for word, m in attention]
     rows = [part for row in (cells, told) for part in in_rows(row, min(COLUMNS, max(len(cells), len(told))))]
     return stacked([sheet([[image for _, image in row]], [title for title, _ in row], SIDE) for row in rows])
+
+
+def named(prompt: Prompt, names: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """The names of each group's pictures as those of each image prompt; of a group that makes several they are counted."""
+    groups = [image.group for image in prompt.images]
+    return [
+        [f"{', '.join(names[group])} {groups[:i].count(group) + 1}"] if groups.count(group) > 1 else names[group]
+        for i, group in enumerate(groups)
+    ]
 
 
 def in_rows(cells: list, columns: int) -> list[list]:

@@ -21,8 +21,8 @@ from clip import tokenize
 from clip.tokenizer import encode, words
 from files.heat import heated
 from generate import attention_sheet, open_models, pictures, prompts
-from generate.seeing import SIDE
-from ipadapter import ImageProjection, IPAdapter, Prompt, Scale, Seen, prepared, watched
+from generate.seeing import SIDE, named
+from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt, Scale, Seen, prepared, watched
 from sampler import SAMPLERS, SD, guided, numbered
 from unet import UNet, size_vector
 
@@ -270,3 +270,14 @@ def test_a_window_of_steps_and_silent_layers_count_in_the_share(unet, base_adapt
     coarse = seen(Scale(0.7, layers=[0.0] * 15 + [1.0]), [(0, 1)])  # the middle, a single position here
     assert coarse.shares.shape == (2, 8, 8) and 0 < coarse.shares[1].max() <= 1 / 16
     assert coarse.images[0].std(dim=(1, 2)).max() < 1e-6 and rel(coarse.images[0].sum(0), torch.ones(8, 8)) <= 1e-5
+
+
+def test_a_picture_of_weight_0_has_no_map_and_several_prompts_of_a_group_are_counted(tmp_path):
+    example = ROOT / "tiny/example.png"
+    flags = ["--image", example, example, "--weights", 0, 1, "--image", example, "--scale", 0.5]
+    result = sample(*flags, *FAST, "--attention", "--output", tmp_path / "x.png")
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "x_attention.png").width == SIDE // 32 + 4 * (SIDE + SIDE // 32)
+    heard = ImagePrompt([(torch.zeros(1, 4, 8),) * 2])
+    prompt = Prompt(torch.zeros(1, 77, 8), (heard, replace(heard, group=1), replace(heard, group=1)))
+    assert named(prompt, [["a", "b"], ["long"]]) == [["a", "b"], ["long 1"], ["long 2"]]
