@@ -174,7 +174,10 @@ def run(parser: argparse.ArgumentParser) -> None:
     add("--guidance-scale", type=cli.number(), metavar="G", help=follow)
     spread = "bring the spread of the guided prediction back to the prompt's own, 0 to 1 (default: 0, not at all)"
     add("--guidance-rescale", type=cli.number(0), default=0.0, metavar="R", help=spread)
-    alone = "how far to follow the image prompt by itself, and --guidance-scale the text: a third pass (default: alike)"
+    alone = (
+        "how far to follow the image prompt by itself, and --guidance-scale the text: a third pass (default: alike); "
+    )
+    alone += "with an instruct-pix2pix base, the picture of --init (default: 1.5)"
     add("--image-guidance-scale", type=cli.number(0), metavar="G", help=alone)
     seeds = "picture j is made from the noise of seed + j; -1: a random one, printed (default: %(default)s)"
     add("--seed", type=cli.seed(2**63 - 1), default=0, help=seeds)

@@ -152,7 +152,8 @@ def main() -> None:
         if args.grid:
             titles = [f"scale {scale:g}" for scale in scales] if groups else [args.prompt]
             shown = [picture for image in images for picture in image.images]
-            page = grid(done, args.num_images, titles, shown, min(size["width"], 256))
+            begun = [canvas.picture] if canvas else []
+            page = grid(done, args.num_images, titles, shown, begun, min(size["width"], 256))
             save_picture(page, names[-1], settings(scales, args.seed))
     parts = [f"picture {args.init}"] if args.init else []
     for group in groups:
@@ -171,11 +172,12 @@ def encoders(given: list[str] | None, before: list[str | None]) -> list[str | No
     return given[0] if given and len(given) == 1 else given or before or None
 
 
-def grid(done: list, rows: int, titles: list[str], images: list, side: int) -> Image.Image:
-    """Image prompts on the left, then a column for each scale; a row for each seed."""
+def grid(done: list, rows: int, titles: list[str], images: list, begun: list, side: int) -> Image.Image:
+    """The picture begun with and image prompts on the left, then a column for each scale; a row for each seed."""
     columns = [done[i : i + rows] for i in range(0, len(done), rows)]
-    if images:
-        columns, titles = [images, *columns], ["image prompt", *titles]
+    for brought, title in ((images, "image prompt"), (begun, "to begin with")):
+        if brought:
+            columns, titles = [brought, *columns], [title, *titles]
     return sheet(list(zip_longest(*columns)), titles, side)
 
 
