@@ -2,7 +2,9 @@
 
 import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
 
+from files.features import Features, read_features, write_features
 from generate.control import Hint
+from generate.embeddings import features
 from generate.group import ImageGroup
 from generate.models import Models, open_models
 from generate.picture import pictures
@@ -10,12 +12,16 @@ from generate.prompt import prompts, scaled
 from generate.seeing import attention_sheet
 
 __all__ = [
+    "Features",
     "Hint",
     "ImageGroup",
     "Models",
     "attention_sheet",
+    "features",
     "open_models",
     "pictures",
     "prompts",
+    "read_features",
     "scaled",
+    "write_features",
 ]

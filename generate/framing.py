@@ -6,6 +6,7 @@ import math
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from clip import FRAMINGS as SQUARES
 from clip import POSITIONS
@@ -55,3 +56,9 @@ def tiles(image: Image.Image) -> list[tuple[Image.Image, Tensor]]:
         (image.crop(box), mask.view(1, 1, 1, -1) if wide else mask.view(1, 1, -1, 1))
         for box, mask in zip(boxes, masks, strict=True)
     ]
+
+
+def within(square: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of a tile, and where there is a mask of its group, too, what both leave."""
+    square = square if mask is None else square.to(mask)
+    return square if mask is None else mask * interpolate(square, size=mask.shape[2:], mode="bilinear")

@@ -10,8 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from files.errors import Notice, UserError
+from files.features import Features, is_features
 from files.masks import grey, open_mask
 from files.pictures import from_pil
+from generate.framing import check_framing
 from generate.layers import Factors
 from ipadapter import ImagePrompt, Prompt, Scale
 
@@ -22,8 +24,8 @@ Picture = str | Path | Image.Image
 class ImageGroup:
     """One image prompt of one or more pictures, which share one softmax; several groups are added, each with its own."""
 
-    # Files or pictures.
-    images: Sequence[Picture] = ()
+    # Files or pictures, and their embeddings: what `features` gives, .safetensors, .ipadpt.
+    images: Sequence[Picture | Features] = ()
     # Which of the adapters that were opened reads them, 0 and on.
     adapter: int = 0
     # Its weight: a number, or one for each cross-attention layer; None: 1, beside a text 0.6.
@@ -40,6 +42,19 @@ class ImageGroup:
     weights: Sequence[float] = ()
     # Where: a grey picture, white is here, or (1, 1, H, W) in [0, 1].
     mask: Picture | Tensor | None = None
+    # How a picture becomes a square: "crop", "pad", "squash", or "tile": the squares of a long one, each of which acts where
+    # it lies.
+    framing: str = "crop"
+    # Which part is cropped, or where in the padding the picture lies: "centre", "top", "bottom-left", ...
+    crop_position: str = "centre"
+    # What stands on the unconditional side instead of "no image": one for all pictures, or one for each. With "tile" its
+    # centre.
+    negative_image: Sequence[Picture | Features] = ()
+    # How much of a picture of noise (`generate.embeddings.noise_picture`) is blended in there, 0 to 1: the more, the less
+    # noisy what is made.
+    negative_noise: float = 0.0
+    # A text that is taken off the picture's embedding, or that and how much of it (1): what of the picture not to follow.
+    less: str | tuple[str, float] | None = None
     # Face embeddings for a FaceID adapter, files or tensors (faces, 512); without any, the faces are read off the images.
     faces: Sequence[str | Path | Tensor] = ()
     # How far FaceID-plus version 2 follows the picture of the face, beside the embedding; None: 1.
@@ -51,8 +66,24 @@ class ImageGroup:
             Scale(1.0, None, self.start, self.until, self.curve)
         except ValueError as error:
             raise UserError(str(error)) from None
-        if not self.faces:
+        check_framing(self.framing, self.crop_position)
+        if not 0 <= self.negative_noise <= 1:
+            raise UserError(f"`negative_noise`: {self.negative_noise:g} given, 0 to 1 is wanted")
+        if not self.faces and not any(isinstance(one, Features) or is_features(one) for one in self.images):
             check_weights(self.weights, len(self.images))
+        if self.framing == "tile" and len(self.images) != 1:
+            raise UserError("`framing` tile: one picture to a group; others want an `image` of their own")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether an image encoder is needed; embeddings that hold all that is read of them do without."""
+        read = (one if isinstance(one, Features) else None for one in (*self.images, *self.negative_image))
+        known = all(one is not None for one in read)
+        # Of embeddings "no image" is zeros, of patches it is those of a grey picture.
+        grey = any(
+            one.image is not None and one.image.ndim == 3 and one.negative is None for one in self.images if known
+        )
+        return not known or bool(self.negative_noise or self.less or (grey and not self.negative_image))
 
     def heard(self, scale: float | Sequence[float] | Scale, found: Factors | None) -> tuple[Scale, Scale]:
         """The scales of the image prompt and of its absence.
@@ -122,7 +153,10 @@ def tell_aspects(prompt: Prompt, height: int, width: int) -> None:
     for image in prompt.images:
         if image.mask is not None:
             down, across = image.mask.shape[2:]
-            if min(abs(down * width / height - across), abs(across * height / width - down)) >= 2:
+            if (
+                min(down, across) > 1
+                and min(abs(down * width / height - across), abs(across * height / width - down)) >= 2
+            ):
                 told = (
                     f"`mask`: {across}x{down} pixels, of another aspect than {width}x{height}, to which it is brought"
                 )

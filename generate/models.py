@@ -32,7 +32,7 @@ class Adapter:
 
     file: Path
     kind: IPAdapter  # without its weights (on `meta`)
-    image_encoder: Path | None  # None: it reads face embeddings alone
+    image_encoder: Path | None  # None: it reads face embeddings alone, or no picture is to be encoded
     faceid_v2: bool = False
 
 
@@ -141,6 +141,8 @@ def open_models(
     text_encoder: Sequence[str | Path] = (),
     # Whether there will be image prompts; without any, no adapter and no image encoder is wanted.
     image: bool = True,
+    # Whether pictures are to be encoded, or whether for each adapter; embeddings of them want no image encoder.
+    encode: bool | Sequence[bool] = True,
     # Whether an adapter is to be made: then none is brought, only the image encoder that it will read.
     new_adapter: bool = False,
     # Whether the adapter's file is FaceID-plus version 2, or whether each is: no tensor tells.
@@ -170,8 +172,8 @@ def open_models(
     """
     device = torch.device(device or default_device())
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype or default_dtype(device)
-    each = together(adapter, image_encoder, faceid_v2)
-    presets = [find("adapter", str(name)) for name, _, _ in each if name] if len(each) > 1 else []
+    each = together(adapter, image_encoder, faceid_v2, encode)
+    presets = [find("adapter", str(name)) for name, *_ in each if name] if len(each) > 1 else []
     base = base or next((preset.base for preset in presets if isinstance(preset, Preset)), None)
     pairs = [(*lora, 1.0)[:2] if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
     wanted = [(find("lora", str(name)), weight) for name, weight in pairs]
@@ -181,9 +183,10 @@ def open_models(
     found, *others = (
         resolve(
             {role: name and str(name) for role, name in zip(ROLES, (base, one, encoder, vae), strict=True)},
-            *(image, new_adapter, faces_alone),
+            *(image, new_adapter, faces_alone if encodes else lambda adapter: True),
         )
-        for one, encoder, _ in each
+        | ({} if encodes else {"image_encoder": None})
+        for one, encoder, _, encodes in each
     )
     nets = [find("control", str(name)) for name in controls]
     for kind, row in (*(("lora", lora) for lora, _ in wanted), *(("control", net) for net in nets)):
@@ -205,7 +208,7 @@ def open_models(
     threads.suit(max(dim for dim, _ in opened.layers), device)
     read = tuple(
         open_adapter(one, version_2, opened, tell)
-        for one, (*_, version_2) in zip((found, *others), each, strict=True)
+        for one, (*_, version_2, _) in zip((found, *others), each, strict=True)
         if one["adapter"]
     )
     if read and read[0].image_encoder is None:
@@ -231,16 +234,17 @@ def together(
     adapter: Named | Sequence[Named | None] | None,
     image_encoder: Named | Sequence[Named | None] | None,
     faceid_v2: bool | Sequence[bool],
-) -> list[tuple[Named | None, Named | None, bool]]:
-    """For each adapter itself, its image encoder and whether it is FaceID-plus version 2."""
+    encode: bool | Sequence[bool],
+) -> list[tuple[Named | None, Named | None, bool, bool]]:
+    """For each adapter itself, its image encoder, whether it is FaceID-plus version 2, whether pictures are encoded."""
     adapters = list(adapter) if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
     several = isinstance(image_encoder, Sequence) and not isinstance(image_encoder, str)
     encoders = list(image_encoder) if several else [image_encoder] * len(adapters)
-    versions = [faceid_v2] * len(adapters) if isinstance(faceid_v2, bool) else list(faceid_v2)
-    for name, found in (("image_encoder", encoders), ("faceid_v2", versions)):
+    versions, encodes = ([one] * len(adapters) if isinstance(one, bool) else list(one) for one in (faceid_v2, encode))
+    for name, found in (("image_encoder", encoders), ("faceid_v2", versions), ("encode", encodes)):
         if len(found) != len(adapters):
             raise UserError(f"`{name}`: {len(found)} given, for {len(adapters)} adapters: one for all, or one for each")
-    return list(zip(adapters, encoders, versions, strict=True))
+    return list(zip(adapters, encoders, versions, encodes, strict=True))
 
 
 def open_adapter(
@@ -250,7 +254,7 @@ def open_adapter(
     path = file(found["adapter"], tell)
     encoder_path = file(found["image_encoder"], tell) if found["image_encoder"] else None
     kind = load_adapter(path, device="meta")
-    encoder = load_image_encoder(encoder_path, device="meta") if kind.reads_clip else None
+    encoder = load_image_encoder(encoder_path, device="meta") if encoder_path and kind.reads_clip else None
     check_fit(kind, path, base, encoder, encoder_path)
     if faceid_v2 and not (kind.image_proj.faces and kind.image_proj.patches):
         raise UserError(f"`faceid_v2`: for FaceID-plus adapters; {path} is another kind")

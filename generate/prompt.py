@@ -5,18 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from clip import preprocess
 from files.errors import UserError
-from files.faces import find_faces, read_embedding
-from files.pictures import open_picture
-from generate.group import ImageGroup, Picture, check_weights, mask_tensor, swap, weighed
+from files.features import Features
+from generate.embeddings import tokens
+from generate.framing import within
+from generate.group import ImageGroup, Picture, mask_tensor, swap, weighed
 from generate.layers import factors
 from generate.models import Models
 from generate.text import encoded
-from ipadapter import ImagePrompt, IPAdapter, Prompt, Scale
+from ipadapter import ImagePrompt, Prompt, Scale
 from unet import layer_names, size_vector
 from weights.families import TINY
 
@@ -28,8 +27,8 @@ def prompts(
     text: str = "",
     # The negative prompt: what the picture should not be.
     negative: str = "",
-    # Image prompts, files or pictures; several prompt together. Or groups of them, each heard in its own way.
-    images: Sequence[Picture | ImageGroup] = (),
+    # Image prompts: pictures, files, or embeddings (`Features`); several prompt together. Or groups of them, each heard in its own way.
+    images: Sequence[Picture | Features | ImageGroup] = (),
     # The weight of the image prompt: one number, one for each cross-attention layer, or a `Scale`; None: 1, beside a text
     # 0.6. Of groups it is that of those that have none.
     scale: float | Sequence[float] | Scale | None = None,
@@ -91,7 +90,7 @@ def sized(prompt: Prompt, models: Models, height: int, width: int, pooled: Tenso
 def image_prompts(
     models: Models, groups: Sequence[ImageGroup], scale: float | Sequence[float] | Scale
 ) -> list[tuple[ImagePrompt, ImagePrompt]]:
-    """Each group's image prompt and its absence.
+    """Each group's image prompt and its absence; of tiles each is one.
 
     An adapter and an image encoder are held as long as the next group reads them too.
 
@@ -125,41 +124,15 @@ def image_prompts(
                 del several.held[name]
         last = groups[i].adapter
         adapter, (layers, here, away, mask) = several.adapter(groups[i].adapter), heard[i]
-        both = [adapter.prompt(tokens) for tokens in image_tokens(several, adapter, groups[i])]
-        image, absent = (weighed(one, groups[i].weights) for one in both)
-        if layers and layers.swapped:
-            absent = swap(image, absent, layers.swapped)
-        found[i] = replace(image, scale=here, mask=mask, group=i), replace(absent, scale=away, mask=mask, group=i)
-    return [found[i] for i in range(len(groups))]
-
-
-def image_tokens(models: Models, adapter: IPAdapter, group: ImageGroup) -> tuple[Tensor, Tensor]:
-    """The tokens of the image prompt and those of its absence, both (1, pictures * num_tokens, context_dim)."""
-    images, faces, structure_scale = group.images, group.faces, group.structure_scale
-    encoder, opened = models.image_encoder(group.adapter), models.adapters[group.adapter]
-    if faces and not adapter.image_proj.faces:
-        raise UserError(f"`face_embedding`: for FaceID adapters; {opened.file} reads pictures (`image`)")
-    if structure_scale is not None and not opened.faceid_v2:
-        raise UserError(f"`structure_scale`: for FaceID-plus version 2; {opened.file} is another kind")
-    seen = [image if isinstance(image, Image.Image) else open_picture(image) for image in images]
-    embeddings = pixels = None
-    if adapter.image_proj.faces:
-        if faces and images and not encoder:
-            raise UserError(f"`image`: {opened.file} reads the face alone, which `face_embedding` gives")
-        if faces:
-            embeddings = torch.cat([x if isinstance(x, Tensor) else read_embedding(x) for x in faces])
-        else:
-            embeddings, seen = find_faces(seen, [str(image) for image in images])
-        embeddings = embeddings.to(models.device, models.dtype)
-    check_weights(group.weights, len(seen) if embeddings is None else len(embeddings))
-    if encoder:
-        if embeddings is not None and len(embeddings) != len(seen):
-            raise UserError(
-                f"`face_embedding`: {len(embeddings)} faces, `image`: {len(seen)} pictures of them; this adapter "
-                "reads both"
-            )
-        pixels = torch.cat([preprocess(image, encoder.config.image_size) for image in seen])
-        pixels = pixels.to(models.device, models.dtype)
-    weight = (1.0 if structure_scale is None else structure_scale) if opened.faceid_v2 else None
-    given = encoder, pixels, embeddings, weight
-    return adapter.tokens(*given), adapter.null_tokens(*given)
+        *both, squares = tokens(several, adapter, groups[i])
+        masks, found[i] = (
+            [mask] if squares is None else [within(one, mask) for one in squares.to(models.device).split(1)],
+            [],
+        )
+        for mask, *pair in zip(masks, *(side.chunk(len(masks), dim=1) for side in both), strict=True):
+            image, absent = (weighed(adapter.prompt(one), groups[i].weights) for one in pair)
+            if layers and layers.swapped:
+                absent = swap(image, absent, layers.swapped)
+            absent = replace(absent, scale=away, mask=mask, group=i)
+            found[i].append((replace(image, scale=here, mask=mask, group=i), absent))
+    return [pair for i in range(len(groups)) for pair in found[i]]

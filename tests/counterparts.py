@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from clip import CLIPImage, CLIPText
-from generate import Models, pictures, prompts
+from generate import ImageGroup, Models, pictures, prompts
 from generate.models import Adapter
 from generate.picture import decode
 from ipadapter import IPAdapter
@@ -295,6 +295,7 @@ class Order:
     prompt: str = "a red fox in the snow, 35mm"
     negative_prompt: str = ""
     pictures: tuple[Image.Image, ...] = ()  # that CLIP sees
+    negatives: tuple[Image.Image, ...] = ()  # that stand for their absence, one for each
     faces: Tensor | None = None  # (faces, 512)
     scale: float = 0.7
     structure_scale: float | None = None  # of FaceID-plus, version 2
@@ -312,7 +313,8 @@ def our_picture(
     """Latents, and pixels 0..255, by the line that everybody calls."""
     models, unet = opened(twin, adapter, encoder, order.height, order.structure_scale is not None), twin.parts[1]
     faces, scale = ([order.faces] if order.faces is not None else []), order.scale if adapter else None
-    pair = prompts(models, order.prompt, order.negative_prompt, order.pictures, scale, faces, order.structure_scale)
+    images = [ImageGroup(order.pictures, negative_image=order.negatives)] if order.negatives else order.pictures
+    pair = prompts(models, order.prompt, order.negative_prompt, images, scale, faces, order.structure_scale)
     take_out, latents = adapter.merge(unet) if adapter else lambda: None, []
     with patch("generate.picture.decode", lambda models, x: latents.append(x) or decode(models, x)):
         size = {"height": order.height, "width": order.width, "guidance_scale": order.guidance_scale}
@@ -374,6 +376,12 @@ def their_picture(
             embeds = pipeline.prepare_ip_adapter_image_embeds([list(order.pictures)], None, "cpu", 1, True)
             projection.clip_embeds, projection.shortcut = embeds[0], order.structure_scale is not None
             projection.shortcut_scale = order.structure_scale
+        elif order.negatives:
+            each = [
+                pipeline.prepare_ip_adapter_image_embeds([list(some)], None, "cpu", 1, True)[0].chunk(2)[1]
+                for some in (order.negatives, order.pictures)
+            ]
+            image["ip_adapter_image_embeds"] = [torch.cat(each)]
         elif order.pictures:
             image["ip_adapter_image"] = [list(order.pictures)]
         picture = pipeline(

@@ -1,0 +1,253 @@
+"""What an adapter reads of pictures and of their absence: framed, encoded, and what is taken off or put against them."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clip import CLIPImage, TwoTowerEncoder, preprocess, tokenize
+from files.errors import Notice, UserError
+from files.faces import find_faces, read_embedding
+from files.features import Features, is_features, read_features
+from files.pictures import open_picture
+from generate.framing import tiles
+from generate.group import ImageGroup, Picture, check_weights
+from generate.models import Models
+from ipadapter import IPAdapter
+from ipadapter.adapter import image_features, null_features
+from weights.clip import load_clip
+from weights.diffusers import model_sha256
+
+
+@torch.no_grad()
+def features(models: Models, group: ImageGroup) -> Features:
+    """What the adapter of a group reads of it. In the place of the pictures it gives what they give, bit for bit.
+
+    Raises:
+        UserError: a picture or embedding that cannot be used, or that the adapter does not read.
+    """
+    opened = models.adapters[group.adapter]
+    projection = opened.kind.image_proj
+    if group.faces and not projection.faces:
+        raise UserError(f"`face_embedding`: for FaceID adapters; {opened.file} reads pictures (`image`)")
+    if group.structure_scale is not None and not opened.faceid_v2:
+        raise UserError(f"`structure_scale`: for FaceID-plus version 2; {opened.file} is another kind")
+    for name in ("negative_image", "negative_noise", "less"):
+        if getattr(group, name) and (not opened.kind.reads_clip or (name == "less" and projection.patches)):
+            what = "faces" if not opened.kind.reads_clip else "patches of the picture, from which no text can be taken"
+            raise UserError(f"`{name}`: {opened.file} reads {what}")
+    seen = [opened_as(image) for image in group.images]
+    for one in seen:
+        if isinstance(one, Features):
+            check_fits(one, models, group.adapter)
+    faces, masks = None, None
+    pictures = sum(len(one) if isinstance(one, Features) and one.masks is None else 1 for one in seen)
+    if projection.faces:
+        faces, seen = faces_of(models, group, seen)
+    elif group.framing == "tile":
+        seen, masks = tiled(seen)
+    elif any(isinstance(one, Features) and one.masks is not None for one in seen):
+        if len(seen) > 1:
+            raise UserError(
+                "`image`: an embedding of tiles is an image prompt by itself; others want a group of their own"
+            )
+        masks = seen[0].masks
+    check_weights(group.weights, pictures if faces is None else len(faces))
+    image = negative = None
+    if opened.kind.reads_clip:
+        image, negative = clip_features(models, group, seen)
+        if faces is not None and len(faces) != len(image):
+            raise UserError(
+                f"`face_embedding`: {len(faces)} faces, `image`: {len(image)} pictures of them; this adapter reads both"
+            )
+    return Features(image, negative, faces, masks)
+
+
+def opened_as(image: Picture | Features) -> Image.Image | Features:
+    if isinstance(image, (Image.Image, Features)):
+        return image
+    return read_features(image) if is_features(image) else open_picture(image)
+
+
+def signed(found: Features, models: Models, number: int) -> Features:
+    """With the hashes of the adapter and of the image encoder that it is of."""
+    opened = models.adapters[number]
+    files = {"adapter": opened.file, "image_encoder": opened.image_encoder}
+    return replace(found, sha256={role: model_sha256(file) for role, file in files.items() if file})
+
+
+def tokens(models: Models, adapter: IPAdapter, group: ImageGroup) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tokens of a group's image prompt and those of its absence, both (1, pictures * num_tokens, context_dim).
+
+    And the masks of tiles (n, 1, height, width), each of an image prompt of its own; None where there are none.
+    """
+    found = features(models, group)
+    scale = 1.0 if group.structure_scale is None else group.structure_scale
+    version_2 = scale if models.adapters[group.adapter].faceid_v2 else None
+
+    def read(faces: Tensor | None, clip: Tensor | None) -> Tensor:
+        given = [x.to(models.device, models.dtype) for x in (faces, clip) if x is not None]
+        return adapter.project(given, version_2)
+
+    away = None if found.faces is None else torch.zeros_like(found.faces)
+    return read(found.faces, found.image), read(away, found.negative), found.masks
+
+
+def faces_of(
+    models: Models, group: ImageGroup, seen: list[Image.Image | Features]
+) -> tuple[Tensor, list[Image.Image | Features]]:
+    """The faces of a group, and the pictures of them that CLIP sees."""
+    opened = models.adapters[group.adapter]
+    if group.framing == "tile":
+        raise UserError(f"`framing` tile: {opened.file} reads faces")
+    known = [one.faces for one in seen if isinstance(one, Features) and one.faces is not None]
+    if group.faces:
+        if seen and not opened.kind.reads_clip:
+            raise UserError(f"`image`: {opened.file} reads the face alone, which `face_embedding` gives")
+        faces = torch.cat([x if isinstance(x, Tensor) else read_embedding(x) for x in group.faces])
+    elif known and len(known) == len(seen):
+        faces = torch.cat(known)
+    elif known:
+        raise UserError("`image`: embeddings of faces and pictures in one group; give each a group of its own")
+    else:
+        faces, seen = find_faces(seen, [str(image) for image in group.images])
+    return faces.to(models.device, models.dtype), seen
+
+
+def clip_features(models: Models, group: ImageGroup, seen: Sequence[Image.Image | Features]) -> tuple[Tensor, Tensor]:
+    """CLIP's features of what is seen and of its absence, both (n, width) or (n, 1 + patches, width)."""
+    patches = models.adapters[group.adapter].kind.image_proj.patches
+    image, absent = encoded(models, group, seen, patches, group.framing)
+    if group.less:
+        text, strength = group.less if isinstance(group.less, tuple) else (group.less, 1.0)
+        image = image - strength * text_features(models, group.adapter, text)
+    if group.negative_image:
+        against = [opened_as(one) for one in group.negative_image]
+        for one in against:
+            if isinstance(one, Features):
+                check_fits(one, models, group.adapter)
+        absent, _ = encoded(models, group, against, patches, "crop" if group.framing == "tile" else group.framing)
+        if len(absent) not in (1, len(image)):
+            raise UserError(
+                f"`negative_image`: {len(absent)} given for {len(image)} pictures: one for all, or one for each"
+            )
+        absent = absent.expand_as(image)
+    elif absent is None:
+        absent = nothing(models, group.adapter, image)
+    if group.negative_noise:
+        encoder = encoder_of(models, group.adapter)
+        noise = noise_picture(encoder.config.image_size).to(models.device, models.dtype)
+        absent = torch.lerp(absent, image_features(encoder, noise, patches).expand_as(absent), group.negative_noise)
+    return image, absent
+
+
+def encoded(
+    models: Models, group: ImageGroup, seen: Sequence[Image.Image | Features], patches: bool, framing: str
+) -> tuple[Tensor, Tensor | None]:
+    """Features of pictures and embeddings, and of their absence where those that are embeddings have it."""
+    drawn, rows, absent = [one for one in seen if isinstance(one, Image.Image)], iter(()), iter(())
+    if drawn:
+        encoder = encoder_of(models, group.adapter)
+        how = encoder.config.image_size, "crop" if framing == "tile" else framing, group.crop_position
+        pixels = torch.cat([preprocess(one, *how) for one in drawn]).to(models.device, models.dtype)
+        rows = iter(image_features(encoder, pixels, patches).split(1))
+        absent = iter(null_features(encoder, pixels, patches).split(1)) if not group.negative_image else iter(())
+    read = [one for one in seen if isinstance(one, Features)]
+    image = [one.image.to(models.device, models.dtype) if isinstance(one, Features) else next(rows) for one in seen]
+    if group.negative_image or (read and any(one.negative is None for one in read)):
+        return torch.cat(image), None
+    away = [one.negative.to(image[0]) if isinstance(one, Features) else next(absent) for one in seen]
+    return torch.cat(image), torch.cat(away)
+
+
+def encoder_of(models: Models, number: int) -> CLIPImage:
+    encoder = models.image_encoder(number)
+    if encoder is None:
+        raise UserError("`image`: no image encoder was opened, which a picture wants; an embedding does without")
+    return encoder
+
+
+def nothing(models: Models, number: int, image: Tensor) -> Tensor:
+    """The features of "no image" beside features that came without: zeros, or the patches of a grey picture."""
+    if image.ndim == 2:
+        return torch.zeros_like(image)
+    encoder = encoder_of(models, number)
+    side = encoder.config.image_size
+    return null_features(encoder, image.new_zeros(1, 3, side, side), True).expand_as(image)
+
+
+def noise_picture(side: int) -> Tensor:
+    """(1, 3, side, side) as `preprocess` gives it: normal noise of CLIP's own mean and spread, always the same.
+
+    Its features, blended into those of the absent image prompt, are what guidance leads away from: not from grey alone, but
+    from grain and clutter too.
+    """
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def text_features(models: Models, number: int, text: str) -> Tensor:
+    """What the text tower of the image encoder's own CLIP makes of a text (1, width): the same space as its embeddings.
+
+    InstantStyle (arXiv 2404.02733, section 3.2) takes it off the picture's. The tower is in the encoder's file, or SDXL's
+    second text tower is of the same CLIP (ViT-bigG).
+
+    Raises:
+        UserError: there is neither.
+    """
+    file, width = models.adapters[number].image_encoder, models.adapters[number].kind.image_proj.feature_dim
+    theirs = models.base.texts[-1] if len(models.base.texts) == 2 else None
+    if theirs and theirs.projection == width:
+        tower = models.text_encoder()
+        return second_embedding(tower, text).to(models.dtype)
+    if file is None:
+        raise UserError("`less`: the text tower of the image encoder's CLIP is wanted; no image encoder was opened")
+    try:
+        _, tower = load_clip(file, models.loaded, models.device)
+    except UserError:
+        raise UserError(
+            f"`less`: {file} has no text tower beside the image encoder; a whole CLIP as `image_encoder` has one"
+        ) from None
+    return tower.to(models.dtype).embed(tokenize(text).to(models.device))
+
+
+def second_embedding(encoder: TwoTowerEncoder, text: str) -> Tensor:
+    second = encoder.second
+    return second.embed(tokenize(text, 0).to(next(second.parameters()).device))
+
+
+def tiled(seen: Sequence[Image.Image | Features]) -> tuple[list[Image.Image], Tensor]:
+    if len(seen) != 1 or isinstance(seen[0], Features):
+        raise UserError("`framing` tile: one picture to a group; others want an `image` of their own")
+    squares, masks = zip(*tiles(seen[0]), strict=True)
+    return list(squares), torch.cat(masks)
+
+
+def check_fits(found: Features, models: Models, number: int) -> None:
+    """Refuse an embedding that the adapter does not read, or that another image encoder has made."""
+    opened = models.adapters[number]
+    projection, has = opened.kind.image_proj, found.image
+    if opened.kind.reads_clip or has is not None:
+        wants = f"{'patches' if projection.patches else 'embeddings'} of {projection.feature_dim}"
+        wants = wants if opened.kind.reads_clip else "faces alone"
+        axes = 3 if projection.patches else 2
+        if has is None or has.ndim != axes or has.shape[-1] != projection.feature_dim or not opened.kind.reads_clip:
+            holds = (
+                "faces alone" if has is None else f"{'patches' if has.ndim == 3 else 'embeddings'} of {has.shape[-1]}"
+            )
+            raise UserError(f"{found.name}: holds {holds}; {opened.file} reads {wants}")
+    if found.faces is not None and (not projection.faces or found.faces.shape[-1] != projection.face_dim):
+        raise UserError(f"{found.name}: holds faces of {found.faces.shape[-1]}; {opened.file} reads others, or none")
+    if not found.sha256 or found.sha256.get("adapter") == model_sha256(opened.file):
+        return
+    made = found.sha256.get("image_encoder")
+    if opened.image_encoder is None or made is None:
+        told = "is of another adapter; its widths fit, whether its image encoder is the same cannot be told"
+        warnings.warn(Notice(f"{found.name}: {told}"), stacklevel=4)
+    elif made != (here := model_sha256(opened.image_encoder)):
+        raise UserError(
+            f"{found.name}: made by the image encoder with SHA-256 {made[:10]}... for another adapter; "
+            f"{opened.image_encoder} is {here[:10]}..."
+        )

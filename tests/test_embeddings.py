@@ -1,0 +1,242 @@
+"""What an adapter reads of pictures: as files, against other pictures, noise or a text."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from counterparts import Order, assert_same_picture, opened, our_picture, published, randomise, their_picture
+from narrow import NARROW_IMAGE, NARROW_TEXT
+from PIL import Image
+from safetensors.torch import save_file
+
+from clip import CLIPImage, CLIPText, preprocess, tokenize
+from files.errors import Notice, UserError
+from files.features import Features, read_features, write_features
+from generate import ImageGroup, Models, features, open_models, pictures, prompts
+from generate.embeddings import noise_picture, signed
+from ipadapter import ImageProjection, IPAdapter, Prompt
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE, WEIGHTS = ROOT / "tiny/example.png", ROOT / "tiny/weights"
+
+
+def drawn(seed: int, width: int = 90, height: int = 70) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def same(one: tuple[Prompt, ...], other: tuple[Prompt, ...]) -> bool:
+    """Bit for bit what cross-attention hears."""
+    pairs = [(a, b) for p, q in zip(one, other, strict=True) for a, b in zip(p.images, q.images, strict=True)]
+    return all(
+        torch.equal(x, y)
+        for a, b in pairs
+        for kv, wv in zip(a.key_values, b.key_values, strict=True)
+        for x, y in zip(kv, wv, strict=True)
+    )
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-full-face"])
+def models(request) -> Models:
+    """Of embeddings and of patches."""
+    return open_models(adapter=request.param, device="cpu")
+
+
+@pytest.fixture
+def narrow(sd1, base_adapter, image_tower) -> Models:
+    return opened(sd1, base_adapter, image_tower)
+
+
+@pytest.fixture
+def narrow_patches(sd1, plus_adapter, image_tower) -> Models:
+    return opened(sd1, plus_adapter, image_tower)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["base_adapter", "plus_adapter"])
+def test_a_picture_on_the_unconditional_side_is_as_in_diffusers(kind, request, sd1, image_tower, tmp_path):
+    adapter = request.getfixturevalue(kind)
+    torch.save(published(adapter), tmp_path / "ip-adapter.bin")
+    order = Order(pictures=(drawn(1), drawn(2)), negatives=(drawn(3), drawn(4)))
+    ours = our_picture(sd1, order, adapter, image_tower)
+    assert_same_picture(ours, their_picture(sd1, order, tmp_path / "ip-adapter.bin", image_tower))
+    without = our_picture(sd1, replace(order, negatives=()), adapter, image_tower)
+    assert np.abs(ours[1].astype(int) - without[1].astype(int)).max() > 1
+
+
+def test_one_negative_picture_stands_for_all_and_is_framed_likewise(narrow, image_tower, base_adapter):
+    group = ImageGroup([drawn(1), drawn(2)], negative_image=[drawn(3)], framing="pad", crop_position="top")
+    found = features(narrow, group)
+    seen = lambda i: image_tower(preprocess(drawn(i), 64, "pad", "top"))
+    assert torch.equal(found.negative, seen(3).expand(2, -1))
+    assert (found.image - torch.cat([seen(1), seen(2)])).abs().max() < 1e-5
+    with pytest.raises(UserError, match="`negative_image`: 2 given for 3 pictures: one for all, or one for each"):
+        features(narrow, replace(group, images=[drawn(i) for i in range(3)], negative_image=[drawn(3)] * 2))
+
+
+def test_noise_is_blended_into_the_features_of_absence(narrow, narrow_patches, image_tower):
+    for models in (narrow, narrow_patches):
+        plain, noisy, all_noise = (features(models, ImageGroup([drawn(1)], negative_noise=x)) for x in (0.0, 0.25, 1.0))
+        read = image_tower if models is narrow else image_tower.penultimate
+        noise = read(noise_picture(64))
+        assert torch.allclose(noisy.negative, 0.75 * plain.negative + 0.25 * noise, atol=1e-5)
+        assert torch.equal(all_noise.negative, noise) and torch.equal(noisy.image, plain.image)
+    assert torch.equal(noise_picture(32), noise_picture(32))
+
+
+@pytest.fixture
+def whole_clip(tmp_path, image_tower) -> tuple[Path, CLIPText]:
+    """Both towers of a CLIP in one file."""
+    text = randomise(CLIPText(replace(NARROW_TEXT, quick_gelu=False)), 14)
+    save_file(image_tower.state_dict() | text.state_dict(), tmp_path / "clip.safetensors")
+    return tmp_path / "clip.safetensors", text
+
+
+def of_file(models: Models, file: Path) -> Models:
+    return replace(models, adapters=(replace(models.adapters[0], image_encoder=file),))
+
+
+def test_a_text_is_taken_off_the_embedding(narrow, whole_clip):
+    """f - s t, in the one space of both towers; absence stays as it is."""
+    file, text = whole_clip
+    models = of_file(narrow, file)
+    plain = features(models, ImageGroup([drawn(1)]))
+    for less, strength in (("a red fox", 1.0), (("a red fox", 0.4), 0.4)):
+        found = features(models, ImageGroup([drawn(1)], less=less))
+        wanted = plain.image - strength * text.embed(tokenize("a red fox"))
+        assert (found.image - wanted).abs().max() < 1e-5 and torch.equal(found.negative, plain.negative)
+
+
+@pytest.mark.slow
+def test_of_sdxl_it_is_the_second_text_tower(sdxl, draw):
+    tower = sdxl.parts[0].second
+    encoder = randomise(CLIPImage(replace(NARROW_IMAGE, projection=32)), 15)
+    shapes = sdxl.base.layers
+    adapter = randomise(IPAdapter(ImageProjection(32, 96, 4), shapes), 16)
+    models = opened(sdxl, adapter, encoder)
+    plain, found = (features(models, ImageGroup([drawn(1)], less=less)) for less in (None, "a red fox"))
+    assert (plain.image - found.image - tower.embed(tokenize("a red fox", 0))).abs().max() < 1e-5
+
+
+def test_what_cannot_be_taken_off_is_refused(narrow, narrow_patches, image_tower, tmp_path):
+    save_file(image_tower.state_dict(), tmp_path / "image.safetensors")
+    with pytest.raises(UserError, match=r"`less`: .*image.safetensors has no text tower beside the image encoder"):
+        features(of_file(narrow, tmp_path / "image.safetensors"), ImageGroup([drawn(1)], less="a fox"))
+    with pytest.raises(UserError, match="`less`: adapter reads patches of the picture"):
+        features(narrow_patches, ImageGroup([drawn(1)], less="a fox"))
+
+
+# Files
+
+
+def test_an_embedding_gives_what_the_picture_gives_bit_for_bit(models, tmp_path):
+    group = ImageGroup([EXAMPLE, drawn(1)], weights=[1, 0.5], negative_noise=0.3, framing="squash")
+    wanted = prompts(models, "a", images=[group])
+    write_features(tmp_path / "x.safetensors", signed(features(models, group), models, 0))
+    alone = open_models(adapter=models.adapters[0].file, device="cpu", encode=False)
+    assert alone.adapters[0].image_encoder is None and "image_encoder" not in alone.files
+    found = prompts(alone, "a", images=[ImageGroup([tmp_path / "x.safetensors"], weights=[1, 0.5])])
+    assert same(wanted, found) and not [part for part in alone.held if "image encoder" in part]
+    # Pictures and embeddings in one group are as the pictures together, but for the rounding of a batch.
+    mixed = features(models, ImageGroup([tmp_path / "x.safetensors", drawn(2)]))
+    assert len(mixed) == 3 and (mixed.image[2:] - features(models, ImageGroup([drawn(2)])).image).abs().max() < 1e-5
+
+
+def test_tiles_are_kept_with_their_masks(models, tmp_path):
+    group = ImageGroup([drawn(1, 128, 50)], framing="tile", mask=Image.new("L", (8, 8), 128))
+    wanted = prompts(models, images=[group])
+    assert len(wanted[0].images) == 3 and [image.group for image in wanted[0].images] == [0] * 3
+    assert torch.allclose(sum(image.mask for image in wanted[0].images), torch.full((1, 1, 8, 8), 128 / 255), atol=1e-3)
+    write_features(tmp_path / "x.safetensors", features(models, group))
+    found = prompts(models, images=[replace(group, images=[tmp_path / "x.safetensors"], framing="crop")])
+    assert same(wanted, found)
+    for ours, theirs in zip(wanted[0].images, found[0].images, strict=True):
+        assert torch.equal(ours.mask, theirs.mask)
+
+
+@pytest.mark.slow
+def test_one_tile_is_the_picture(models):
+    square = drawn(1, 64, 64)
+    (tile,), (plain,) = (
+        list(
+            pictures(models, *prompts(models, images=[ImageGroup([square], framing=how)]), steps=1, height=64, width=64)
+        )
+        for how in ("tile", "crop")
+    )
+    assert np.abs(np.asarray(tile).astype(int) - np.asarray(plain).astype(int)).max() <= 1
+
+
+def test_ipadpt_files_of_both_kinds(narrow, narrow_patches, tmp_path):
+    """diffusers' is a list of [negative; positive], ComfyUI_IPAdapter_plus' the positive alone."""
+    for models in (narrow, narrow_patches):
+        group = ImageGroup([drawn(1), drawn(2)], negative_noise=0.5)
+        found = features(models, group)
+        torch.save([torch.stack([found.negative, found.image])], tmp_path / "d.ipadpt")
+        torch.save(found.image, tmp_path / "p.ipadpt")
+        torch.save(found.negative, tmp_path / "n.ipadpt")
+        wanted = prompts(models, images=[group])
+        assert same(wanted, prompts(models, images=[tmp_path / "d.ipadpt"]))
+        both = ImageGroup([tmp_path / "p.ipadpt"], negative_image=[tmp_path / "n.ipadpt"])
+        assert same(wanted, prompts(models, images=[both]))
+        without = prompts(models, images=[ImageGroup([tmp_path / "p.ipadpt"])])
+        assert same(without, prompts(models, images=[replace(group, negative_noise=0.0)]))
+
+
+def test_who_needs_an_image_encoder(tmp_path):
+    x, many = torch.randn(1, 96), torch.randn(1, 17, 128)
+    for group, wanted in (
+        (ImageGroup([drawn(1)]), True),
+        (ImageGroup([Features(x, x)]), False),
+        (ImageGroup([Features(x)]), False),
+        (ImageGroup([Features(many)]), True),
+        (ImageGroup([Features(many, many)]), False),
+        (ImageGroup([Features(many)], negative_image=[Features(many)]), False),
+        (ImageGroup([Features(x, x)], negative_image=[drawn(1)]), True),
+        (ImageGroup([Features(x, x)], negative_noise=0.1), True),
+        (ImageGroup([Features(x, x)], less="a"), True),
+    ):
+        assert group.encodes == wanted
+
+
+def test_embeddings_that_do_not_fit_are_refused(narrow, models, tmp_path):
+    with pytest.raises(UserError, match=r"the embedding: holds patches of 128; adapter reads embeddings of 96"):
+        features(narrow, ImageGroup([Features(torch.ones(1, 17, 128))]))
+    with pytest.raises(UserError, match=r"holds faces alone; adapter reads embeddings of 96"):
+        features(narrow, ImageGroup([Features(faces=torch.ones(1, 512))]))
+    found = features(models, ImageGroup([EXAMPLE]))
+    other = {"adapter": "a" * 64, "image_encoder": "b" * 64}
+    with pytest.raises(UserError, match="made by the image encoder with SHA-256 bbbbbbbbbb... for another adapter"):
+        features(models, ImageGroup([replace(found, sha256=other)]))
+    ours = signed(found, models, 0).sha256
+    features(models, ImageGroup([replace(found, sha256=ours | {"adapter": "a" * 64})]))  # of the same encoder
+    features(models, ImageGroup([replace(found, sha256=ours | {"image_encoder": "b" * 64})]))  # of the same adapter
+    alone = replace(models, adapters=(replace(models.adapters[0], image_encoder=None),))
+    with pytest.warns(Notice, match="is of another adapter; its widths fit"):
+        features(alone, ImageGroup([replace(found, sha256=other)]))
+    with pytest.raises(UserError, match="`image`: no image encoder was opened, which a picture wants"):
+        features(alone, ImageGroup([EXAMPLE]))
+
+
+DAMAGED = {
+    "of something else": ({"weight": torch.ones(1, 4)}, "an embedding of pictures is wanted here"),
+    "without a picture": ({"negative": torch.ones(1, 4)}, "an embedding without `image` or `faces`"),
+    "not finite": ({"image": torch.full((1, 4), torch.nan)}, r"its image are float32 \(1, 4\); finite numbers"),
+    "of whole numbers": ({"image": torch.ones(1, 4).long()}, r"its image are int64 \(1, 4\)"),
+    "of a line": ({"image": torch.ones(4)}, r"its image are float32 \(4,\)"),
+    "apart": ({"image": torch.ones(1, 4), "negative": torch.ones(1, 5)}, "parts that do not go together"),
+    "of several adapters": ([torch.ones(2, 1, 4)] * 2, "holds embeddings for 2 adapters; those of one are wanted"),
+    "of no pair": ([torch.ones(3, 1, 4)], r"of shape \(3, 1, 4\); diffusers' are \(2, pictures, ...\)"),
+    "of words": ({"a": torch.ones(1, 4)}, "a tensor, or a list of them; it has a"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_files_that_are_no_embeddings_are_refused(name, tmp_path):
+    content, message = DAMAGED[name]
+    path = tmp_path / ("x.ipadpt" if name.endswith(("words", "adapters", "pair")) else "x.safetensors")
+    torch.save(content, path) if path.suffix == ".ipadpt" else save_file(content, path)
+    with pytest.raises(UserError, match=message) as told:
+        read_features(path)
+    assert str(told.value).startswith(str(path))
