@@ -58,7 +58,15 @@ SDXL = Family(
 FAMILIES = {row.name: row for row in (SD1, SD2, SDXL)}
 
 # Narrower ones, to which other adapters belong; their files are read as those of the family they come from.
-TINY = replace(SD1, name="tiny", base="tiny", context_dim=64, side=128)
+TINY = replace(
+    SD1,
+    name="tiny",
+    base="tiny",
+    context_dim=64,
+    side=128,
+    style="up.block_2+up.block_3",  # measured: `python -m experiments.layers`
+    layout="down.block_1",
+)
 SSD = replace(SDXL, name="SSD-1B", base="ssd-1b")
 VEGA = replace(SDXL, name="Vega", base="segmind-vega")
 
