@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from clip import tokenize
+from generate.layers import factors
 from ipadapter import Prompt
-from tiny import drawings
+from tiny import drawings, presets
 from tiny.latents import scaled_vae, towers
 from tiny.places import GRID, cells, collect_queries, place
 from tiny.train_adapter import new_adapter
 from tiny.train_unet import new_unet
 from tiny.trainer import WEIGHTS, load_ema
+from unet import layer_names
 from weights import load_image_encoder, open_base
+from weights.families import TINY
 
 pytestmark = pytest.mark.slow
 
@@ -67,3 +70,9 @@ def test_patches_are_looked_at_from_where_they_are(args: Namespace) -> None:
             unet(latents[48:], t, Prompt(empty.expand(16, -1, -1), (adapter.prompt(tokens),))),
             unet(latents[48:], t, Prompt(empty.expand(16, -1, -1))),
         )
+
+
+def test_style_and_layout_are_layers_apart() -> None:
+    style, layout = (factors(spec, layer_names(presets.TINY_UNET), TINY).heard for spec in ("style", "layout"))
+    assert {i for i, factor in enumerate(style) if factor} == {9, 10, 11, 12, 13, 14}
+    assert {i for i, factor in enumerate(layout) if factor} == {2, 3}
