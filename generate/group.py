@@ -148,16 +148,11 @@ def mask_tensor(mask: Picture | Tensor) -> Tensor:
     return mask
 
 
-def tell_aspects(prompt: Prompt, height: int, width: int) -> None:
+def tell_aspects(prompts: Sequence[Prompt], height: int, width: int) -> None:
     """Say where a mask has another aspect than the picture, to which it is brought."""
-    for image in prompt.images:
-        if image.mask is not None:
-            down, across = image.mask.shape[2:]
-            if (
-                min(down, across) > 1
-                and min(abs(down * width / height - across), abs(across * height / width - down)) >= 2
-            ):
-                told = (
-                    f"`mask`: {across}x{down} pixels, of another aspect than {width}x{height}, to which it is brought"
-                )
-                warnings.warn(Notice(told), stacklevel=3)
+    for mask in {id(image.mask): image.mask for prompt in prompts for image in prompt.images}.values():
+        down, across = (height, width) if mask is None else mask.shape[2:]
+        off = min(abs(down * width / height - across), abs(across * height / width - down))
+        if off >= 2 and min(down, across) > 1:  # else the mask of a tile, a strip of its picture
+            told = f"`mask`: {across}x{down} pixels, of another aspect than {width}x{height}, to which it is brought"
+            warnings.warn(Notice(told), stacklevel=3)

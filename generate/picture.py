@@ -14,6 +14,7 @@ from files.pictures import to_pil
 from generate.canvas import Picture, canvas_of, size_of
 from generate.control import Hint, follow
 from generate.editing import IMAGE_GUIDANCE, ROWS, beginning, check_reads, steps_that_run
+from generate.group import tell_aspects
 from generate.models import Models
 from generate.prompt import sized
 from ipadapter import Prompt, Seen, prepared, watched
@@ -96,6 +97,8 @@ def pictures(
         image_guidance_scale = IMAGE_GUIDANCE if image_guidance_scale is None else image_guidance_scale
     elif image_guidance_scale is not None and not all(p.images for p in prompts):
         raise UserError("`image_guidance_scale`: there is no image prompt to follow by itself; it goes with `image`")
+    across, down = canvas.picture.size if canvas and canvas.padding is not None else (width, height)
+    tell_aspects(prompts, down, across)
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
     size = 1 if models.low_memory else max(batch, *(len(p.text) for p in prompts), 1)
     parts = [

@@ -1,11 +1,38 @@
 """Which picture, how loudly, in which steps and layers: one value, and groups of pictures at the command line."""
 
+import copy
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from counterparts import (
+    assert_same_picture,
+    diffusers_unet_with,
+    listed_once,
+    opened,
+    published,
+    randomise,
+    rel,
+    transformers_image,
+)
+from diffusers.callbacks import IPAdapterScaleCutoffCallback
+from diffusers.loaders import IPAdapterMixin
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
-from ipadapter import ImagePrompt, Prompt, Scale
+from files.errors import Notice, UserError
+from generate import ImageGroup, Models, pictures, prompts
+from generate.layers import factors, read_curve
+from generate.models import Adapter
+from generate.picture import decode
+from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt, Scale
+from unet import SD15, SDXL, layer_names
+from weights.families import SD1
+from weights.families import SDXL as SDXL_FAMILY
 
 LAYERS = 16
 T = torch.tensor([981])
@@ -77,3 +104,294 @@ def test_what_no_scale_can_be(name):
     wrong, message = MISTAKES[name]
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+# The names of the layers
+
+
+def test_layers_have_diffusers_names(unet, unet_xl):
+    """In the order of an adapter's keys, as diffusers lists its processors: down, up, the middle last."""
+    names = layer_names(SD15)
+    assert names[:3] == ["down.block_0.0", "down.block_0.1", "down.block_1.0"] and names[-1] == "mid"
+    assert names[6:9] == ["up.block_1.0", "up.block_1.1", "up.block_1.2"] and len(names) == LAYERS
+    assert len(layer_names(SDXL)) == 70 and layer_names(SDXL).count("up.block_0.1") == 10
+    for model in (unet, unet_xl):
+        assert len(layer_names(model.config)) == len(list(model.cross_attentions()))
+
+
+def told(spec: str, large: bool = False) -> dict[str, float]:
+    """The factors by name, of those that are not 0."""
+    names = layer_names(SDXL if large else SD15)
+    found = factors(spec, names, SDXL_FAMILY if large else SD1)
+    return {name: factor for name, factor in zip(names, found.factors, strict=True) if factor}
+
+
+def test_lines_of_layers():
+    assert told("style") == dict.fromkeys(("up.block_1.0", "up.block_1.1", "up.block_1.2"), 1.0)
+    assert told("layout") == dict.fromkeys(("down.block_2.0", "down.block_2.1", "mid"), 1.0)
+    assert told("style+layout") == told("style,layout") == told("style") | told("layout")
+    assert told("style", True) == {"up.block_0.1": 1.0} and told("layout", True) == {"down.block_2.1": 1.0}
+    assert told("mid=0.5") == told("middle=.5") == {"mid": 0.5} and len(told("up")) == 9 and len(told("down")) == 6
+    assert told("down.block_2=0.3, up.block_1.1=-1") == {
+        "down.block_2.0": 0.3,
+        "down.block_2.1": 0.3,
+        "up.block_1.1": -1,
+    }
+    assert told("all,down=0") == told("up,middle") and factors("all", layer_names(SD15), SD1) is None
+
+
+# By a transformer's place in the order of execution, down, middle, up: 16 in SD 1.x, 11 in SDXL.
+BY_PLACE = {
+    "ease-in": (lambda t, n: 0.05 + 0.95 * (1 - t / n),) * 2,
+    "ease-out": (lambda t, n: 0.05 + 0.95 * t / n,) * 2,
+    "ease-in-out": (lambda t, n: 0.05 + 0.95 * (1 - abs(t - n / 2) / (n / 2)),) * 2,
+    "reverse-in-out": (lambda t, n: 0.05 + 0.95 * abs(t - n / 2) / (n / 2),) * 2,
+    "weak-input": (lambda t, n: 0.2 if t < 6 else 1, lambda t, n: 0.2 if t < 4 else 1),
+    "weak-middle": (lambda t, n: 0.2 if t == 6 else 1, lambda t, n: 0.2 if t == 4 else 1),
+    "weak-output": (lambda t, n: 0.2 if t > 6 else 1, lambda t, n: 0.2 if t > 4 else 1),
+    "strong-middle": (lambda t, n: 1 if t == 6 else 0.2, lambda t, n: 1 if t == 4 else 0.2),
+    "style-transfer": (lambda t, n: float(t in (0, 1, 2, 3, *range(9, 16))), lambda t, n: float(t == 6)),
+    "composition": (lambda t, n: {4: 0.25, 5: 1}.get(t, 0), lambda t, n: float(t == 3)),
+    "strong-style-transfer": (lambda t, n: float(t not in (4, 5)), lambda t, n: float(t != 3)),
+    "style-and-composition": (lambda t, n: {4: 0.25, 6: 0, 7: 0, 8: 0}.get(t, 1), lambda t, n: float(t in (3, 6))),
+    "style-precise": (lambda t, n: {4: 0.25, 6: 0, 7: 0, 8: 0}.get(t, 1), lambda t, n: float(t in (3, 6))),
+    "composition-precise": (
+        lambda t, n: {4: 0.25, 6: 0.1, 7: 0.1, 8: 0.1}.get(t, 1),
+        lambda t, n: {3: 1, 6: 1}.get(t, 0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_PLACE)
+def test_weight_types_of_comfyui_are_their_formulas(name):
+    for large, formula in enumerate(BY_PLACE[name]):
+        names = layer_names(SDXL if large else SD15)
+        place = ("down", "mid", "up")
+        order = list(dict.fromkeys(sorted(names, key=lambda one: place.index(one.split(".")[0]))))
+        found = factors(name, names, SDXL_FAMILY if large else SD1)
+        wanted = [formula(order.index(one), len(order)) for one in names]
+        assert len(order) == (11 if large else 16) and found.factors == pytest.approx(wanted)
+        layout = {i for i, one in enumerate(names) if one.startswith("down.block_2.1" if large else "down.block_2")}
+        swapped = {"style-precise": layout, "composition-precise": set(range(len(names))) - layout}
+        assert found.swapped == swapped.get(name, set())
+        assert found.heard == tuple(0 if i in found.swapped else factor for i, factor in enumerate(found.factors))
+
+
+LINES = {
+    "up.blok_1": r"^`layers` 'up.blok_1': 'up.blok_1' at character 1: unknown \(up.block_1\?\); there are all, style, .*mid",
+    "style,styl": r"'styl' at character 7: unknown \(style\?\)",
+    "up.block_0.1": r"'up.block_0.1' at character 1: this base has no such layers; there are .*up.block_1",
+    "style=much": r"'much' at character 7, a number is wanted",
+    "style,,up": r"a name is wanted at character 7$",
+    "": r"a name is wanted at character 1$",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_of_layers_that_says_nothing_is_refused_at_its_character(line):
+    with pytest.raises(UserError, match=LINES[line]):
+        factors(line, layer_names(SD15), SD1)
+
+
+def test_curves_are_read_with_their_characters():
+    assert read_curve("1,0.5,-0") == (1, 0.5, 0) and read_curve("fade-in") == "fade-in"
+    with pytest.raises(
+        UserError, match=r"^`curve` '1,x,2': 'x' at character 3; constant, fade-in, fade-out or numbers"
+    ):
+        read_curve("1,x,2")
+
+
+# Whole pictures against diffusers' pipeline: two adapters, opened once for all comparisons
+
+SIDE, STEPS = 64, 4
+
+
+def drawn(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).resize((70, 64))
+
+
+def half(right: bool) -> Image.Image:
+    mask = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(mask).rectangle((SIDE // 2 * right, 0, SIDE // 2 * (1 + right) - 1, SIDE), fill=255)
+    return mask
+
+
+A, B, C = drawn(1), drawn(2), drawn(3)
+
+
+@pytest.fixture(scope="module")
+def with_both(sd1, base_adapter, plus_adapter, image_tower, tmp_path_factory):
+    """Ours, and diffusers' pipeline, each with both adapters."""
+    folder, pipeline = tmp_path_factory.mktemp("adapters"), sd1.pipeline
+    for name, adapter in (("base", base_adapter), ("plus", plus_adapter)):
+        state = published(adapter)
+        flat = {f"{part}.{key}": value.contiguous() for part, rest in state.items() for key, value in rest.items()}
+        save_file(flat, folder / f"{name}.safetensors")
+    before = pipeline.unet, pipeline.image_encoder
+    pipeline.unet, pipeline.image_encoder = copy.deepcopy(pipeline.unet), transformers_image(image_tower)
+    with listed_once(pipeline.unet):
+        names = ["base.safetensors", "plus.safetensors"]
+        pipeline.load_ip_adapter([str(folder)] * 2, subfolder=["", ""], weight_name=names, image_encoder_folder=None)
+    ours = opened(sd1, base_adapter, image_tower, SIDE)
+    adapters = (*ours.adapters, Adapter(Path("plus"), plus_adapter, Path("encoder")))
+    yield replace(ours, adapters=adapters, held=ours.held | {"adapter 1": plus_adapter}), pipeline
+    pipeline.unet, pipeline.image_encoder = before
+
+
+def ours(models: Models, groups: list[ImageGroup], steps: int = STEPS) -> tuple[torch.Tensor, np.ndarray]:
+    latents = []
+    with patch("generate.picture.decode", lambda models, x: latents.append(x) or decode(models, x)):
+        pair = prompts(models, "a red fox", images=groups)
+        (picture,) = pictures(models, *pair, seed=7, steps=steps, height=SIDE, width=SIDE)
+    return latents[0], np.asarray(picture)
+
+
+def theirs(pipeline, images, scale, **how) -> tuple[torch.Tensor, np.ndarray]:
+    pipeline.set_ip_adapter_scale(scale)
+    stop, latents = how.pop("stop", None), []
+
+    def silence(scale: float) -> None:
+        pipeline.set_ip_adapter_scale([scale] * 2)  # it knows one adapter alone
+
+    def each(pipeline, i, t, tensors):
+        latents.append(tensors["latents"])
+        return stop.callback_fn(SimpleNamespace(set_ip_adapter_scale=silence), i, t, tensors) if stop else {}
+
+    made = pipeline(
+        "a red fox",
+        num_inference_steps=STEPS,
+        guidance_scale=7.5,
+        height=SIDE,
+        width=SIDE,
+        generator=torch.Generator().manual_seed(7),
+        ip_adapter_image=images,
+        callback_on_step_end=each,
+        **how,
+    )
+    return latents[-1], np.asarray(made.images[0])
+
+
+MASKS = torch.stack([torch.from_numpy(np.array(half(right))) / 255 for right in (False, True)])[None]
+CASES = {
+    "two adapters, several pictures": (
+        [ImageGroup([A, B], scale=0.7), ImageGroup([B, C], adapter=1, scale=0.5)],
+        ([[A, B], [B, C]], [0.7, 0.5]),
+    ),
+    "style": ([ImageGroup([A], scale=0.8, layers="style")], ([[A], [B]], [{"up": {"block_1": 0.8}}, 0.0])),
+    "layout": (
+        [ImageGroup([A], scale=0.8, layers="layout")],
+        ([[A], [B]], [{"down": {"block_2": 0.8}, "mid": 0.8}, 0.0]),
+    ),
+    "blocks": (
+        [ImageGroup([A], adapter=1, scale=0.5, layers="down.block_2=0.6,up.block_1.1=2")],
+        ([[B], [A]], [0.0, {"down": {"block_2": 0.3}, "up": {"block_1": [0.0, 1.0, 0.0]}}]),
+    ),
+    "masks left and right": (
+        [ImageGroup([A], scale=0.9, mask=half(False)), ImageGroup([B], scale=0.6, mask=half(True))],
+        ([[A, B], [C]], [[0.9, 0.6], 0.0], {"cross_attention_kwargs": {"ip_adapter_masks": [MASKS, MASKS[:, :1]]}}),
+    ),
+    "until 0.5": (
+        [ImageGroup([A], scale=0.8, until=0.5)],
+        ([[A], [B]], [0.8, 0.0], {"stop": IPAdapterScaleCutoffCallback(None, STEPS // 2 - 1)}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_a_whole_picture_equals_diffusers(with_both, name):
+    models, pipeline = with_both
+    groups, (images, scale, *how) = CASES[name]
+    found = ours(models, groups)
+    assert_same_picture(found, theirs(pipeline, images, scale, **dict(*how)))
+    plain = [ImageGroup(group.images, group.adapter, group.scale) for group in groups]
+    if plain != groups:  # otherwise the comparison would prove nothing
+        assert (found[0] - ours(models, plain)[0]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_style_and_layout_of_sdxl_are_instantstyles(unet_xl, draw):
+    adapter = randomise(IPAdapter.for_unet(unet_xl, ImageProjection(80, 96, 4)), 8)
+    their_unet = diffusers_unet_with(unet_xl, adapter)
+    x, text, embeds, vector = draw(1, 4, 8, 8), draw(1, 77, 96), 3 * draw(1, 1, 80), draw(1, 32 + 6 * 8)
+    added = {"text_embeds": vector[:, :32], "time_ids": torch.zeros(1, 6), "image_embeds": [embeds]}
+    vector = torch.cat([vector[:, :32], their_unet.add_time_proj(torch.zeros(6)).view(1, -1)], dim=1)
+    image = adapter.prompt(adapter.image_proj(embeds[:, 0]))
+    scales = {"style": {"up": {"block_0": [0.0, 0.9, 0.0]}}, "layout": {"down": {"block_2": [0.0, 0.9]}}}
+    for name, scale in scales.items():
+        IPAdapterMixin.set_ip_adapter_scale(SimpleNamespace(unet=their_unet), scale)
+        found = factors(name, layer_names(unet_xl.config), SDXL_FAMILY)
+        prompt = Prompt(text, (replace(image, scale=Scale(0.9, found.heard)),), vector)
+        assert rel(unet_xl(x, T, prompt), their_unet(x, T, text, added_cond_kwargs=added).sample) <= 1e-5
+        assert rel(unet_xl(x, T, prompt), unet_xl(x, T, Prompt(text, (image,), vector))) > 1e-3
+
+
+# What others do not have
+
+
+def test_weights_are_of_a_pictures_values(with_both):
+    """Weight 1 changes nothing, 0 leaves a picture out, others multiply V' in the softmax that the pictures share."""
+    models, _ = with_both
+
+    def said(*weights: float, images=(A, B), side=0) -> ImagePrompt:
+        return prompts(models, "", images=[ImageGroup(images, weights=weights)])[side].images[0]
+
+    for side in (0, 1):
+        plain, same, alone = said(side=side), said(1, 1, side=side), said(images=(A,), side=side)
+        less, one = said(0.25, -2, side=side), said(1, 0, side=side)
+        for i, (k, v) in enumerate(plain.key_values):
+            weighed = torch.cat([v[:, :4] * 0.25, v[:, 4:] * -2], dim=1)
+            assert torch.equal(same.key_values[i][0], k) and torch.equal(same.key_values[i][1], v)
+            assert torch.equal(less.key_values[i][0], k) and torch.equal(less.key_values[i][1], weighed)
+            assert max(rel(one.key_values[i][j], alone.key_values[i][j]) for j in (0, 1)) < 1e-6
+
+
+def test_precise_style_swaps_the_halves_where_the_layout_is(with_both):
+    models, _ = with_both
+    plain, precise = (
+        prompts(models, "", images=[ImageGroup([A], scale=0.5, layers=layers)]) for layers in ("all", "style-precise")
+    )
+    prompt, null = (side.images[0] for side in precise)
+    for i, name in enumerate(layer_names(models.base.config)):
+        layout = name.startswith("down.block_2")
+        assert torch.equal(null.key_values[i][1], plain[0 if layout else 1].images[0].key_values[i][1])
+        assert torch.equal(prompt.key_values[i][1], plain[0].images[0].key_values[i][1])
+        factor = {"down.block_2.0": 0.125, "down.block_2.1": 0.5, "mid": 0, "up.block_1.0": 0, "up.block_1.1": 0}.get(
+            name, 0.5
+        )
+        assert null.scale.at(i, (0, 1)) == factor and prompt.scale.at(i, (0, 1)) == (0 if layout else factor)
+    assert ours(models, [ImageGroup([A], layers="style-precise")], 1)[1].std() > 10
+
+
+def test_soft_masks_stay_soft_and_masks_of_another_aspect_are_told(with_both):
+    models, _ = with_both
+    grey = Image.linear_gradient("L").resize((SIDE, 2 * SIDE))
+    with pytest.warns(Notice, match="^`mask`: 64x128 pixels, of another aspect than 64x64, to which it is brought$"):
+        soft = ours(models, [ImageGroup([A], mask=grey)], 1)
+    cut = ours(models, [ImageGroup([A], mask=grey.resize((SIDE, SIDE)).point(lambda x: 255 * (x > 127)))], 1)
+    assert (soft[0] - cut[0]).abs().max() > 1e-3
+
+
+def test_a_group_is_a_picture_as_before(with_both):
+    models, _ = with_both
+    for group in (ImageGroup([A]), ImageGroup([A], layers="linear", weights=[1], curve="constant")):
+        plain, grouped = (prompts(models, "x", images=[one])[0].images[0] for one in (A, group))
+        assert grouped.scale == plain.scale == 0.6
+        assert all(torch.equal(a, b) for x, y in zip(plain.key_values, grouped.key_values) for a, b in zip(x, y))
+
+
+WRONG = {
+    "weights": (lambda: ImageGroup([A, B], weights=[1]), "^`weights`: 1 given, 2 wanted, one for each picture"),
+    "all weights 0": (lambda: ImageGroup([A], weights=[0]), "^`weights`: all are 0"),
+    "window": (lambda: ImageGroup([A], start=0.5, until=0.2), "^`start` 0.5 to `until` 0.2: "),
+    "empty mask": (lambda: ImageGroup([A], mask=Image.new("L", (8, 8))), "^`mask`: it is all black"),
+    "no picture": (lambda: ImageGroup(), "^`image`: a group without a picture"),
+    "no adapter": (lambda: ImageGroup([A], adapter=2), "^`adapter` 2: 2 adapters were opened, the first is 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_no_group_can_be(with_both, name):
+    wrong, message = WRONG[name]
+    with pytest.raises(UserError, match=message):
+        prompts(with_both[0], "", images=[wrong()])
