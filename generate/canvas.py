@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate, pad
 from files.colours import to_rgb
 from files.errors import Notice, UserError
 from files.masks import grey, open_mask
+from files.pictures import LARGE as MOST
 from files.pictures import from_pil, open_picture, to_pil
 from ipadapter import Prompt
 
@@ -152,6 +153,8 @@ def enlarged(picture: Image.Image, mask: Image.Image | None, by: Sequence[int]) 
         )
     left, top, right, bottom = by
     wide, high = picture.width + left + right, picture.height + top + bottom
+    if wide * high > MOST:
+        raise UserError(f"`outpaint`: {wide}x{high} pixels in all, {MOST / 1e6:.0f} million are the most")
     (edges,) = to_pil(pad(from_pil(picture), (left, right, top, bottom), mode="replicate"))
     new = Image.new("L", (wide, high), 255)
     new.paste(mask or 0, (left, top, left + picture.width, top + picture.height))

@@ -96,9 +96,9 @@ def beginning(models: Models, canvas: Canvas | None, height: int, width: int) ->
     size = width, height
     pixels = from_pil(canvas.cut(canvas.picture, height, width).resize(size, Image.Resampling.LANCZOS))
     if reads == INSTRUCTED:  # the mean, and unscaled, as it was trained
-        return Beginning(like, changed=posterior(models, pixels)[0] / models.base.family.latent_scale)
+        return Beginning(like, changed=posteriors(models, pixels)[0][0] / models.base.family.latent_scale)
     if canvas.mask is None:
-        return Beginning(like, posterior(models, pixels), pure=False)
+        return Beginning(like, *posteriors(models, pixels), pure=False)
     area = from_pil(canvas.cut(canvas.mask, height, width).resize(size, Image.Resampling.LANCZOS))[:, :1] / 2 + 0.5
     if reads == INPAINTS or not sum(canvas.mask.histogram()[1:-1]):  # a soft mask stays soft, where that can be
         area = (area >= 0.5).float()
@@ -106,16 +106,18 @@ def beginning(models: Models, canvas: Canvas | None, height: int, width: int) ->
     if not mask.any():
         raise UserError("`inpaint`: the mask's white is too thin: a latent position stands for 8x8 pixels")
     pure = canvas.strength in (None, 1)
-    masked = posterior(models, pixels * (area < 0.5)) if reads == INPAINTS else None
-    return Beginning(like, None if masked and pure else posterior(models, pixels), masked, mask, pure)
+    stays = [pixels * (area < 0.5)] if reads == INPAINTS else []
+    whole = [] if stays and pure else [pixels]
+    found = posteriors(models, *whole, *stays)
+    return Beginning(like, found[0] if whole else None, found[-1] if stays else None, mask, pure)
 
 
-def posterior(models: Models, pixels: Tensor) -> Posterior:
-    """Of a picture (1, 3, H, W) in [-1, 1]; an autoencoder that overflows in half precision is taken again in fp32."""
+def posteriors(models: Models, *pictures: Tensor) -> list[Posterior]:
+    """Of pixels (1, 3, H, W) in [-1, 1]; an autoencoder that overflows in half precision is taken again in fp32."""
     vae, rows = models.vae(), ROWS if models.low_memory else None
     for dtype in dict.fromkeys((next(vae.parameters()).dtype, torch.float32)):
         vae = vae if next(vae.parameters()).dtype == dtype else models.vae(dtype)
-        mean, std = vae.posterior(pixels.to(models.device, dtype), rows)
-        if mean.isfinite().all() and std.isfinite().all():
-            return mean.float(), std.float()
+        found = [vae.posterior(pixels.to(models.device, dtype), rows) for pixels in pictures]
+        if all(part.isfinite().all() for pair in found for part in pair):
+            return [(mean.float(), std.float()) for mean, std in found]
     raise UserError("the autoencoder's latents are not finite: a damaged base")

@@ -52,7 +52,7 @@ from files.masks import open_mask
 from files.pictures import from_pil, read_settings
 from generate import Hint, open_models, pictures, prompts
 from generate.canvas import Canvas, around, canvas_of, size_of
-from generate.editing import posterior, steps_that_run
+from generate.editing import posteriors, steps_that_run
 from generate.picture import decode
 from generate.record import sound
 from ipadapter import Prompt
@@ -416,7 +416,7 @@ def test_an_autoencoder_that_overflows_is_taken_in_fp32(sd1):
     models.held["vae"] = vae
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator()) * 2 - 1
     assert not vae.posterior(pixels.half())[0].isfinite().all()
-    assert posterior(models, pixels)[0].isfinite().all()
+    assert posteriors(models, pixels)[0][0].isfinite().all()
 
 
 # Sizes
@@ -466,6 +466,7 @@ def clear(picture: Image.Image) -> Image.Image:
         ({"init": photo(), "inpaint": mask(), "only_masked": -1}, "`only_masked`: -1 given"),
         ({"init": photo(), "outpaint": (0, 0, 0, 0)}, "`outpaint`: 0 0 0 0 given"),
         ({"init": photo(), "outpaint": (-8, 0, 0, 8)}, "`outpaint`: -8 0 0 8 given"),
+        ({"init": photo(), "outpaint": (10**5, 0, 0, 10**5)}, "`outpaint`: 100096x100064 pixels in all, 67 million"),
         ({"init": photo(), "inpaint": Image.new("L", (96, 64))}, "the mask is all black"),
         ({"init": photo(), "inpaint": Image.new("RGB", (96, 64), "white")}, "the mask is all white"),
         ({"init": photo(), "inpaint": red(mask())}, "`inpaint`: has colours"),
