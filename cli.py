@@ -40,12 +40,14 @@ class Parser(argparse.ArgumentParser):
             message += f"; a value that begins with - is given as --flag={dashed[0]}, a file as ./{dashed[0]}"
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
-    def given(self) -> set[str]:
-        """The names of the flags that stand on the command line, in a group or before the first."""
+    def given(self, opener: str) -> set[str]:
+        """The names of the flags that stand before the first group, or in one that this flag began."""
         unset = object()
         named = argparse.Namespace(**{action.dest: unset for action in self._actions})
         found = {name: value for name, value in vars(self.parse_args(namespace=named)).items() if value is not unset}
-        return found.keys() - {"groups"} | {name for group in found.get("groups", ()) for name in vars(group)}
+        return found.keys() - {"groups"} | {
+            name for group in found.get("groups", ()) if hasattr(group, opener) for name in vars(group)
+        }
 
 
 class Opens(argparse.Action):

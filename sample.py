@@ -34,6 +34,7 @@ from files.pictures import save_picture
 from files.sheets import sheet
 from generate import attention_sheet, open_models, pictures, prompts, scaled
 from generate.canvas import canvas_of, size_of
+from generate.control import check_hints
 from generate.editing import steps_that_run
 from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
@@ -82,7 +83,8 @@ def main() -> None:
     }
     if (canvas := canvas_of(**begin)) and args.strength is not None:
         canvas.count(args.steps)
-    brought = flags.brought(groups) + [name for name in (args.init, args.inpaint) if name]
+    hints = [flags.hint(net, i) for i, net in enumerate(args.nets)]
+    brought = flags.brought(groups, args.nets) + [name for name in (args.init, args.inpaint) if name]
     swept = next((i for i, group in enumerate(groups) if len(group.scale) > 1), 0)
     scales = groups[swept].scale if groups else [1.0]
     total = len(scales) * args.num_images
@@ -95,6 +97,7 @@ def main() -> None:
             text_encoder=args.text_encoder,
             loras=args.lora,
             embeddings=args.embedding,
+            controls=[net.control for net in args.nets],
             image=bool(groups),
             faceid_v2=[version_2 for _, version_2, _ in adapters] or False,
             prediction=args.prediction,
@@ -108,6 +111,7 @@ def main() -> None:
         )
         began, hashes = time.time(), Hashes(models, brought, cli.PIPED)
         size = dict(zip(("height", "width"), size_of(canvas, models.side, args.height, args.width), strict=True))
+        check_hints(models, hints, size["height"], size["width"])
         run = steps_that_run(models.base, canvas, args.steps)
         guidance = usual_guidance(models, args.sampler) if args.guidance_scale is None else args.guidance_scale
         how = {name: vars(args)[name] for name in RECORDED} | {"guidance_scale": guidance} | size
@@ -115,7 +119,7 @@ def main() -> None:
 
         def settings(scale: float | list[float], seed: int) -> dict:
             each = [group | {"scale": scale if i == swept else group["scale"][0]} for i, group in enumerate(told)]
-            return record(models, hashes, each, **how, seed=seed)
+            return record(models, hashes, each, [vars(net) for net in args.nets], **how, seed=seed)
 
         texts, ways = (args.prompt, args.negative_prompt), {"syntax": args.prompt_syntax, "long": args.long_prompt}
         reading = {name: vars(args)[name] for name in ("prompt_syntax", "long_prompt", "clip_skip")}
@@ -136,6 +140,7 @@ def main() -> None:
                 image_guidance_scale=args.image_guidance_scale,
                 **size,
                 **begin,
+                controls=hints,
                 on_step=step,
                 on_seen=seen.append if args.attention else None,
             )
@@ -159,6 +164,7 @@ def main() -> None:
     for group in groups:
         strengths = ", ".join(f"{scale:g}" for scale in group.scale)
         parts.append(f"image prompt {', '.join(group.image + group.face_embedding)} (scale {strengths})")
+    parts += [f"structure of {net.hint or args.init} by {net.control}" for net in args.nets]
     parts += [f"text {args.prompt!r}"] if args.prompt else []
     how = f"{args.steps if run == args.steps else f'the last {run} of {args.steps}'} steps of {args.sampler}, seed {args.seed}, {time.time() - began:.1f} s"
     print(f"{' and '.join(parts)}: {how}", file=sys.stderr)
@@ -189,24 +195,26 @@ def parse() -> argparse.Namespace:
     add("--negative-prompt", type=cli.text, default="", help="what the picture should not be")
     flags.run(parser)
     add("--again", type=cli.path, metavar="PICTURE", help="make this picture again, but for the flags that differ")
-    for declare in (flags.images, flags.texts, flags.editing, flags.models, flags.where):
+    for declare in (flags.images, flags.structure, flags.texts, flags.editing, flags.models, flags.where):
         declare(parser)
     args = parser.parse_args()
     if args.list:
         print(cli.flagged(table()))
         sys.exit(0)
-    before = []
+    before, nets = [], []
     if args.again:  # what is not said anew is as it was
         common = {name for name in flags.OF_IMAGE if vars(args).get(name) is not None}
         anew = [vars(group).keys() | common for group in args.groups if hasattr(group, "image")]
-        settings = again(args.again, parser.given(), anew)
-        before = settings.pop("groups")
+        opened = [vars(group).keys() for group in args.groups if hasattr(group, "control")]
+        settings = again(args.again, parser.given("image"), anew, opened)
+        before, nets = settings.pop("groups"), settings.pop("controls")
         parser.set_defaults(**settings)
         args = parser.parse_args()
-    prompted = before or args.groups or args.face_embedding
-    if not any((prompted, args.prompt, args.base, args.init)):
+    prompted = before or any(hasattr(group, "image") for group in args.groups) or args.face_embedding
+    args.nets = flags.control_groups(args.groups, vars(args), nets, args.init)
+    if not any((prompted, args.nets, args.prompt, args.base, args.init)):
         args.groups, prompted = [argparse.Namespace(image=[str(EXAMPLE)])], True
-    if not prompted and not args.prompt and not args.init:
+    if not any((prompted, args.nets, args.prompt, args.init)):
         raise UserError("--image or --prompt is wanted: what should the picture show?")
     if args.scale and not prompted:
         raise UserError("--scale is the weight of an image prompt: it goes with --image")

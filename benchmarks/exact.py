@@ -175,7 +175,7 @@ def structured(theirs: nn.Module, files: Files) -> Iterator[Row]:
         net = ControlNet(config) if name == "ControlNet" else t2i.T2IAdapter(t2i.T2IConfig(3, widths))
         net.load_state_dict(reference.randomize(net.state_dict(), len(name), torch.float32))
         models.held[f"control {name}"] = net.requires_grad_(False).eval()
-        ready = replace(models, controls=(Path(name),))
+        ready = replace(models, controls=(Path(name),), control_kinds={Path(name): net})
         how = {"steps": STEPS, "guidance_scale": GUIDANCE, "height": SIDE, "width": SIDE}
         (picture,) = pictures(ready, *pair, SEED, controls=[Hint(hint, scale=0.8)], **how)
         more, whole, forward = {}, theirs, theirs.unet.forward

@@ -45,6 +45,12 @@ class Hint:
     # what is made anew; None: where the net's file is called so.
     control_type: str | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.until <= 1:
+            raise UserError(
+                f"`from` {self.start:g} and `until` {self.until:g}: two numbers from 0 to 1 that rise are wanted"
+            )
+
 
 def follow(
     models: Models, hints: Sequence[Hint], height: int, width: int, canvas: Canvas | None = None
@@ -58,8 +64,7 @@ def follow(
     Raises:
         UserError: a net that was not opened, sides or settings that it cannot have, a picture that cannot be used.
     """
-    for hint in hints:
-        check(models, hint)
+    check_hints(models, hints, height, width)
     nets: dict[Path, Net] = {}
     for file in dict.fromkeys(models.controls[hint.net] for hint in hints):
         nets[file] = models.control(file)
@@ -68,10 +73,8 @@ def follow(
 
 def read(net: Net, models: Models, hint: Hint, height: int, width: int, canvas: Canvas | None) -> Control:
     file = models.controls[hint.net]
-    if isinstance(net, T2IAdapter):
-        check_t2i(net, file, hint, height, width)
     kind, picture = hint.control_type, picture_of(hint, canvas)
-    task = task_of(net, kind, "canny" if hint.edges else getattr(picture, "filename", str(hint.picture)))
+    task = task_of(net, kind, named(hint))
     picture = canny(picture) if hint.edges else picture
     box = canvas.part(height, width) if canvas else None
     picture = brought(picture, height, width, canvas and canvas.picture.size, box)
@@ -94,27 +97,33 @@ def read(net: Net, models: Models, hint: Hint, height: int, width: int, canvas: 
     )
 
 
-def check(models: Models, hint: Hint) -> None:
-    """Refuse what no net can do."""
-    if not 0 <= hint.net < len(models.controls):
-        raise UserError(f"`control`: net {hint.net} is wanted, {len(models.controls)} were opened")
-    if not 0 <= hint.start < hint.until <= 1:
-        raise UserError(
-            f"`from` {hint.start:g} and `until` {hint.until:g}: two numbers from 0 to 1 that rise are wanted"
-        )
+def check_hints(models: Models, hints: Sequence[Hint], height: int, width: int) -> None:
+    """Refuse what a net cannot do, before any is read: sides that it cannot halve often enough, types that it lacks.
+
+    Raises:
+        UserError: see above.
+    """
+    for hint in hints:
+        if not 0 <= hint.net < len(models.controls):
+            raise UserError(f"`control`: net {hint.net} is wanted, {len(models.controls)} were opened")
+        file = models.controls[hint.net]
+        net = models.control_kinds[file]
+        task_of(net, hint.control_type, named(hint))
+        if isinstance(net, T2IAdapter):
+            multiple = net.config.multiple
+            if height % multiple or width % multiple:
+                near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+                raise UserError(
+                    f"`height` and `width`: {height} and {width} given, {file} wants multiples of {multiple}; near them: "
+                    f"{near[0]} and {near[1]}"
+                )
+            if hint.guess:
+                raise UserError(f"`guess`: for ControlNets; {file} is a T2I-Adapter")
 
 
-def check_t2i(net: T2IAdapter, file: Path, hint: Hint, height: int, width: int) -> None:
-    """Refuse what a T2I-Adapter cannot do: sides that it cannot halve often enough, and what it has no halves for."""
-    multiple = net.config.multiple
-    if height % multiple or width % multiple:
-        near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-        raise UserError(
-            f"`height` and `width`: {height} and {width} given, {file} wants multiples of {multiple}; near them: "
-            f"{near[0]} and {near[1]}"
-        )
-    if hint.guess:
-        raise UserError(f"`guess`: for ControlNets; {file} is a T2I-Adapter")
+def named(hint: Hint) -> str:
+    """What the hint is called, which may tell its type."""
+    return "canny" if hint.edges else str(getattr(hint.picture, "filename", hint.picture))
 
 
 def picture_of(hint: Hint, canvas: Canvas | None) -> Image.Image:

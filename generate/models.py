@@ -53,6 +53,7 @@ class Models:
     keep: bool
     embeddings: tuple[Embedding, ...] = ()  # textual inversions, which prompts call by name
     controls: tuple[Path, ...] = ()  # ControlNets and T2I-Adapters
+    control_kinds: Mapping[Path, Net] = field(default_factory=dict)  # likewise without their weights (on `meta`)
     held: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -203,8 +204,7 @@ def open_models(
         )
     check_embeddings(inversions, [text.width for text in opened.texts])
     followed = tuple(file(net, tell) for net in nets)
-    for net in dict.fromkeys(followed):
-        load_control(net, opened, device="meta")
+    kinds = {net: load_control(net, opened, device="meta") for net in dict.fromkeys(followed)}
     threads.suit(max(dim for dim, _ in opened.layers), device)
     read = tuple(
         open_adapter(one, version_2, opened, tell)
@@ -227,6 +227,7 @@ def open_models(
         keep=keep,
         embeddings=inversions,
         controls=followed,
+        control_kinds=kinds,
     )
 
 

@@ -34,6 +34,11 @@ GROUP = {
     "structure_scale": ((NUMBER,), str),
     "faceid_v2": ((bool,), str),
 }
+CONTROL = {  # likewise of a net for structure
+    **{name: ((str,), str) for name in ("control", "hint", "mask", "control_type")},
+    **{name: ((NUMBER,), str) for name in ("scale", "start", "until")},
+    **{name: ((bool,), str) for name in ("edges", "guess")},
+}
 NEARBY = 1000  # files of a folder that are looked through at most
 
 
@@ -47,7 +52,13 @@ class Hashes:
 
     def __init__(self, models: Models, brought: Sequence[str | Path] = (), known: Mapping[str, str] | None = None):
         self.known = dict(known or {})
-        files = [*models.files.values(), *models.base.text_files, *brought, *(lora.path for lora, _ in models.loras)]
+        files = [
+            *models.files.values(),
+            *models.controls,
+            *models.base.text_files,
+            *brought,
+            *(lora.path for lora, _ in models.loras),
+        ]
         files += [embedding.path for embedding in models.embeddings]
         files += [path for adapter in models.adapters for path in (adapter.file, adapter.image_encoder) if path]
         self.found: dict[Path, Future] = {Path(path): Future() for path in files if str(path) not in self.known}
@@ -65,11 +76,18 @@ class Hashes:
         return {public(path): future.result() for path, future in self.found.items()} | self.known
 
 
-def record(models: Models, hashes: Hashes, groups: Sequence[Mapping[str, object]] = (), **settings: object) -> dict:
+def record(
+    models: Models,
+    hashes: Hashes,
+    groups: Sequence[Mapping[str, object]] = (),
+    controls: Sequence[Mapping[str, object]] = (),
+    **settings: object,
+) -> dict:
     """All that makes a picture again: the settings, what each file was, its hash.
 
     Args:
         groups: of each image prompt the arguments of `generate.ImageGroup`, the face embeddings as "face_embedding".
+        controls: of each of `models.controls` the arguments of `generate.Hint`, the picture as "hint".
     """
     told = [recorded(models, group) for group in groups]
     first = told[0] if told else {}
@@ -81,6 +99,7 @@ def record(models: Models, hashes: Hashes, groups: Sequence[Mapping[str, object]
         **{name: [path for group in told for path in group.get(name, ())] for name in ("image", "face_embedding")},
         **{name: first.get(name) for name in ("scale", "structure_scale")},
         "groups": told,
+        "controls": [followed(file, net) for file, net in zip(models.controls, controls, strict=True)],
         **{name: settings[name] and public(settings[name]) for name in ("init", "inpaint") if name in settings},
         "prediction": models.base.schedule.prediction,
         "spacing": models.base.schedule.spacing,
@@ -117,6 +136,12 @@ def recorded(models: Models, group: Mapping[str, object]) -> dict:
     }
 
 
+def followed(file: Path, net: Mapping[str, object]) -> dict:
+    """A net for structure as `record` tells of it: what is as usual is left out."""
+    told = {name: value for name, value in net.items() if name in CONTROL and value is not None and value is not False}
+    return told | {name: public(told[name]) for name in ("hint", "mask") if name in told} | {"control": public(file)}
+
+
 def public(path: str | Path) -> str:
     """A file's name as it may be shown to others: the home folder, which bears its owner's name, is `~`."""
     text, home = os.fspath(path), os.path.expanduser("~")
@@ -126,13 +151,21 @@ def public(path: str | Path) -> str:
     return os.path.join("~", os.path.relpath(os.path.realpath(text), os.path.realpath(home))) if inside else text
 
 
-def again(picture: Path, given: Container[str] = (), groups: Sequence[Container[str]] = ()) -> dict:
+def again(
+    picture: Path,
+    given: Container[str] = (),
+    groups: Sequence[Container[str]] = (),
+    controls: Sequence[Container[str]] = (),
+) -> dict:
     """The arguments that made a picture, its files found again; "groups" holds those of each image prompt.
+
+    "controls" those of each net for structure.
 
     Args:
         given: arguments that are given anew: their files are not looked for.
         groups: those of each image prompt that is given anew; there are as many then. (): all are as they were, but for
             `given`.
+        controls: likewise of each net for structure.
 
     Raises:
         UserError: no picture of ours, one that does not say what each file was, or a file that is nowhere.
@@ -171,6 +204,11 @@ def again(picture: Path, given: Container[str] = (), groups: Sequence[Container[
     old = settings.get("groups", [settings] if settings.get("image") or settings.get("face_embedding") else [])
     anew = groups or [given] * len(old)
     arguments["groups"] = [group_again(group, names, found) for group, names in zip(old, anew, strict=False)]
+    nets = settings.get("controls", [])
+    anew = zip(nets, controls or [()] * len(nets), strict=False)
+    left = [{name: net[name] for name in net if name in CONTROL and name not in names} for net, names in anew]
+    files = ("control", "hint", "mask")
+    arguments["controls"] = [{name: found(v) if name in files else v for name, v in net.items()} for net in left]
     return arguments
 
 
@@ -198,7 +236,12 @@ def sound(settings: dict) -> bool:
         return [settings.get(name) for name in names]
 
     hashes, groups = settings.get("sha256"), settings.get("groups", [])
-    if not are(list, groups) or not all(are(dict, group) and sound_group(group) for group in (settings, *groups)):
+    controls = settings.get("controls", [])
+    if not are(list, groups, controls) or not are(dict, *groups, *controls):
+        return False
+    if not all(sound_group(group) for group in (settings, *groups)):
+        return False
+    if not all(sound_group(net, CONTROL) and "control" in net for net in controls):
         return False
     lists = {name: settings.get(name, []) for name in ("text_encoder", "lora", "embedding")}
     if not (are(dict, hashes) and are(list, *lists.values()) and {"base", "seed"} <= settings.keys()):
@@ -226,12 +269,12 @@ def sound(settings: dict) -> bool:
     )
 
 
-def sound_group(group: dict) -> bool:
-    """Likewise of one image prompt."""
+def sound_group(group: dict, kinds_of: Mapping[str, tuple] = GROUP) -> bool:
+    """Likewise of one image prompt, or of one net for structure."""
     return all(
         any(isinstance(value, kind) for kind in kinds)
         and all(isinstance(one, within) for one in (value if isinstance(value, list) else ()))
-        for name, (kinds, within) in GROUP.items()
+        for name, (kinds, within) in kinds_of.items()
         if (value := group.get(name)) is not None
     )
 

@@ -35,12 +35,14 @@ from diffusers import T2IAdapter as TheirT2IAdapter
 from narrow import NARROW_SD2, NARROW_UNET, NARROW_XL
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from test_sample import sample
 from torch import Tensor, nn
 
 from control import Control, ControlNet, T2IAdapter, attentions, controlled
 from control.canny import canny
 from control.controlled import added
 from files.errors import Notice, UserError
+from files.pictures import read_settings
 from generate import Hint, pictures, prompts
 from generate.picture import decode
 from ipadapter import Prompt, prepared
@@ -193,7 +195,8 @@ def nets(tmp_path_factory) -> dict[str, tuple[nn.Module, Path]]:
 
 
 def ours(twin: Twin, files: list[Path], hints: list[Hint], adapter=None, encoder=None, **how):
-    models = replace(opened(twin, adapter, encoder), controls=tuple(files))
+    kinds = {file: load_control(file, twin.base, device="meta") for file in files}
+    models = replace(opened(twin, adapter, encoder), controls=tuple(files), control_kinds=kinds)
     images, scale = ([picture(9, 80, 80)], 0.7) if adapter else ([], None)
     pair, latents = prompts(models, TEXT, images=images, scale=scale), []
     with patch("generate.picture.decode", lambda models, x: latents.append(x) or decode(models, x)):
@@ -479,7 +482,6 @@ def test_a_net_of_another_family_is_refused_with_what_would_fit(sd1, sdxl, nets)
     ("hint", "how", "said"),
     [
         (Hint(picture(1), net=1), {}, "net 1 is wanted, 1 were opened"),
-        (Hint(picture(1), start=0.5, until=0.5), {}, "two numbers from 0 to 1 that rise"),
         (Hint(picture(1)), {"height": 72}, "multiples of 64; near them: 64 and 64"),
         (Hint(picture(1), guess=True), {"width": 128}, "T2I-Adapter"),
         (Hint(), {"width": 128}, "`hint`: a picture is wanted"),
@@ -506,3 +508,63 @@ def test_the_edges_of_a_picture():
     faint = Image.new("RGB", (32, 24), (10, 10, 10))
     faint.paste((30, 30, 30), (8, 6, 24, 18))
     assert not np.asarray(canny(faint)).any() and np.asarray(canny(faint, 20, 40)).any()
+
+
+# sample.py
+
+EXAMPLE = Path(__file__).parent.parent / "tiny/example.png"
+TINY_EDGES = ("--control", "tiny-edges", "--hint-from", EXAMPLE, "--edges")
+
+
+def test_a_bare_machine_follows_edges_beside_an_image_prompt_and_makes_it_again(tmp_path):
+    silhouette, first, second = tmp_path / "silhouette.png", tmp_path / "a.png", tmp_path / "b.png"
+    Image.new("RGB", (128, 128), "white").save(silhouette)
+    flags = (*TINY_EDGES, "--scale", "0.8", "--until", "0.9", "--image", EXAMPLE, "--scale", "0.5", "--steps", "2")
+    flags = (*flags, "--control", "tiny-silhouette", "--hint", silhouette, "--from", "0.5")
+    run = sample(*flags, "--output", first)
+    assert run.returncode == 0 and f"structure of {EXAMPLE} by tiny-edges" in run.stderr, run.stderr
+    told = read_settings(first)
+    assert [(net["scale"], net.get("edges", False), net["until"], net["start"]) for net in told["controls"]] == [
+        (0.8, True, 0.9, 0.0),
+        (1.0, False, 1.0, 0.5),
+    ]
+    assert told["scale"] == 0.5 and all(net["control"] in told["sha256"] for net in told["controls"])
+    assert sample("--again", first, "--output", second).returncode == 0
+    same = [np.asarray(Image.open(path)) for path in (first, second)]
+    assert np.array_equal(*same)
+    third = tmp_path / "c.png"
+    again = sample("--again", first, "--control", "tiny-edges", "--scale", "0", "--output", third)
+    assert again.returncode == 0, again.stderr
+    assert [(net["scale"], net.get("edges")) for net in read_settings(third)["controls"]] == [(0.0, True)]
+    assert read_settings(third)["scale"] == 0.5 and not np.array_equal(np.asarray(Image.open(third)), same[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--control", "tiny-edges"), "a --hint is wanted"),
+        (("--hint", EXAMPLE), "--hint belongs to a net for structure: it goes with --control"),
+        (("--image", EXAMPLE, "--hint", EXAMPLE), "stands behind --image; it belongs to --control"),
+        (("--control", "tiny-edges", "--layers", "all"), "stands behind --control; it belongs to --image"),
+        (("--control", "tiny-edges", "--hint-from", EXAMPLE), "--hint-from and --edges go together"),
+        (("--control", "tiny-edges", "--hint", EXAMPLE, "--edges"), "--hint-from and --edges go together"),
+        ((*TINY_EDGES, "--hint", EXAMPLE), "one of them is wanted"),
+        ((*TINY_EDGES, "--scale", "0.5", "1"), "one is wanted for each --control"),
+        ((*TINY_EDGES, "--from", "0.5", "--until", "0.5"), "two numbers from 0 to 1 that rise"),
+        (
+            ("--control", "canny", "--hint", EXAMPLE),
+            "--control canny is for SD 1.x, --base tiny is tiny; for that: tiny-edges",
+        ),
+        (("--control", "tiny-edgy", "--hint", EXAMPLE), "near it tiny-edges"),
+        (("--control", "tiny-silhouette", "--hint", EXAMPLE, "--width", "72"), "multiples of 64"),
+        (("--control", "tiny-edges", "--hint", "nowhere.png"), "nowhere.png"),
+        (
+            ("--control", "tiny/weights/clip-tiny.safetensors", "--hint", EXAMPLE),
+            "a ControlNet or T2I-Adapter is wanted",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_are_refused_in_a_line(tmp_path, flags, said):
+    run = sample(*flags, "--output", tmp_path / "out.png")
+    assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert not list(tmp_path.iterdir())

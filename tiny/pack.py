@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import drawings
 from tiny.latents import scaled_vae, towers
 from tiny.train_adapter import new_adapter
+from tiny.train_control import new_control
 from tiny.train_unet import new_unet
 from tiny.trainer import RUNS, WEIGHTS, load_ema
 from tiny.tune_clip import Tuned
@@ -49,6 +50,9 @@ def main() -> None:
             followed = load_ema(Tuned(clip), "clip-tuned", args).patches.state_dict()
             before = load_adapter(WEIGHTS / f"{name}-tiny.safetensors").state_dict()
             files[name] = before | {f"image_proj.{key}": value for key, value in followed.items()}
+    for kind, name in (("edges", "control-edges"), ("silhouette", "t2i-silhouette")):
+        if (args.runs / f"control-{kind}.pt").exists():
+            files[name] = load_ema(new_control(unet, kind), f"control-{kind}", args).state_dict()
     args.output.mkdir(parents=True, exist_ok=True)
     for name, state in files.items():
         path = args.output / f"{name}-tiny.safetensors"
