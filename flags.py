@@ -54,11 +54,11 @@ def images(parser: argparse.ArgumentParser) -> None:
         "all, style, layout, style+layout, down, middle, up, or blocks as down.block_2=0.3,up.block_0.1=1, or a weight type "
         "of ComfyUI: ease-in, weak-output, strong-middle, style-transfer, style-precise, ... (default: all)"
     )
-    add("--layers", type=check_layers, metavar="SPEC", help=parts, **of_image)
+    add("--layers", metavar="SPEC", help=parts, **of_image)
     add("--from", dest="start", type=cli.share, metavar="A", help="the share of the steps where it begins", **of_both)
     add("--until", type=cli.share, metavar="B", help="the share of the steps where it ends", **of_both)
     curve = "over the steps: constant, fade-in, fade-out, or weights as 1,0.5,0, each for an equal share of them"
-    add("--curve", type=read_curve, help=curve, **of_image)
+    add("--curve", help=curve, **of_image)
     add("--mask", metavar="FILE", help="where it acts: a grey picture, white is here, black is not", **of_both)
     add = parser.add_argument_group("FaceID adapters").add_argument
     numbers = "512 numbers, .npy or .safetensors: insightface's normed_embedding (default: of the faces in --image)"
@@ -162,7 +162,8 @@ def image_groups(
             is opened, all of them.
 
     Raises:
-        UserError: what belongs to an image prompt, and there is none; several scales for more than one.
+        UserError: what belongs to an image prompt, and there is none; several scales for more than one; layers or a
+            curve that say nothing.
     """
     given = [vars(group) for group in opened if hasattr(group, "image")]
     common = {name: common[name] for name in OF_IMAGE if common.get(name) is not None}
@@ -170,13 +171,15 @@ def image_groups(
         given = [{"image": []}]
     given = given or [{} for _ in before]
     old = [*before, *({} for _ in given)]
-    groups = [argparse.Namespace(**OF_IMAGE | old[i] | common | group) for i, group in enumerate(given)]
+    groups = [argparse.Namespace(**{"image": []} | OF_IMAGE | old[i] | common | group) for i, group in enumerate(given)]
     shared = {"adapter", *OF_CONTROL} if any(hasattr(group, "control") for group in opened) else {"adapter"}
     if lone := next((name for name in common if name not in shared and not groups), None):
         raise UserError(f"`{lone}` belongs to an image prompt: it goes with `image`")
     if sum(len(group.scale or ()) > 1 for group in groups) > 1:
         raise UserError("`scale`: several of them are for one image prompt, not for more")
     for group in groups:
+        check_layers(group.layers)
+        group.curve = read_curve(group.curve) if isinstance(group.curve, str) else group.curve
         if not group.image and not group.face_embedding:
             raise UserError("`image`: a group without a picture; a file, or `face_embedding` behind it, is wanted")
     return groups

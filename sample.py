@@ -73,9 +73,8 @@ def main() -> None:
     groups = args.images
     read = [(group.adapter, group.faceid_v2, vars(group).get("image_encoder")) for group in groups]
     adapters = list(dict.fromkeys(read))
-    images = [
-        flags.image_group(*one) for one in zip(groups, map(adapters.index, read), strict=True)
-    ]  # before what is slow
+    # Before anything slow:
+    images = [flags.image_group(*one) for one in zip(groups, map(adapters.index, read), strict=True)]
     begin = {name: getattr(args, name) for name in ("strength", "outpaint", "only_masked")}
     begin |= {
         "init": args.init and cli.picture(args.init),
@@ -203,7 +202,7 @@ def parse() -> argparse.Namespace:
         sys.exit(0)
     before, nets = [], []
     if args.again:  # what is not said anew is as it was
-        common = {name for name in flags.OF_IMAGE if vars(args).get(name) is not None}
+        common = {name for name in (*flags.OF_IMAGE, "image_encoder") if vars(args).get(name) is not None}
         anew = [vars(group).keys() | common for group in args.groups if hasattr(group, "image")]
         opened = [vars(group).keys() for group in args.groups if hasattr(group, "control")]
         settings = again(args.again, parser.given("image"), anew, opened)

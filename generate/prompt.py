@@ -17,7 +17,7 @@ from generate.models import Models
 from generate.text import encoded
 from ipadapter import ImagePrompt, Prompt, Scale
 from unet import layer_names, size_vector
-from weights.families import TINY
+from weights.families import drawn_by
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def image_prompts(
             )
         if not (group.images or group.faces):
             raise UserError("`image`: a group without a picture; a file or a face embedding is wanted")
-        family = TINY if models.bundled else models.base.family
+        family = drawn_by(models.base.family, models.base.config.channels)
         layers = factors(group.layers, layer_names(models.base.config), family)
         mask = None if group.mask is None else mask_tensor(group.mask).to(models.device)
         heard.append((layers, *group.heard(scale, layers), mask))

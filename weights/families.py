@@ -32,6 +32,7 @@ class Family:
     # In which layers of the UNet (`unet.layer_names`) an image prompt brings its style, and where its layout; InvokeAI's.
     style: str = "up.block_1"
     layout: str = "down.block_2+middle"
+    channels: tuple[int, ...] = ()  # of a narrower UNet, per level: its tokens alone do not tell it
 
 
 CLIP_L = Tower(("cond_stage_model.transformer.",), True, END)
@@ -66,9 +67,15 @@ TINY = replace(
     side=128,
     style="up.block_2+up.block_3",  # measured: `python -m experiments.layers`
     layout="down.block_1",
+    channels=(64, 96, 96, 96),
 )
 SSD = replace(SDXL, name="SSD-1B", base="ssd-1b")
 VEGA = replace(SDXL, name="Vega", base="segmind-vega")
+
+
+def drawn_by(family: Family, channels: tuple[int, ...]) -> Family:
+    """The row of a base that was read as one of this family: the tiny model's own, by the channels of its UNet."""
+    return TINY if channels == TINY.channels else family
 
 
 def of_width(context_dim: int) -> Family | None:
