@@ -20,7 +20,7 @@ from generate.prompt import sized
 from ipadapter import Prompt, Seen, prepared, watched
 from sampler import SAMPLERS, Level, Predict, Sampler, guided, numbered, widened
 from vae import VAE
-from weights.base import INSTRUCTED
+from weights.base import INSTRUCTED, Base
 
 BATCH = 4  # pictures that go through the UNet together
 
@@ -92,11 +92,7 @@ def pictures(
     guidance_scale = usual_guidance(models, sampler) if guidance_scale is None else max(1.0, guidance_scale)
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
-    instructs = models.base.channels == INSTRUCTED
-    if instructs:
-        image_guidance_scale = IMAGE_GUIDANCE if image_guidance_scale is None else image_guidance_scale
-    elif image_guidance_scale is not None and not all(p.images for p in prompts):
-        raise UserError("`image_guidance_scale`: there is no image prompt to follow by itself; it goes with `image`")
+    image_guidance_scale = half_guidance(models.base, prompts, image_guidance_scale)
     across, down = canvas.picture.size if canvas and canvas.padding is not None else (width, height)
     tell_aspects(prompts, down, across)
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
@@ -122,10 +118,8 @@ def pictures(
             p, n = (prepared(one, layers) for one in (p, n))
         guidance = guidance_scale, schedule.prediction, models.low_memory, guidance_rescale
         x, generators, run, beside = first.drawn(row, schedule, levels, some)
-        p, n = (replace(one, beside=beside) for one in (p, n))
-        half = None if image_guidance_scale is None else replace(n, images=p.images)
-        if instructs:
-            n, half = replace(n, beside=torch.zeros_like(beside)), n
+        p, half, n = passes(p, n, beside, instructed=models.base.channels == INSTRUCTED)
+        half = None if image_guidance_scale is None else half
         predict = guided(model, p, n, *guidance, half, image_guidance_scale or 0.0)
         with watched(unet.cross_attentions(), p) if on_seen else nullcontext() as watch:
             x = denoise(run, predict, x, levels, generators, on_step)
@@ -141,6 +135,29 @@ def pictures(
 def usual_guidance(models: Models, sampler: str) -> float:
     """What a distilled base wants, or else what the sampler is used to."""
     return models.base.guidance_scale or SAMPLERS[sampler].guidance_scale
+
+
+def half_guidance(base: Base, prompts: Sequence[Prompt], asked: float | None) -> float | None:
+    """How far to follow a half of the prompt by itself (see `passes`); None: no further than the whole.
+
+    Raises:
+        UserError: there is none.
+    """
+    if base.channels == INSTRUCTED:
+        return IMAGE_GUIDANCE if asked is None else asked
+    if asked is not None and not all(p.images for p in prompts):
+        raise UserError("`image_guidance_scale`: there is no image prompt to follow by itself; it goes with `image`")
+    return asked
+
+
+def passes(p: Prompt, n: Prompt, beside: Tensor | None, instructed: bool) -> tuple[Prompt, Prompt, Prompt]:
+    """The whole prompt, a half of it, and its absence, with what the UNet reads beside x.
+
+    The half is the image prompt without the text, or, of a base that is `instructed`, the picture without instruction; of
+    its absence that picture is 0.
+    """
+    p, n = (replace(one, beside=beside) for one in (p, n))
+    return (p, n, replace(n, beside=torch.zeros_like(beside))) if instructed else (p, replace(n, images=p.images), n)
 
 
 def denoise(
