@@ -6,11 +6,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 import cli
+import image_flags
 from files.errors import UserError
-from files.faces import read_embedding
 from files.masks import open_mask
-from generate import Hint, ImageGroup
-from generate.group import mask_tensor
+from generate import Hint
 from generate.layers import check_layers, read_curve
 from generate.syntax import SYNTAXES
 from sampler import SAMPLERS
@@ -30,6 +29,13 @@ OF_IMAGE = {
     "until": 1.0,
     "curve": "constant",
     "mask": None,
+    "framing": "crop",
+    "crop_position": "centre",
+    "negative_image": [],
+    "negative_noise": 0.0,
+    "less": None,
+    "save_embedding": None,
+    "each": False,
     "face_embedding": [],
     "structure_scale": None,
     "faceid_v2": False,
@@ -43,7 +49,7 @@ def images(parser: argparse.ArgumentParser) -> None:
     """
     told = "what stands behind an --image belongs to it, what stands before the first to all of them"
     add = parser.add_argument_group("image prompts", told).add_argument
-    together = "pictures that prompt together; - is a pipe; given again: another image prompt beside it"
+    together = "pictures, or embeddings of them, that prompt together; - is a pipe; given again: another image prompt beside it"
     add("--image", nargs="*", action=cli.Opens, metavar="FILE", help=together)
     of_image = {"action": cli.Belongs, "groups": ("image",)}
     of_both = {"action": cli.Belongs, "groups": ("image", "control")}
@@ -60,6 +66,7 @@ def images(parser: argparse.ArgumentParser) -> None:
     curve = "over the steps: constant, fade-in, fade-out, or weights as 1,0.5,0, each for an equal share of them"
     add("--curve", help=curve, **of_image)
     add("--mask", metavar="FILE", help="where it acts: a grey picture, white is here, black is not", **of_both)
+    image_flags.seen(parser)
     add = parser.add_argument_group("FaceID adapters").add_argument
     numbers = "512 numbers, .npy or .safetensors: insightface's normed_embedding (default: of the faces in --image)"
     add("--face-embedding", nargs="+", metavar="FILE", help=numbers, **of_image)
@@ -177,9 +184,12 @@ def image_groups(
         raise UserError(f"`{lone}` belongs to an image prompt: it goes with `image`")
     if sum(len(group.scale or ()) > 1 for group in groups) > 1:
         raise UserError("`scale`: several of them are for one image prompt, not for more")
+    if sum(group.each for group in groups) > 1:
+        raise UserError("`each`: for one image prompt, not for more")
     for group in groups:
         check_layers(group.layers)
         group.curve = read_curve(group.curve) if isinstance(group.curve, str) else group.curve
+        group.image = image_flags.spread(group) if group.each else group.image
         if not group.image and not group.face_embedding:
             raise UserError("`image`: a group without a picture; a file, or `face_embedding` behind it, is wanted")
     return groups
@@ -187,33 +197,18 @@ def image_groups(
 
 def brought(groups: Iterable[argparse.Namespace], nets: Iterable[argparse.Namespace] = ()) -> list[str]:
     """The pictures and embeddings of image prompts, and the hints of nets, as files."""
-    images = [name for group in groups for name in (*group.image, *group.face_embedding, group.mask) if name]
+    images = [name for group in groups for name in files_of(group) if name]
     return images + [name for net in nets for name in (net.hint, net.mask) if name]
+
+
+def files_of(group: argparse.Namespace) -> list[str | None]:
+    return [*group.image, *group.negative_image, *group.face_embedding, group.mask]
 
 
 def shown(group: argparse.Namespace) -> list[str]:
     """The names of an image prompt's pictures, for a sheet; those of weight 0 are left out."""
     each = zip_longest(group.image or group.face_embedding, group.weights, fillvalue=1.0)
     return [Path(name).name for name, weight in each if weight]
-
-
-def image_group(group: argparse.Namespace, adapter: int) -> ImageGroup:
-    """As `prompts` takes it, its files opened; `adapter` is its place among those that are. Raises UserError."""
-    for name in group.face_embedding:
-        read_embedding(name)
-    return ImageGroup(
-        images=[cli.picture(name) for name in group.image],
-        adapter=adapter,
-        scale=group.scale[0],
-        layers=group.layers,
-        start=group.start,
-        until=group.until,
-        curve=group.curve,
-        weights=group.weights,
-        mask=None if group.mask is None else mask_tensor(cli.picture(group.mask, open_mask)),
-        faces=group.face_embedding,
-        structure_scale=group.structure_scale,
-    )
 
 
 def editing(parser: argparse.ArgumentParser) -> None:

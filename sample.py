@@ -20,13 +20,15 @@ import start  # noqa: F401, isort: skip, before what is slow to import
 
 import argparse
 import time
-from itertools import zip_longest
+from collections.abc import Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from PIL import Image
 
 import cli
 import flags
+import image_flags
 from files.errors import UserError
 from files.masks import open_mask
 from files.outputs import reserved
@@ -36,12 +38,14 @@ from generate import attention_sheet, open_models, pictures, prompts, scaled
 from generate.canvas import canvas_of, size_of
 from generate.control import check_hints
 from generate.editing import steps_that_run
+from generate.embeddings import kept
 from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
 from generate.seeing import named
 from generate.syntax import parts
 from generate.text import words_of
+from ipadapter import Prompt
 from sampler import SAMPLERS
 from weights.hub import table
 
@@ -71,10 +75,10 @@ RECORDED = (
 def main() -> None:
     args = parse()
     groups = args.images
-    read = [(group.adapter, group.faceid_v2, vars(group).get("image_encoder")) for group in groups]
-    adapters = list(dict.fromkeys(read))
+    wanted = [(group.adapter, group.faceid_v2, vars(group).get("image_encoder")) for group in groups]
+    adapters = list(dict.fromkeys(wanted))
     # Before anything slow:
-    images = [flags.image_group(*one) for one in zip(groups, map(adapters.index, read), strict=True)]
+    images = [image_flags.image_group(*one) for one in zip(groups, map(adapters.index, wanted), strict=True)]
     begin = {name: getattr(args, name) for name in ("strength", "outpaint", "only_masked")}
     begin |= {
         "init": args.init and cli.picture(args.init),
@@ -86,8 +90,12 @@ def main() -> None:
     brought = flags.brought(groups, args.nets) + [name for name in (args.init, args.inpaint) if name]
     swept = next((i for i, group in enumerate(groups) if len(group.scale) > 1), 0)
     scales = groups[swept].scale if groups else [1.0]
-    total = len(scales) * args.num_images
-    with reserved(args.output, total, args.grid, args.overwrite, brought, args.attention) as names:
+    each = next((i for i, group in enumerate(groups) if group.each), None)
+    variants = [images] if each is None else image_flags.variants(images, each, groups[each].image)
+    image_flags.check_saves(groups, args.overwrite)
+    stems = () if each is None else image_flags.stems(groups[each].image)
+    per = total = len(scales) * args.num_images
+    with reserved(args.output, per, args.grid, args.overwrite, brought, args.attention, stems) as names:
         models = open_models(
             base=args.base,
             adapter=[adapter for adapter, *_ in adapters] or [None],
@@ -98,6 +106,7 @@ def main() -> None:
             embeddings=args.embedding,
             controls=[net.control for net in args.nets],
             image=bool(groups),
+            encode=[any(i.encodes for i in images if i.adapter == n) for n in range(len(adapters))] or True,
             faceid_v2=[version_2 for _, version_2, _ in adapters] or False,
             prediction=args.prediction,
             spacing=args.spacing,
@@ -105,7 +114,7 @@ def main() -> None:
             dtype=args.dtype_name,
             storage=args.storage,
             low_memory=args.low_memory,
-            keep=False,
+            keep=each is not None,
             tell=lambda line: print(line, file=sys.stderr),
         )
         began, hashes = time.time(), Hashes(models, brought, cli.PIPED)
@@ -116,21 +125,35 @@ def main() -> None:
         how = {name: vars(args)[name] for name in RECORDED} | {"guidance_scale": guidance} | size
         told = [vars(group) | {"adapter": image.adapter} for group, image in zip(groups, images, strict=True)]
 
-        def settings(scale: float | list[float], seed: int) -> dict:
-            each = [group | {"scale": scale if i == swept else group["scale"][0]} for i, group in enumerate(told)]
-            return record(models, hashes, each, [vars(net) for net in args.nets], **how, seed=seed)
+        def settings(scale: float | list[float], seed: int, variant: int = 0) -> dict:
+            said = [group | {"scale": scale if i == swept else group["scale"][0]} for i, group in enumerate(told)]
+            if each is not None:
+                said[each] |= {"image": [groups[each].image[variant]]}
+            nets, others = [vars(net) for net in args.nets], [] if each is None else groups[each].image
+            return record(models, hashes, said, nets, others, **how, seed=seed)
 
         texts, ways = (args.prompt, args.negative_prompt), {"syntax": args.prompt_syntax, "long": args.long_prompt}
         reading = {name: vars(args)[name] for name in ("prompt_syntax", "long_prompt", "clip_skip")}
-        prompt, null = prompts(models, *texts, images, **reading)
-        batches = -(-args.num_images // (1 if args.low_memory else BATCH))
-        seen, said = [], [flags.shown(group) for group in groups]
-        with cli.steps(run * batches * len(scales), "denoising") as step:
-            made = pictures(
+        for group, saved in zip(groups, images, strict=True):
+            variants[0] = [kept(models, one, group.save_embedding) if one is saved else one for one in variants[0]]
+        # Results that differ in a picture go through the UNet together; of tiles there may be more in one than in another.
+        alike = each is not None and args.num_images == 1 and not args.low_memory and images[each].framing != "tile"
+        parts = in_parts(len(variants), BATCH if alike else 1)
+        order = [(i, k, j) for p in parts for k in range(len(scales)) for i in p for j in range(args.num_images)]
+        batches = -(-args.num_images // (1 if args.low_memory else BATCH)) * len(parts)
+        seen, said, done = [], [flags.shown(group) for group in groups], []
+
+        def read(part: range) -> list[Prompt]:
+            pairs = zip(*(prompts(models, *texts, variants[i], **reading) for i in part), strict=True)
+            return [Prompt.cat(side) if len(part) > 1 else side[0] for side in pairs]
+
+        def made(part: range) -> Iterator[Image.Image]:
+            prompt, null = first if part == parts[0] else read(part)
+            return pictures(
                 models,
                 [scaled(prompt, scale, swept) for scale in scales],
                 [scaled(null, scale, swept) for scale in scales],
-                args.seed,
+                [args.seed] * len(part) if len(part) > 1 else args.seed,
                 args.num_images,
                 args.steps,
                 guidance,
@@ -143,26 +166,29 @@ def main() -> None:
                 on_step=step,
                 on_seen=seen.append if args.attention else None,
             )
-            done = []
-            for name, picture in zip(names, made, strict=False):  # behind the pictures' names stands the sheet's
-                kept = settings(scales[len(done) // args.num_images], args.seed + len(done) % args.num_images)
-                save_picture(picture, name, kept)
+
+        first = read(parts[0])
+        with cli.steps(run * batches * len(scales), "denoising") as step:
+            for (i, k, j), picture in zip(order, chain.from_iterable(map(made, parts)), strict=False):
+                number, told_of = i * per + k * args.num_images + j, settings(scales[k], args.seed + j, i)
+                save_picture(picture, names[number], told_of)
                 if args.attention:
                     page = attention_sheet(
-                        picture, seen[len(done)], words_of(models, *texts, **ways), named(prompt, said)
+                        picture, seen[number], words_of(models, *texts, **ways), named(first[0], said)
                     )
-                    save_picture(page, names[total + len(done)], kept)
+                    save_picture(page, names[total + number], told_of)
                 done.append(picture)
         if args.grid:
             titles = [f"scale {scale:g}" for scale in scales] if groups else [args.prompt]
-            shown = [picture for image in images for picture in image.images]
+            shown = [picture for image in images for picture in image.images if isinstance(picture, Image.Image)]
             begun = [canvas.picture] if canvas else []
             page = grid(done, args.num_images, titles, shown, begun, min(size["width"], 256))
             save_picture(page, names[-1], settings(scales, args.seed))
     parts = [f"picture {args.init}"] if args.init else []
     for group in groups:
         strengths = ", ".join(f"{scale:g}" for scale in group.scale)
-        parts.append(f"image prompt {', '.join(group.image + group.face_embedding)} (scale {strengths})")
+        shown = f"each of {len(group.image)} pictures" if group.each else ", ".join(group.image + group.face_embedding)
+        parts.append(f"image prompt {shown} (scale {strengths})")
     parts += [f"structure of {net.hint or args.init} by {net.control}" for net in args.nets]
     parts += [f"text {args.prompt!r}"] if args.prompt else []
     how = f"{args.steps if run == args.steps else f'the last {run} of {args.steps}'} steps of {args.sampler}, seed {args.seed}, {time.time() - began:.1f} s"
@@ -175,6 +201,10 @@ def main() -> None:
 def encoders(given: list[str] | None, before: list[str | None]) -> list[str | None] | str | None:
     """The image encoder of each adapter: one for all, one for each in turn, or that of a picture made again."""
     return given[0] if given and len(given) == 1 else given or before or None
+
+
+def in_parts(count: int, size: int) -> list[range]:
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def grid(done: list, rows: int, titles: list[str], images: list, begun: list, side: int) -> Image.Image:
@@ -236,6 +266,10 @@ def parse() -> argparse.Namespace:
         raise UserError("--image-guidance-scale is how far to follow an image prompt: it goes with --image")
     if args.guidance_rescale and unguided:
         cli.warn(f"--guidance-rescale has no effect at --guidance-scale {guidance:g}")
+    if any(group.each for group in args.images) and (args.grid or args.attention):
+        raise UserError("--each: is without --grid and --attention, which show one prompt")
+    if any(group.negative_image or group.negative_noise for group in args.images) and unguided:
+        cli.warn(f"--negative-image and --negative-noise have no effect at --guidance-scale {guidance:g}")
     if args.negative_prompt and unguided:
         cli.warn(f"--negative-prompt has no effect at --guidance-scale {guidance:g}")
     if args.adapter and not prompted:

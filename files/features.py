@@ -112,5 +112,6 @@ def shared(path: Path, state: State) -> State:
 
 def write_features(path: Path, features: Features) -> None:
     """As a .safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: x for name in PARTS if (x := getattr(features, name)) is not None}
     write(path, state, dict(features.sha256))

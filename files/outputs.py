@@ -25,6 +25,7 @@ def reserved(
     overwrite: bool = False,
     inputs: Sequence[str | Path] = (),
     attention: bool = False,
+    stems: Sequence[str] = (),
 ) -> Iterator[list[Path]]:
     """Names for the pictures of a run, made as empty files at its start; those never written to are removed at its end.
 
@@ -41,12 +42,15 @@ def reserved(
         overwrite: an existing file may be replaced, once its successor is whole.
         inputs: files that are never replaced.
         attention: as many names more, behind the pictures' own: cat_attention.png, cat_0_attention.png, ...
+        stems: what the pictures are called instead of by numbers, `count` of each, in the folder.
 
     Raises:
         UserError: a name that exists, that the file system does not take, or that ends as no picture we write.
     """
     kind = output.suffix.lower()
     named = kind in WRITTEN
+    if named and stems:
+        raise UserError(f"`output` {output}: a folder is wanted, in which results are named after pictures")
     if named and os.path.isdir(output):
         raise UserError(f"`output` {output}: a folder; folders whose names end in {kind} are not taken")
     if not named and kind in Image.registered_extensions() and not os.path.isdir(output):
@@ -56,7 +60,10 @@ def reserved(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        if named:
+        if stems:
+            names = [name for stem in stems for name in spread(folder / f"{stem}.png", count, False)]
+            made = take(names, overwrite, inputs)
+        elif named:
             made = take(names := spread(output, count, grid, attention), overwrite, inputs)
         else:
             made = names = take_number(folder, count, grid, attention)

@@ -3,15 +3,17 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import linear
 
 from clip import CLIPImage, TwoTowerEncoder, preprocess, tokenize
 from files.errors import Notice, UserError
 from files.faces import find_faces, read_embedding
-from files.features import Features, is_features, read_features
+from files.features import Features, is_features, read_features, write_features
 from files.pictures import open_picture
 from generate.framing import tiles
 from generate.group import ImageGroup, Picture, check_weights
@@ -19,7 +21,7 @@ from generate.models import Models
 from ipadapter import IPAdapter
 from ipadapter.adapter import image_features, null_features
 from weights.clip import load_clip
-from weights.diffusers import model_sha256
+from weights.diffusers import model_sha256, read_part
 
 
 @torch.no_grad()
@@ -79,6 +81,16 @@ def signed(found: Features, models: Models, number: int) -> Features:
     return replace(found, sha256={role: model_sha256(file) for role, file in files.items() if file})
 
 
+def kept(models: Models, group: ImageGroup, path: Path | None) -> ImageGroup:
+    """The group with its embedding in the place of its pictures, which is written to a file; without one as it is."""
+    if path is None:
+        return group
+    found = signed(features(models, group), models, group.adapter)
+    write_features(path, found)
+    plain = {"faces": (), "framing": "crop", "crop_position": "centre"}
+    return replace(group, images=(found,), negative_image=(), negative_noise=0.0, less=None, **plain)
+
+
 def tokens(models: Models, adapter: IPAdapter, group: ImageGroup) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tokens of a group's image prompt and those of its absence, both (1, pictures * num_tokens, context_dim).
 
@@ -88,12 +100,12 @@ def tokens(models: Models, adapter: IPAdapter, group: ImageGroup) -> tuple[Tenso
     scale = 1.0 if group.structure_scale is None else group.structure_scale
     version_2 = scale if models.adapters[group.adapter].faceid_v2 else None
 
-    def read(faces: Tensor | None, clip: Tensor | None) -> Tensor:
+    def projected(faces: Tensor | None, clip: Tensor | None) -> Tensor:
         given = [x.to(models.device, models.dtype) for x in (faces, clip) if x is not None]
         return adapter.project(given, version_2)
 
     away = None if found.faces is None else torch.zeros_like(found.faces)
-    return read(found.faces, found.image), read(away, found.negative), found.masks
+    return projected(found.faces, found.image), projected(away, found.negative), found.masks
 
 
 def faces_of(
@@ -204,6 +216,14 @@ def text_features(models: Models, number: int, text: str) -> Tensor:
         return second_embedding(tower, text).to(models.dtype)
     if file is None:
         raise UserError("`less`: the text tower of the image encoder's CLIP is wanted; no image encoder was opened")
+    state = read_part(file)
+    projection = state.get("text_projection.weight")
+    if (
+        projection is not None
+        and not any(key.startswith("text_model.") for key in state)
+        and len(models.base.texts) == 1
+    ):
+        return projected_base(models, text, projection)
     try:
         _, tower = load_clip(file, models.loaded, models.device)
     except UserError:
@@ -211,6 +231,15 @@ def text_features(models: Models, number: int, text: str) -> Tensor:
             f"`less`: {file} has no text tower beside the image encoder; a whole CLIP as `image_encoder` has one"
         ) from None
     return tower.to(models.dtype).embed(tokenize(text).to(models.device))
+
+
+def projected_base(models: Models, text: str, projection: Tensor) -> Tensor:
+    """Where a CLIP lies in two files, as the tiny one: the layers of its text tower are the base's."""
+    words, tower = tokenize(text).to(models.device), models.text_encoder().tower
+    if projection.shape[1:] != (tower.config.width,):
+        raise UserError(f"`less`: a text tower of {projection.shape[-1]} is wanted, the base has {tower.config.width}")
+    hidden = tower(words)[:, words[0].argmax()]
+    return linear(hidden, projection.to(hidden)).to(models.dtype)
 
 
 def second_embedding(encoder: TwoTowerEncoder, text: str) -> Tensor:

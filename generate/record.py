@@ -25,6 +25,11 @@ GROUP = {
     "adapter": ((str,), str),
     "image_encoder": ((str,), str),
     "mask": ((str,), str),
+    "framing": ((str,), str),
+    "crop_position": ((str,), str),
+    "negative_image": ((list,), str),
+    "negative_noise": ((NUMBER,), str),
+    "less": ((str,), str),
     "scale": ((NUMBER, list), NUMBER),
     "weights": ((list,), NUMBER),
     "layers": ((str,), str),
@@ -39,6 +44,7 @@ CONTROL = {  # likewise of a net for structure
     **{name: ((NUMBER,), str) for name in ("scale", "start", "until")},
     **{name: ((bool,), str) for name in ("edges", "guess")},
 }
+USUAL = {"layers": "all", "start": 0.0, "until": 1.0, "curve": "constant", "framing": "crop", "crop_position": "centre"}
 NEARBY = 1000  # files of a folder that are looked through at most
 
 
@@ -81,6 +87,7 @@ def record(
     hashes: Hashes,
     groups: Sequence[Mapping[str, object]] = (),
     controls: Sequence[Mapping[str, object]] = (),
+    others: Sequence[str] = (),
     **settings: object,
 ) -> dict:
     """All that makes a picture again: the settings, what each file was, its hash.
@@ -88,8 +95,11 @@ def record(
     Args:
         groups: of each image prompt the arguments of `generate.ImageGroup`, the face embeddings as "face_embedding".
         controls: of each of `models.controls` the arguments of `generate.Hint`, the picture as "hint".
+        others: files of results beside this one, from a folder.
     """
     told = [recorded(models, group) for group in groups]
+    here = {name for group in told for part in ("image", "negative_image") for name in group.get(part, ())}
+    left_out = {public(path) for path in others} - here
     first = told[0] if told else {}
     words = " ".join(f"{settings.get('prompt')} {settings.get('negative_prompt')}".replace("\\", "").lower().split())
     inversions = [(one.path, next((n for n in one.names if n.lower() in words), None)) for one in models.embeddings]
@@ -112,20 +122,18 @@ def record(
         "low_memory": models.low_memory,
         "device": str(models.device),
         "torch": torch.__version__,
-        "sha256": hashes.result(),
+        "sha256": {name: digest for name, digest in hashes.result().items() if name not in left_out},
     }
 
 
 def recorded(models: Models, group: Mapping[str, object]) -> dict:
     """An image prompt as `record` tells of it: what is as usual is left out."""
-    adapter, usual = (
-        models.adapters[group["adapter"]],
-        {"layers": "all", "start": 0.0, "until": 1.0, "curve": "constant"},
-    )
-    told = {name: value for name, value in group.items() if value and value != usual.get(name)}
+    adapter = models.adapters[group["adapter"]]
+    told = {name: value for name, value in group.items() if name in GROUP and value and value != USUAL.get(name)}
     if adapter.faceid_v2 and group.get("structure_scale") is None:
         told["structure_scale"] = 1.0
     told |= {name: [public(path) for path in told.get(name, ())] for name in ("image", "face_embedding")}
+    told |= {"negative_image": [public(path) for path in told["negative_image"]]} if "negative_image" in told else {}
     told |= {"mask": public(told["mask"])} if "mask" in told else {}
     encoder = adapter.image_encoder
     return told | {
@@ -217,7 +225,7 @@ def group_again(group: Mapping[str, object], given: Container[str], found: Calla
     said = {name: value for name in GROUP if (value := group.get(name)) is not None and name not in given}
     if "adapter" in given or "image_encoder" in given:  # another adapter brings its own
         said.pop("image_encoder", None)
-    for name in ("image", "face_embedding"):
+    for name in ("image", "face_embedding", "negative_image"):
         said |= {name: [found(path) for path in said[name]]} if name in said else {}
     for name in ("adapter", "image_encoder", "mask"):
         said |= {name: found(said[name])} if name in said else {}

@@ -1,5 +1,6 @@
 """What an adapter reads of pictures: as files, against other pictures, noise or a text."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from counterparts import Order, assert_same_picture, opened, our_picture, publis
 from narrow import NARROW_IMAGE, NARROW_TEXT
 from PIL import Image
 from safetensors.torch import save_file
+from test_sample import pixels, sample
 
 from clip import CLIPImage, CLIPText, preprocess, tokenize
 from files.errors import Notice, UserError
@@ -118,6 +120,16 @@ def test_of_sdxl_it_is_the_second_text_tower(sdxl, draw):
     models = opened(sdxl, adapter, encoder)
     plain, found = (features(models, ImageGroup([drawn(1)], less=less)) for less in (None, "a red fox"))
     assert (plain.image - found.image - tower.embed(tokenize("a red fox", 0))).abs().max() < 1e-5
+
+
+def test_of_the_tiny_model_it_is_the_base_and_a_projection():
+    """A picture of the text itself is nearer to it than one less the text."""
+    models = open_models(adapter="tiny", device="cpu")
+    plain, less = (features(models, ImageGroup([EXAMPLE], less=text)) for text in (None, "cat face"))
+    text = plain.image - less.image
+    other = plain.image - features(models, ImageGroup([EXAMPLE], less="a truck")).image
+    near = torch.nn.functional.cosine_similarity
+    assert near(plain.image, text) > near(plain.image, other)
 
 
 def test_what_cannot_be_taken_off_is_refused(narrow, narrow_patches, image_tower, tmp_path):
@@ -240,3 +252,98 @@ def test_files_that_are_no_embeddings_are_refused(name, tmp_path):
     with pytest.raises(UserError, match=message) as told:
         read_features(path)
     assert str(told.value).startswith(str(path))
+
+
+# At the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("folder")
+    for i, name in enumerate(("a.png", "b.png", "c.jpg", "wide.png")):
+        drawn(i, 120 if name == "wide.png" else 60, 60).save(path / name)
+    (path / "notes.txt").write_text("no picture")
+    return path
+
+
+SMALL = ["--steps", 1, "--height", 64, "--width", 64]
+
+
+def made(*given: object) -> np.ndarray:
+    result = sample(*given, *SMALL)
+    assert result.returncode == 0, result.stderr
+    return pixels(given[given.index("--output") + 1])
+
+
+def test_an_embedding_is_saved_and_makes_the_picture_again(folder, tmp_path):
+    x, out = tmp_path / "x.safetensors", tmp_path / "out.png"
+    group = ["--image", folder / "a.png", folder / "b.png", "--framing", "pad", "--crop-position", "top"]
+    group += ["--negative-image", folder / "c.jpg", "--negative-noise", 0.2, "--adapter", "tiny", "--less", "a fox:0.5"]
+    first = made(*group, "--save-embedding", x, "--output", out)
+    assert (made("--image", x, "--adapter", "tiny", "--output", tmp_path / "x.png") == first).all()
+    settings = json.loads(Image.open(tmp_path / "x.png").text["ipadapter"])
+    assert "image_encoder" not in settings["groups"][0] or settings["groups"][0]["image_encoder"] is None
+    settings = json.loads(Image.open(out).text["ipadapter"])["groups"][0]
+    assert settings["less"] == "a fox:0.5" and settings["framing"] == "pad" and "save_embedding" not in settings
+    assert (made("--again", out, "--output", tmp_path / "again.png") == first).all()
+    assert (made("--again", out, "--less", "a fox:0", "--output", tmp_path / "other.png") != first).any()
+    again = sample("--image", folder / "a.png", "--save-embedding", x, "--output", tmp_path / "new.png")
+    assert again.returncode == 2 and "x.safetensors: exists; another name is wanted, or --overwrite" in again.stderr
+
+
+def test_each_picture_of_a_folder_has_a_result(folder, tmp_path):
+    flags = ["--image", folder, "--each", "--scale", 0, 1, "--image", folder / "b.png", "--scale", 0.5]
+    result = sample(*flags, "--output", tmp_path / "out", *SMALL)
+    assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"{stem}_{i}.png" for stem in ("a", "b", "c", "wide") for i in (0, 1)]
+    two = ["--image", folder / "c.jpg", "--image", folder / "b.png", "--scale", 0.5]
+    alone = made(*two, "--output", tmp_path / "c.png")
+    assert abs(pixels(tmp_path / "out/c_1.png") - alone).max() <= 1
+    settings = json.loads(Image.open(tmp_path / "out/c_1.png").text["ipadapter"])
+    assert settings["groups"][0]["image"] == [str(folder / "c.jpg")] and "each" not in settings["groups"][0]
+    assert abs(made("--again", tmp_path / "out/c_1.png", "--output", tmp_path / "d.png") - alone).max() <= 1
+
+
+@pytest.mark.slow
+def test_each_with_tiles_and_seeds(folder, tmp_path):
+    tiled = ["--image", folder, "--each", "--framing", "tile", "--num-images", 2, "--output", tmp_path / "out"]
+    assert sample(*tiled, *SMALL).returncode == 0
+    assert len(list((tmp_path / "out").iterdir())) == 8
+    wide = ["--image", folder / "wide.png", "--framing", "tile", "--seed", 1]
+    assert abs(made(*wide, "--output", tmp_path / "x.png") - pixels(tmp_path / "out/wide_1.png")).max() <= 1
+
+
+MISTAKES = {
+    "framing": (["--image", "a.png", "--framing", "cut"], "--framing: invalid choice: 'cut'"),
+    "position": (["--image", "a.png", "--framing", "tile", "--crop-position", "top"], "--crop-position top: --framing"),
+    "tiles": (["--image", "a.png", "b.png", "--framing", "tile"], "--framing tile: one picture to a group"),
+    "noise": (["--image", "a.png", "--negative-noise", "2"], "--negative-noise: '2' given, a number from 0 to 1"),
+    "negative": (["--image", "a.png", "--negative-image", "nowhere.png"], "nowhere.png: no such picture"),
+    "negatives": (["--image", "a.png", "--negative-image", *["b.png"] * 2], "--negative-image: 2 given for 1 pictures"),
+    "less": (
+        ["--image", "a.png", "--less", "a fox", *SMALL],
+        "ip-adapter-full-face-tiny.safetensors reads patches of the picture",
+    ),
+    "no number": (["--image", "a.png", "--less", "a fox:nan"], "--less: a fox:nan: the weight is nan"),
+    "embedding": (["--image", "x.safetensors"], "x.safetensors: no such file"),
+    "kind": (["--image", WEIGHTS / "clip-tiny.safetensors"], "an embedding of pictures is wanted here"),
+    "save": (["--image", "a.png", "--save-embedding", "x.bin"], "--save-embedding x.bin: a name that ends in"),
+    "saves": (["--save-embedding", "x.safetensors", *["--image", "a.png"] * 2], "given for 2 image prompts"),
+    "each": ([*["--image", ".", "--each"] * 2], "--each: for one image prompt, not for more"),
+    "each with a grid": (["--image", ".", "--each", "--grid"], "--each: is without --grid"),
+    "no pictures": (["--image", "nothing", "--each"], "nothing: no pictures in this folder"),
+    "a file": (["--image", ".", "--each", "--output", "x.png"], "--output x.png: a folder is wanted"),
+    "text": (["--prompt", "a", "--less", "b"], "--less belongs to an image prompt"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_line(name, folder, monkeypatch):
+    given, message = MISTAKES[name]
+    monkeypatch.chdir(folder)
+    (folder / "nothing").mkdir(exist_ok=True)
+    before = sorted(folder.rglob("*"))
+    result = sample(*given, *([] if "--output" in given else ["--output", "out.png"]))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr and sorted(folder.rglob("*")) == before
