@@ -1,6 +1,7 @@
 """Flags of sample.py, by what they are about."""
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -55,7 +56,7 @@ def images(parser: argparse.ArgumentParser) -> None:
     of_both = {"action": cli.Belongs, "groups": ("image", "control")}
     weight = "weight of the image prompt; several: one picture for each (default: 1.0, with text 0.6)"
     add("--scale", nargs="+", type=cli.number(), metavar="S", help=weight, **of_both)
-    add("--weights", nargs="+", type=cli.number(), metavar="W", help="of each of its pictures", **of_image)
+    add("--weights", nargs="+", type=cli.number(), metavar="W", help="of each of its pictures (or FILE:W)", **of_image)
     parts = (
         "all, style, layout, style+layout, down, middle, up, or blocks as down.block_2=0.3,up.block_0.1=1, or a weight type "
         "of ComfyUI: ease-in, weak-output, strong-middle, style-transfer, style-precise, ... (default: all)"
@@ -187,12 +188,26 @@ def image_groups(
     if sum(group.each for group in groups) > 1:
         raise UserError("`each`: for one image prompt, not for more")
     for group in groups:
+        group.image, group.weights = weights_of(group.image, group.weights)
         check_layers(group.layers)
         group.curve = read_curve(group.curve) if isinstance(group.curve, str) else group.curve
         group.image = image_flags.spread(group) if group.each else group.image
         if not group.image and not group.face_embedding:
             raise UserError("`image`: a group without a picture; a file, or `face_embedding` behind it, is wanted")
     return groups
+
+
+def weights_of(images: Sequence[str], weights: Sequence[float]) -> tuple[list[str], Sequence[float]]:
+    """Pictures and their weights, which may also stand behind each: FILE:W. Raises UserError: both, or no number."""
+    read = [cli.called(name) for name in images]
+    if not any(weight for _, weight in read):
+        return list(images), weights
+    if weights:
+        raise UserError("`weights`: given behind the pictures too")
+    for name, (_, weight) in zip(images, read, strict=True):
+        if weight and not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight):
+            raise UserError(f"`image` {name}: its weight is {weight}, a number is wanted")
+    return [file for file, _ in read], [float(weight) if weight else 1.0 for _, weight in read]
 
 
 def brought(groups: Iterable[argparse.Namespace], nets: Iterable[argparse.Namespace] = ()) -> list[str]:

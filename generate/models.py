@@ -10,6 +10,7 @@ from torch import nn
 from clip import CLIPImage, TextEncoder, TwoTowerEncoder
 from files.errors import UserError
 from generate import threads
+from generate.memory import check_adapters
 from ipadapter import IPAdapter
 from unet import UNet
 from vae import VAE
@@ -213,6 +214,8 @@ def open_models(
     )
     if read and read[0].image_encoder is None:
         files.pop("image_encoder", None)
+    if keep:  # else they are read in turn, each in the place of the one before
+        check_adapters({adapter.file: adapter.kind for adapter in read}.values(), read_in(dtype, storage), device)
     return Models(
         files=files,
         base=opened,

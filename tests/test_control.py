@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from files.errors import Notice, UserError
 from generate import ImageGroup, Models, pictures, prompts
 from generate.layers import factors, read_curve
+from generate.memory import check_adapters
 from generate.models import Adapter
 from generate.picture import decode
 from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt, Scale
@@ -395,3 +396,14 @@ def test_what_no_group_can_be(with_both, name):
     wrong, message = WRONG[name]
     with pytest.raises(UserError, match=message):
         prompts(with_both[0], "", images=[wrong()])
+
+
+def test_more_adapters_than_the_memory_holds_are_refused_before_they_are_read(base_adapter, plus_adapter, monkeypatch):
+    kinds, how = [base_adapter, plus_adapter], (torch.float32, torch.device("cpu"))
+    check_adapters(kinds, *how)
+    monkeypatch.setattr("generate.memory.memory", lambda device: 1_000_000)
+    check_adapters(kinds[:1], *how)  # one is told when it is read
+    with pytest.raises(
+        UserError, match=r"^`adapter`: 2 adapters want 0.0 GB, cpu has 0.0 GB: open fewer, or do not `keep`"
+    ):
+        check_adapters(kinds, *how)

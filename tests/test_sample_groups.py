@@ -128,6 +128,8 @@ MISTAKES = {
     ),
     "curve": ([*IMAGE, "--curve", "1,a"], "--curve '1,a': 'a' at character 3; constant, fade-in"),
     "weights": ([*IMAGE, "--weights", "1", "2"], "--weights: 2 given, 1 wanted"),
+    "no weight": (["--image", "red.png:x"], "--image red.png:x: its weight is x, a number is wanted"),
+    "weights twice": (["--image", "red.png:2", "--weights", "2"], "--weights: given behind the pictures too"),
     "no weights": ([*IMAGE, "--weights", "x"], "--weights: 'x' given, a number is wanted"),
     "scales": ([*IMAGE, "--scale", "0", "1", *IMAGE, "--scale", "0", "1"], "--scale: several of them are for one"),
     "twice": ([*IMAGE, "--mask", "left.png", "--mask", "left.png"], "--mask: given twice for one --image"),
@@ -145,6 +147,14 @@ def test_a_mistake_gets_one_line_and_exit_code_2(name, folder, monkeypatch):
     result = sample(*flags, "--output", "out.png")
     assert result.returncode == 2 and message in result.stderr
     assert result.stderr.count("\n") == 1 and sorted(folder.rglob("*")) == before
+
+
+def test_a_weight_may_stand_behind_its_picture(folder, tmp_path):
+    for name, flags in (("a", ["red.png", "drawing.png:0.5"]), ("b", ["red.png", "drawing.png", "--weights", 1, 0.5])):
+        flags = [folder / flag if str(flag).startswith(("red", "drawing")) else flag for flag in flags]
+        assert sample("--image", *flags, *FAST, "--output", tmp_path / f"{name}.png").returncode == 0
+    assert settings(tmp_path / "a.png")["groups"] == settings(tmp_path / "b.png")["groups"]
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
 
 
 def test_a_mask_of_another_aspect_is_told(folder, tmp_path):
