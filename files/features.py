@@ -71,7 +71,7 @@ def alike(found: Features) -> bool:
 
 
 def sound(x: Tensor, axes: tuple[int, ...]) -> bool:
-    return x.is_floating_point() and x.ndim in axes and x.numel() > 0 and bool(x.isfinite().all())
+    return x.is_floating_point() and x.ndim in axes and x.numel() > 0 and bool(x.float().isfinite().all())
 
 
 def shape(x: Tensor) -> str:

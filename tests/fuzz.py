@@ -49,6 +49,7 @@ import cli
 from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
 from files.errors import UserError
 from files.faces import read_embedding
+from files.features import read_features
 from files.masks import open_mask
 from files.pictures import open_picture, read_settings
 from generate.record import again
@@ -763,6 +764,30 @@ def face_file(rng: Random, folder: Path) -> Path:
     return written(folder / "x.npy", changed(rng, content) if rng.random() < 0.5 else content)
 
 
+@cache
+def good_embeddings() -> tuple[bytes, ...]:
+    """What diffusers and ComfyUI_IPAdapter_plus save."""
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    return tuple(map(as_bytes, ([x], x[0], [x[:, :, None].half()], x.half(), [x, x])))
+
+
+def embedding_file(rng: Random, folder: Path) -> Path:
+    """Of pictures: .ipadpt of both kinds, and ours with its notes."""
+    if rng.random() < 0.5:
+        return written(folder / "x.ipadpt", zipped(rng, rng.choice(good_embeddings())))
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    state = {"image": x, "negative": x, "faces": x.half(), "masks": x[:, None, None]}
+    if rng.random() < 0.6:
+        state = changed_state(rng, state, all_names())
+    notes = json.dumps({"adapter": "a" * 64, "image_encoder": "b" * 64})
+    notes = rng.choice(("[]", "3", '{"adapter": [{}]}', changed(rng, notes.encode()).decode("utf-8", "replace"), notes))
+    with contextlib.suppress(Exception):
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "x.safetensors", {"notes": notes})
+    if rng.random() < 0.3 and (folder / "x.safetensors").exists():
+        written(folder / "x.safetensors", changed(rng, (folder / "x.safetensors").read_bytes()))
+    return folder / "x.safetensors"
+
+
 CAPTIONS = {
     "txt": b"a red fox\nin the snow\n",
     "caption": "ein Fuchs, grün".encode("cp1252"),
@@ -858,6 +883,7 @@ KINDS = {
     "settings": Kind(settings_file, again),
     "texts": Kind(text_file, read_texts),
     "faces": Kind(face_file, read_embedding),
+    "embeddings": Kind(embedding_file, read_features),
     "tars": Kind(tar_file, read_pairs),
     "captions": Kind(captions_folder, read_pairs),
 }
