@@ -17,11 +17,12 @@ from files.features import Features, is_features, read_features, write_features
 from files.pictures import open_picture
 from generate.framing import tiles
 from generate.group import ImageGroup, Picture, check_weights
-from generate.models import Models
+from generate.models import Adapter, Models
 from ipadapter import IPAdapter
 from ipadapter.adapter import image_features, null_features
 from weights.clip import load_clip
 from weights.diffusers import model_sha256, read_part
+from weights.presets import PRESETS
 
 
 @torch.no_grad()
@@ -85,7 +86,8 @@ def kept(models: Models, group: ImageGroup, path: Path | None) -> ImageGroup:
     """The group with its embedding in the place of its pictures, which is written to a file; without one as it is."""
     if path is None:
         return group
-    found = signed(features(models, group), models, group.adapter)
+    once = replace(models, keep=True, held=models.held if models.keep else {})
+    found = signed(features(once, group), models, group.adapter)
     write_features(path, found)
     plain = {"faces": (), "framing": "crop", "crop_position": "centre"}
     return replace(group, images=(found,), negative_image=(), negative_noise=0.0, less=None, **plain)
@@ -269,14 +271,22 @@ def check_fits(found: Features, models: Models, number: int) -> None:
             raise UserError(f"{found.name}: holds {holds}; {opened.file} reads {wants}")
     if found.faces is not None and (not projection.faces or found.faces.shape[-1] != projection.face_dim):
         raise UserError(f"{found.name}: holds faces of {found.faces.shape[-1]}; {opened.file} reads others, or none")
-    if not found.sha256 or found.sha256.get("adapter") == model_sha256(opened.file):
+    if not found.sha256 or found.sha256.get("adapter") == (adapter := model_sha256(opened.file)):
         return
-    made = found.sha256.get("image_encoder")
-    if opened.image_encoder is None or made is None:
+    made, here = found.sha256.get("image_encoder"), encoder_sha256(opened, adapter)
+    if made is None or here is None:
         told = "is of another adapter; its widths fit, whether its image encoder is the same cannot be told"
         warnings.warn(Notice(f"{found.name}: {told}"), stacklevel=4)
-    elif made != (here := model_sha256(opened.image_encoder)):
+    elif made != here:
         raise UserError(
             f"{found.name}: made by the image encoder with SHA-256 {made[:10]}... for another adapter; "
-            f"{opened.image_encoder} is {here[:10]}..."
+            f"{opened.file} reads that with {here[:10]}..."
         )
+
+
+def encoder_sha256(opened: Adapter, sha256: str) -> str | None:
+    """Of the image encoder that an adapter reads: the opened one, or of a published adapter the published one."""
+    if opened.image_encoder:
+        return model_sha256(opened.image_encoder)
+    published = next((p for p in PRESETS.values() if p.kind == "adapter" and p.sha256 == sha256), None)
+    return PRESETS["image_encoder", published.image_encoder].sha256 if published and published.image_encoder else None

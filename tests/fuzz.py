@@ -668,7 +668,20 @@ SETTINGS = {
     "prompt_syntax": "a1111",
     "clip_skip": 1,
     "faceid_v2": False,
-    "groups": [{"image": ["tiny/example.png"], "scale": 0.5, "weights": [1], "curve": [1, 0.5], "layers": "style"}],
+    "groups": [
+        {
+            "image": ["tiny/example.png"],
+            "scale": 0.5,
+            "weights": [1],
+            "curve": [1, 0.5],
+            "layers": "style",
+            "framing": "pad",
+            "crop_position": "top",
+            "negative_image": ["tiny/example.png"],
+            "negative_noise": 0.5,
+            "less": "a:1",
+        }
+    ],
     "sha256": {"x.safetensors": "1" * 64},
 }
 

@@ -19,6 +19,7 @@ from files.features import Features, read_features, write_features
 from generate import ImageGroup, Models, features, open_models, pictures, prompts
 from generate.embeddings import noise_picture, signed
 from ipadapter import ImageProjection, IPAdapter, Prompt
+from weights.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE, WEIGHTS = ROOT / "tiny/example.png", ROOT / "tiny/weights"
@@ -212,7 +213,7 @@ def test_who_needs_an_image_encoder(tmp_path):
         assert group.encodes == wanted
 
 
-def test_embeddings_that_do_not_fit_are_refused(narrow, models, tmp_path):
+def test_embeddings_that_do_not_fit_are_refused(narrow, models, monkeypatch):
     with pytest.raises(UserError, match=r"the embedding: holds patches of 128; adapter reads embeddings of 96"):
         features(narrow, ImageGroup([Features(torch.ones(1, 17, 128))]))
     with pytest.raises(UserError, match=r"holds faces alone; adapter reads embeddings of 96"):
@@ -227,6 +228,15 @@ def test_embeddings_that_do_not_fit_are_refused(narrow, models, tmp_path):
     alone = replace(models, adapters=(replace(models.adapters[0], image_encoder=None),))
     with pytest.warns(Notice, match="is of another adapter; its widths fit"):
         features(alone, ImageGroup([replace(found, sha256=other)]))
+    with monkeypatch.context() as patched:  # the published one is known, fetched or not
+        plus = PRESETS["adapter", "plus"]
+        patched.setattr("generate.embeddings.model_sha256", lambda path: plus.sha256)
+        features(
+            alone,
+            ImageGroup([replace(found, sha256=other | {"image_encoder": PRESETS["image_encoder", "vit-h"].sha256})]),
+        )
+        with pytest.raises(UserError, match="reads that with 6ca9667da1"):
+            features(alone, ImageGroup([replace(found, sha256=other)]))
     with pytest.raises(UserError, match="`image`: no image encoder was opened, which a picture wants"):
         features(alone, ImageGroup([EXAMPLE]))
 

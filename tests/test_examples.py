@@ -25,7 +25,7 @@ def test_the_notebook_runs(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     sizes = run.stdout.splitlines()
-    assert sizes[:2] == ["(128, 128)"] * 2 and len(sizes) == 3
+    assert sizes[:2] == ["(128, 128)"] * 2 and len(sizes) == 4
 
 
 def test_another_package_of_the_same_name_does_not_stand_in_the_way(tmp_path):
