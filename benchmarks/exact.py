@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks import reference
+from benchmarks import controlled, reference
 from benchmarks.reference import FULL, NARROW, Files, Sizes
 from clip import CLIPImage, CLIPText, preprocess, tokenize
 from control import ControlNet, t2i
@@ -157,8 +157,19 @@ def against_diffusers(files: Files) -> Iterator[Row]:
         yield Row(f"run, {name}: latents", distance(x, latents[-1]), LATENTS)
         yield Row(f"run, {name}: pixels", steps_apart(to_pil(vae.decode(x))[0], found), PIXELS)
     del vae, unet, text_tower
+    yield from heard(theirs, files)
     yield from structured(theirs, files)
     yield from edited(theirs, files)
+
+
+def heard(theirs: nn.Module, files: Files) -> Iterator[Row]:
+    """Whole runs with two adapters, in some layers, in parts of the picture, in some steps; the plus adapter stays."""
+    named = files.base, [files.adapter, files.plus], files.image_encoder
+    models = open_models(*named, device="cpu", dtype="float32", keep=False)
+    how = {"text": TEXT, "negative": NEGATIVE, "seed": SEED, "side": SIDE, "steps": STEPS, "guidance": GUIDANCE}
+    for name, ours, found in controlled.runs(models, theirs, open_picture(files.picture), **how):
+        yield Row(f"run, {name}: pixels", steps_apart(ours, found), PIXELS)
+    theirs.set_ip_adapter_scale(0.8)  # as in what follows
 
 
 def structured(theirs: nn.Module, files: Files) -> Iterator[Row]:
