@@ -59,6 +59,7 @@ from ipadapter import Prompt
 from sampler import SAMPLERS, SD, inpainted
 from unet import UNet
 from weights import load_adapter, open_base
+from weights.control import load_control
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy
@@ -144,7 +145,8 @@ def prompted(adapter_file):
 def ours(
     twin: Twin, adapter: Path | None = None, encoder=None, nets: tuple[Path, ...] = (), **how
 ) -> tuple[torch.Tensor, np.ndarray]:
-    models = replace(opened(twin, adapter and load_adapter(adapter), encoder), controls=nets)
+    kinds = {net: load_control(net, twin.base, device="meta") for net in nets}
+    models = replace(opened(twin, adapter and load_adapter(adapter), encoder), controls=nets, control_kinds=kinds)
     pair = prompts(models, TEXT, images=[photo(80, 80)] if adapter else [], scale=0.7 if adapter else None)
     latents = []
     with patch("generate.picture.decode", lambda models, x: latents.append(x) or decode(models, x)):
