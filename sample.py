@@ -38,7 +38,7 @@ from generate import attention_sheet, open_models, pictures, prompts, scaled
 from generate.canvas import canvas_of, size_of
 from generate.control import check_hints
 from generate.editing import steps_that_run
-from generate.embeddings import kept
+from generate.embeddings import save_features
 from generate.picture import BATCH, usual_guidance
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
@@ -135,7 +135,9 @@ def main() -> None:
         texts, ways = (args.prompt, args.negative_prompt), {"syntax": args.prompt_syntax, "long": args.long_prompt}
         reading = {name: vars(args)[name] for name in ("prompt_syntax", "long_prompt", "clip_skip")}
         for group, saved in zip(groups, images, strict=True):
-            variants[0] = [kept(models, one, group.save_embedding) if one is saved else one for one in variants[0]]
+            if group.save_embedding:
+                found = save_features(models, saved, group.save_embedding)
+                variants[0] = [found if one is saved else one for one in variants[0]]
         # Results that differ in a picture go through the UNet together; of tiles there may be more in one than in another.
         alike = each is not None and args.num_images == 1 and not args.low_memory and images[each].framing != "tile"
         parts = in_parts(len(variants), BATCH if alike else 1)

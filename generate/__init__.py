@@ -2,9 +2,9 @@
 
 import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
 
-from files.features import Features, read_features, write_features
+from files.features import Features, read_features
 from generate.control import Hint
-from generate.embeddings import features
+from generate.embeddings import features, save_features
 from generate.group import ImageGroup
 from generate.models import Models, open_models
 from generate.picture import pictures
@@ -22,6 +22,6 @@ __all__ = [
     "pictures",
     "prompts",
     "read_features",
+    "save_features",
     "scaled",
-    "write_features",
 ]

@@ -82,10 +82,8 @@ def signed(found: Features, models: Models, number: int) -> Features:
     return replace(found, sha256={role: model_sha256(file) for role, file in files.items() if file})
 
 
-def kept(models: Models, group: ImageGroup, path: Path | None) -> ImageGroup:
-    """The group with its embedding in the place of its pictures, which is written to a file; without one as it is."""
-    if path is None:
-        return group
+def save_features(models: Models, group: ImageGroup, path: Path) -> ImageGroup:
+    """Write what the adapter of a group reads, and by what it was made; the group with that in the place of its pictures."""
     once = replace(models, keep=True, held=models.held if models.keep else {})
     found = signed(features(once, group), models, group.adapter)
     write_features(path, found)
