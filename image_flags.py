@@ -99,9 +99,11 @@ def image_group(group: argparse.Namespace, adapter: int) -> ImageGroup:
         less = cli.weighted(group.less) if group.less else None
     except argparse.ArgumentTypeError as error:
         raise UserError(f"`less`: {error}") from None
-    seen = [picture(name) for name in group.image]
+    seen = list(map(picture, group.image)) if not group.each else []
+    for name in group.image if group.each else ():  # of a folder they are looked at, and not all held
+        picture(name)
     return ImageGroup(
-        images=group.image[:1] if group.each else seen,  # of a folder they are not all held
+        images=seen or group.image[:1],
         adapter=adapter,
         scale=group.scale[0],
         layers=group.layers,

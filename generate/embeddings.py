@@ -122,6 +122,9 @@ def faces_of(
         faces = torch.cat([x if isinstance(x, Tensor) else read_embedding(x) for x in group.faces])
     elif known and len(known) == len(seen):
         faces = torch.cat(known)
+    elif len(lone := [one for one in seen if isinstance(one, Features)]) > len(known):
+        name = next(one.name for one in lone if one.faces is None)
+        raise UserError(f"{name}: holds no faces, which {opened.file} reads; `face_embedding` gives them")
     elif known:
         raise UserError("`image`: embeddings of faces and pictures in one group; give each a group of its own")
     else:

@@ -18,7 +18,7 @@ from files.errors import Notice, UserError
 from files.features import Features, read_features, write_features
 from generate import ImageGroup, Models, features, open_models, pictures, prompts
 from generate.embeddings import noise_picture, signed
-from ipadapter import ImageProjection, IPAdapter, Prompt
+from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter, Prompt
 from weights.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -239,6 +239,20 @@ def test_embeddings_that_do_not_fit_are_refused(narrow, models, monkeypatch):
             features(alone, ImageGroup([replace(found, sha256=other)]))
     with pytest.raises(UserError, match="`image`: no image encoder was opened, which a picture wants"):
         features(alone, ImageGroup([EXAMPLE]))
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_embeddings_hold_the_faces_of_faceid_adapters(plus, sd1, image_tower, tmp_path):
+    projection = FacePlusProjection(512, 128, 1, 1, 4, 64) if plus else FaceProjection(512, 64, 4)
+    adapter = randomise(IPAdapter(projection, sd1.base.layers), 17)
+    models = opened(sd1, adapter, image_tower if plus else None, faceid_v2=plus)
+    faces = torch.nn.functional.normalize(torch.randn(1, 512, generator=torch.Generator().manual_seed(0)))
+    group = ImageGroup([drawn(1)] if plus else [], faces=[faces], structure_scale=0.5 if plus else None)
+    write_features(tmp_path / "x.safetensors", features(models, group))
+    alone = replace(group, images=[tmp_path / "x.safetensors"], faces=())
+    assert same(prompts(models, images=[group]), prompts(models, images=[alone]))
+    with pytest.raises(UserError, match="the embedding: holds no faces, which adapter reads|holds embeddings of 4"):
+        features(models, ImageGroup([Features(torch.ones(1, 17, 128) if plus else torch.ones(1, 4))]))
 
 
 DAMAGED = {
