@@ -24,8 +24,9 @@ from diffusers.loaders import IPAdapterMixin
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+import generate.models
 from files.errors import Notice, UserError
-from generate import ImageGroup, Models, pictures, prompts
+from generate import ImageGroup, Models, open_models, pictures, prompts
 from generate.layers import factors, read_curve
 from generate.memory import check_adapters
 from generate.models import Adapter
@@ -407,3 +408,25 @@ def test_more_adapters_than_the_memory_holds_are_refused_before_they_are_read(ba
         UserError, match=r"^`adapter`: 2 adapters want 0.0 GB, cpu has 0.0 GB: open fewer, or do not `keep`"
     ):
         check_adapters(kinds, *how)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_several_adapters_read_is_opened_once(keep, monkeypatch):
+    read = []
+    load = generate.models.load_image_encoder
+    monkeypatch.setattr(generate.models, "load_image_encoder", lambda *a, **k: read.append((a, k)) or load(*a, **k))
+    models = open_models(adapter=["tiny", "tiny-full-face"], device="cpu", keep=keep)
+    assert [adapter.image_encoder for adapter in models.adapters] == [models.files["image_encoder"]] * 2
+    read.clear()
+    groups = [ImageGroup([A]), ImageGroup([B], adapter=1), ImageGroup([C])]
+    prompt, null = prompts(models, images=groups)
+    assert len(read) == 1 and bool(models.held) == keep
+    assert [image.group for image in prompt.images] == [image.group for image in null.images] == [0, 1, 2]
+    assert [image.key_values[0][0].shape[1] for image in prompt.images] == [4, 65, 4]
+
+
+def test_each_adapter_has_its_encoder_and_its_version():
+    with pytest.raises(UserError, match="^`image_encoder`: 2 given, for 1 adapters: one for all, or one for each$"):
+        open_models(adapter="tiny", image_encoder=["tiny", "tiny"], device="cpu")
+    with pytest.raises(UserError, match="^`faceid_v2`: for FaceID-plus adapters; .*full-face.* is another kind$"):
+        open_models(adapter=["tiny", "tiny-full-face"], faceid_v2=[False, True], device="cpu")
