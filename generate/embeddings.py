@@ -61,7 +61,7 @@ def features(models: Models, group: ImageGroup) -> Features:
     check_weights(group.weights, pictures if faces is None else len(faces))
     image = negative = None
     if opened.kind.reads_clip:
-        image, negative = clip_features(models, group, seen)
+        image, negative = clip_features(models, group, seen) if seen else ((), None)
         if faces is not None and len(faces) != len(image):
             raise UserError(
                 f"`face_embedding`: {len(faces)} faces, `image`: {len(image)} pictures of them; this adapter reads both"
