@@ -47,6 +47,7 @@ from torch import Tensor
 
 import cli
 from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
+from control import ControlNet, T2IAdapter, T2IConfig
 from files.errors import UserError
 from files.faces import read_embedding
 from files.features import read_features
@@ -56,12 +57,15 @@ from generate.record import again
 from generate.syntax import SYNTAXES, told
 from generate.text import chunks, pieces
 from ipadapter import FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
+from sampler import SD
 from training.data import open_pairs
 from training.pairs import BadSample
 from unet import SD15, UNet
 from vae import VAE, VAEConfig
-from weights import load_adapter, load_image_encoder, load_vae, open_base, read
+from weights import Base, load_adapter, load_image_encoder, load_vae, open_base, read
 from weights.clip import load_clip
+from weights.control import load_control
+from weights.families import SD1
 from weights.inversion import Embedding, check_embeddings, read_embeddings
 from weights.lora import check, merge, read_lora
 
@@ -441,7 +445,14 @@ def good_states() -> dict[str, tuple[State, ...]]:
     named = {"image encoder": (filled(image), filled(image) | filled(text), openclip), "adapter": (*adapters, trained)}
     inversions = ({"emb_params": r(2, 8)}, {"<sks>": r(8), "<fox>": r(3, 8)}, {"clip_l": r(2, 8), "clip_g": r(2, 8)})
     inversions += ({"bundle_emb.fox.string_to_param.*": r(2, 8), "lora_unet_x.alpha": r(())}, {"0.<sks>": r(2, 8)})
+    net = filled(ControlNet(replace(NARROW, up=(), out_channels=0), (3, 4, 4, 4, 4)))
+    sketch = filled(T2IAdapter(T2IConfig(1, NARROW.channels)))
+    thin = {key: w for key, w in net.items() if w.ndim != 2 or "attn2" in key} | {"lora_controlnet": torch.zeros(1)}
+    for name, w in net.items():
+        if w.ndim == 2 and "attn2" not in name:
+            thin |= {name.replace(".weight", ".up"): r(len(w), 2), name.replace(".weight", ".down"): r(2, w.shape[1])}
     return named | {
+        "control": (net, {f"control_model.{key}": w for key, w in net.items()}, sketch, thin),
         "inversion": inversions,
         "vae": (filled(vae),),
         "base": (base,),
@@ -516,6 +527,17 @@ def merge_lora(path: Path) -> None:
     except BaseException:
         narrow_unet.cache_clear()  # what was merged by half is in there
         raise
+
+
+@cache
+def narrow_base() -> Base:
+    path = Path(tempfile.mkdtemp()) / "base.safetensors"
+    save_file(good_states()["base"][0], path)
+    return Base(path, SD1, SD, [], torch.float32, "cpu", NARROW)
+
+
+def read_control(path: Path) -> None:
+    load_control(path, narrow_base())
 
 
 def read_inversion(path: Path) -> None:
@@ -891,6 +913,7 @@ KINDS = {
     "inversions": Kind(tensors_file("inversion"), read_inversion),
     "prompts": Kind(prompt_file, read_prompts),
     "LoRAs": Kind(tensors_file("lora"), merge_lora),
+    "controls": Kind(tensors_file("control"), read_control),
     "pictures": Kind(picture_file, read_a_picture),
     "masks": Kind(picture_file, open_mask),
     "settings": Kind(settings_file, again),
