@@ -145,7 +145,7 @@ ROWS = [
         repo="latent-consistency/lcm-lora-sdxl",
         families=(SDXL,),
     ),
-    tiny_control("tiny-edges", "tiny/weights/control-edges-tiny.safetensors", 6.7, "white edges"),
+    tiny_control("tiny-edges", "tiny/weights/control-edges-tiny.safetensors", 1.9, "white edges"),
     tiny_control("tiny-silhouette", "tiny/weights/t2i-silhouette-tiny.safetensors", 1.4, "a white silhouette"),
     control_1("canny", "control_v11p_sd15_canny_fp16.safetensors", 723, "white edges"),
     control_1("depth", "control_v11f1p_sd15_depth_fp16.safetensors", 723, "depth, near is white"),
