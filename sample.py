@@ -28,6 +28,7 @@ from PIL import Image
 
 import cli
 import flags
+import flags_control
 import image_flags
 from files.errors import UserError
 from files.masks import open_mask
@@ -86,7 +87,7 @@ def main() -> None:
     }
     if (canvas := canvas_of(**begin)) and args.strength is not None:
         canvas.count(args.steps)
-    hints = [flags.hint(net, i) for i, net in enumerate(args.nets)]
+    hints = [flags_control.hint(net, i) for i, net in enumerate(args.nets)]
     brought = flags.brought(groups, args.nets) + [name for name in (args.init, args.inpaint) if name]
     swept = next((i for i, group in enumerate(groups) if len(group.scale) > 1), 0)
     scales = groups[swept].scale if groups else [1.0]
@@ -226,7 +227,7 @@ def parse() -> argparse.Namespace:
     add("--negative-prompt", type=cli.text, default="", help="what the picture should not be")
     flags.run(parser)
     add("--again", type=cli.path, metavar="PICTURE", help="make this picture again, but for the flags that differ")
-    for declare in (flags.images, flags.structure, flags.texts, flags.editing, flags.models, flags.where):
+    for declare in (flags.images, flags_control.structure, flags.texts, flags.editing, flags.models, flags.where):
         declare(parser)
     args = parser.parse_args()
     if args.list:
@@ -242,7 +243,7 @@ def parse() -> argparse.Namespace:
         parser.set_defaults(**settings)
         args = parser.parse_args()
     prompted = before or any(hasattr(group, "image") for group in args.groups) or args.face_embedding
-    args.nets = flags.control_groups(args.groups, vars(args), nets, args.init)
+    args.nets = flags_control.control_groups(args.groups, vars(args), nets, args.init)
     if not any((prompted, args.nets, args.prompt, args.base, args.init)):
         args.groups, prompted = [argparse.Namespace(image=[str(EXAMPLE)])], True
     if not any((prompted, args.nets, args.prompt, args.init)):

@@ -32,6 +32,7 @@ ROOMS = (
     "training",
     "cli.py",
     "flags.py",
+    "flags_control.py",
     "sample.py",
 )  # not a virtual environment beside them
 
