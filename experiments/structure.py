@@ -18,6 +18,7 @@ from tiny import drawings
 from tiny.train_control import silhouette
 
 SCALE = 0.5  # of the image prompts: they tell where things are, too, and at 1 they would win
+STEPS = 20
 SIDE = 76  # pixels of a picture in the sheet
 HINTS, PROMPTS = (2, 3, 4, 8), (1, 7, 10, 11, 13)  # of the unseen drawings
 
@@ -37,7 +38,7 @@ def main() -> None:
         filled = to_pil(silhouette(data.pixels[i])[None].expand(-1, 3, -1, -1) / 127.5 - 1)[0]
         net = row % 2
         hint = Hint([canny(seen[i]), filled][net], net)
-        made = [next(pictures(models, *pair, args.seed, controls=[hint])) for pair in pairs]
+        made = [next(pictures(models, *pair, args.seed, steps=STEPS, controls=[hint])) for pair in pairs]
         rows.append([seen[i], hint.picture, *made])
     save_picture(sheet(rows, (), SIDE), args.output / "structure.png")
 
