@@ -148,8 +148,16 @@ def mask_tensor(mask: Picture | Tensor) -> Tensor:
     return mask
 
 
-def tell_aspects(prompts: Sequence[Prompt], height: int, width: int) -> None:
-    """Say where a mask has another aspect than the picture, to which it is brought."""
+def timed(scale: object) -> bool:
+    return isinstance(scale, Scale) and (scale.start, scale.until) != (0.0, 1.0)
+
+
+def tell_effects(prompts: Sequence[Prompt], steps: int, height: int, width: int) -> None:
+    """Say which window holds none of the steps, and which mask has another aspect than the picture, to which it is brought."""
+    for scale in dict.fromkeys(image.scale for prompt in prompts for image in prompt.images if timed(image.scale)):
+        if not any(scale.over(i, steps) for i in range(steps)):
+            told = f"`start` {scale.start:g}, `until` {scale.until:g}: no whole one of {steps} steps lies between"
+            warnings.warn(Notice(f"{told}, so that the image prompt has no effect"), stacklevel=3)
     for mask in {id(image.mask): image.mask for prompt in prompts for image in prompt.images}.values():
         down, across = (height, width) if mask is None else mask.shape[2:]
         off = min(abs(down * width / height - across), abs(across * height / width - down))

@@ -14,7 +14,7 @@ from files.pictures import to_pil
 from generate.canvas import Picture, canvas_of, size_of
 from generate.control import Hint, follow
 from generate.editing import IMAGE_GUIDANCE, ROWS, beginning, check_reads, steps_that_run
-from generate.group import tell_aspects
+from generate.group import tell_effects
 from generate.models import Models
 from generate.prompt import sized
 from ipadapter import Prompt, Seen, prepared, watched
@@ -94,7 +94,7 @@ def pictures(
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
     image_guidance_scale = half_guidance(models.base, prompts, image_guidance_scale)
     across, down = canvas.picture.size if canvas and canvas.padding is not None else (width, height)
-    tell_aspects(prompts, down, across)
+    tell_effects(prompts, len(levels) - 1, down, across)
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
     size = 1 if models.low_memory else max(batch, *(len(p.text) for p in prompts), 1)
     parts = [

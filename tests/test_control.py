@@ -374,6 +374,13 @@ def test_soft_masks_stay_soft_and_masks_of_another_aspect_are_told(with_both):
     assert (soft[0] - cut[0]).abs().max() > 1e-3
 
 
+def test_a_window_without_a_step_is_told(with_both):
+    models, _ = with_both
+    with pytest.warns(Notice, match="^`start` 0.3, `until` 0.6: no whole one of 2 steps lies between, so that"):
+        found = ours(models, [ImageGroup([A], start=0.3, until=0.6)], 2)
+    assert torch.equal(found[0], ours(models, [], 2)[0])
+
+
 def test_a_group_is_a_picture_as_before(with_both):
     models, _ = with_both
     for group in (ImageGroup([A]), ImageGroup([A], layers="linear", weights=[1], curve="constant")):
