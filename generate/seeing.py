@@ -11,7 +11,7 @@ from files.heat import heated
 from files.sheets import sheet, stacked
 from ipadapter import Prompt, Seen
 
-SIDE = 192  # pixels of a picture on the sheet
+SIDE = 176  # pixels of a picture on the sheet
 COLUMNS = 6
 
 
