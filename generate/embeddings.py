@@ -61,11 +61,11 @@ def features(models: Models, group: ImageGroup) -> Features:
     check_weights(group.weights, pictures if faces is None else len(faces))
     image = negative = None
     if opened.kind.reads_clip:
-        image, negative = clip_features(models, group, seen) if seen else ((), None)
-        if faces is not None and len(faces) != len(image):
+        if faces is not None and len(faces) != pictures:
             raise UserError(
-                f"`face_embedding`: {len(faces)} faces, `image`: {len(image)} pictures of them; this adapter reads both"
+                f"`face_embedding`: {len(faces)} faces, `image`: {pictures} pictures of them; this adapter reads both"
             )
+        image, negative = clip_features(models, group, seen)
     return Features(image, negative, faces, masks)
 
 

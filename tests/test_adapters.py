@@ -391,7 +391,7 @@ def test_picture_equals_diffusers(request, base, kind, encoders, photos, by_text
 
 
 def base_of(family, config: UNetConfig) -> Base:
-    return Base("b", family, SD, layers(config), torch.float32, "cpu")
+    return Base("b", family, SD, layers(config), torch.float32, "cpu", config=config)
 
 
 def adapter_on_meta(config: UNetConfig, make: Callable[[], nn.Module]) -> IPAdapter:
