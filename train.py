@@ -31,22 +31,36 @@ from generate import open_models
 from training.data import identity, open_pairs
 from training.loop import training
 from training.monitors import MONITORS
+from training.optimizers import OPTIMIZERS
 from training.ranks import Ranks
 from training.ready import ready
-from training.recipes import KINDS, PAPER, TINY_RUN, new_adapter, resolve_trainable, trainable_kind
+from training.recipes import (
+    KINDS,
+    PAPER,
+    TINY_RUN,
+    check_faces,
+    kind_named,
+    new_adapter,
+    resolve_trainable,
+    trainable_kind,
+    wants_encoder,
+)
 from training.run import Run, check_folder, stored_settings
 from training.trainer import RATE_SCHEDULES, Trainer
 from training.validation import SHOWN, validation, validation_pictures
 from weights import load_adapter
 from weights.diffusers import model_sha256
 from weights.presets import BUNDLED
+from weights.storage import STORAGES
 
 MODELS = ("base", "image_encoder", "vae")
 NAMED = (*MODELS, "adapter")
 # Another run, if one of these differs.
-IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "resolution", "seed", "data (pairs)", "data (sha256)")
+IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "optimizer", "resolution", "seed")
+IDENTITY += ("data (pairs)", "data (sha256)")
 # What the step and the loop take under the names of their flags.
 RECIPE = ("seed", "learning_rate", "weight_decay", "loss", "warmup", "clip_grad", "ema", "steps")
+RECIPE += ("optimizer", "noise_offset")
 LOOP = ("steps", "batch_size", "workers", "save_every", "validate_every")
 
 
@@ -54,13 +68,18 @@ def main() -> None:
     args = parse()
     ranks = Ranks(args.device, write=lambda line: tqdm.write(line, file=sys.stderr))
     # What can be refused without the models is refused before them: they may have to be fetched.
-    monitors = [MONITORS[name]() for name in args.log]
+    monitors, _ = [MONITORS[name]() for name in args.log], OPTIMIZERS[args.optimizer]()
     check_folder(args.output, args.resume)
     pairs = open_pairs(args.data, args.data_root, uncaptioned=True)
     shown = open_pairs(args.validation, args.data_root, uncaptioned=True) if args.validation else pairs
-    how = {"device": ranks.device, "dtype": args.dtype_name, "keep": False, "tell": ranks.say}
-    models = open_models(**{name: vars(args)[name] for name in NAMED}, new_adapter=True, **how)
+    given = {name: vars(args)[name] for name in NAMED}
+    expected = kind_named(given, args.kind)
+    check_faces(expected, args.data, pairs)
+    how = {"device": ranks.device, "dtype": args.dtype_name, "storage": args.storage, "keep": False, "tell": ranks.say}
+    models = open_models(**given, new_adapter=True, image=wants_encoder(given, args.kind), **how)
     kind = trainable_kind(models, args.kind)
+    check_faces(kind, args.data, pairs)
+    args.resolution, args.loss = args.resolution or models.side, args.loss or models.base.schedule.prediction
     hashes = {f"{name} (sha256)": model_sha256(path) for name in MODELS if (path := models.files.get(name))}
     settings = {key: value for key, value in vars(args).items() if key not in ("device", "resume")} | {"kind": kind}
     settings |= {name: str(path) for name, path in models.files.items()}
@@ -70,14 +89,17 @@ def main() -> None:
         ranks.say(told)
     held_out = []
     if args.validate_every and ranks.first:
+        check_faces(kind, args.validation or args.data, shown)
         held_out = validation_pictures(shown, " ".join(args.validation or args.data))
     seen = ready(
         models,
         pairs,
-        held_out[:SHOWN],
-        held_out if args.validation else [],  # else they are trained on
+        held_out if args.validation else held_out[:SHOWN],  # else they are trained on
+        SHOWN,
+        bool(args.validation),
+        args.validation_prompt,
         ranks,
-        patches=kind != "base",
+        kind,
         resolution=args.resolution,
         limit=args.limit,
         cache=args.cache,
@@ -87,11 +109,12 @@ def main() -> None:
     )
 
     torch.manual_seed(args.seed)  # for the image projection of a new adapter
-    unet = models.base.unet()
+    unet = models.unet()
     if args.gradient_checkpointing:
         unet.recompute()
     adapter = load_adapter(models.files["adapter"]) if models.adapter_kind else new_adapter(kind, unet, seen.encoder)
     adapter.to(ranks.device, torch.float32).requires_grad_()
+    adapter.attach(unet)
     trainer = Trainer(
         adapter,
         torch.compile(unet) if args.compile else unet,
@@ -101,6 +124,8 @@ def main() -> None:
         drop=(args.drop_text, args.drop_image, args.drop_both),
         rate_schedule=args.schedule,
         noise_schedule=models.base.schedule,
+        sinusoids=models.base.sinusoids,
+        structure_scale=1.0 if kind == "faceid-plusv2" else None,
         **{name: vars(args)[name] for name in RECIPE},
     )
     ranks.say(f"{sum(p.numel() for p in adapter.parameters()):,} trainable parameters, {len(seen.source):,} pairs")
@@ -142,6 +167,8 @@ def parse() -> argparse.Namespace:
     add("--data-root", type=cli.path, metavar="DIR", help=root)
     drawn = "pairs held out, drawn and measured now and then (default: some of --data, drawn alone)"
     add("--validation", nargs="+", metavar="D", help=drawn)
+    beside = "texts to draw its pictures with (default: the empty one)"
+    add("--validation-prompt", nargs="+", type=cli.text, default=[""], metavar="TEXT", help=beside)
     add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     kept = "keep what the encoders make here; for each pair they run once, also where data grow or are moved"
     add("--cache", type=cli.path, metavar="DIR", help=kept)
@@ -149,7 +176,7 @@ def parse() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the run in --output")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--kind", choices=KINDS.values(), help=f"(default: {PAPER['kind']}; tiny {TINY_RUN['kind']})")
+    add("--kind", choices=KINDS, help=f"(default: {PAPER['kind']}; tiny {TINY_RUN['kind']})")
     add("--steps", type=cli.whole(1), help=preset("steps"))
     size = "pairs to a step, of each process " + preset("batch_size")
     add("--batch-size", type=cli.whole(1), metavar="N", help=size)
@@ -159,17 +186,24 @@ def parse() -> argparse.Namespace:
     add("--schedule", choices=RATE_SCHEDULES, default="constant", help="what it does then (default: constant)")
     add("--weight-decay", type=cli.number(0), default=0.01, metavar="D", help="(default: %(default)s)")
     add("--clip-grad", type=cli.number(0), default=0.0, metavar="N", help="largest norm (default: 0, none)")
-    add("--loss", choices=("eps", "v"), help="error of the noise, or weighted as that of v (default: eps; tiny v)")
+    weighed = "error of the noise, that of v, or as min-SNR weighs it (default: what the base predicts; tiny v)"
+    add("--loss", choices=("eps", "v", "min-snr"), help=weighed)
+    offset = "share of the noise that is the same over a channel: darker and brighter pictures (default: 0)"
+    add("--noise-offset", type=cli.number(0), default=0.0, metavar="O", help=offset)
+    light = "adafactor holds next to nothing, at a rate relative to the weights' size; adamw8bit wants bitsandbytes"
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help=f"(default: adamw) {light}")
     add("--ema", type=cli.share, metavar="D", help="decay of averaged weights, 0: none " + preset("ema"))
     add("--drop-text", type=cli.share, metavar="P", help="share of pairs without their text " + preset("drop_text"))
     add("--drop-image", type=cli.share, default=0.05, metavar="P", help="without their image (default: %(default)s)")
     add("--drop-both", type=cli.share, default=0.05, metavar="P", help="without either (default: %(default)s)")
-    add("--resolution", type=cli.side, metavar="R", help="of the pictures, a square " + preset("resolution"))
+    add("--resolution", type=cli.side, metavar="R", help="of the pictures, a square (default: as the base's own)")
     add("--seed", type=cli.whole(0, 2**40), default=0, help="(default: %(default)s)")
 
     machine = parser.add_argument_group("machine")
     cli.machine(machine, "float32", "of the frozen parts")
     add = machine.add_argument
+    stored = "keep the frozen parts' large weights in it, and bring each up to --dtype when it is used"
+    add("--storage", choices=STORAGES, help=stored)
     add("--compile", action="store_true", help="compile the UNet (torch.compile)")
     anew = "compute activations anew on the way back: less memory, more time"
     add("--gradient-checkpointing", action="store_true", help=anew)
@@ -190,7 +224,10 @@ def parse() -> argparse.Namespace:
     cli.check_writable("--output", args.output, args.output)
     if args.base and not args.data:
         raise UserError("--data is wanted beside --base")
-    tiny = resolve_trainable({name: vars(args)[name] for name in NAMED})["base"] == BUNDLED and not args.base
+    if args.storage and args.compile:
+        raise UserError("--storage and --compile: one of them; what is brought up anew at each use is not compiled")
+    given = {name: vars(args)[name] for name in NAMED}
+    tiny = resolve_trainable(given, wants_encoder(given, args.kind))["base"] == BUNDLED and not args.base
     if not args.data and not tiny:
         raise UserError(
             f"--data is wanted beside --adapter {args.adapter}, which brings another base than the tiny one"

@@ -69,6 +69,10 @@ class TextEncoder(nn.Module):
 
         return weighted(features(text), text, features), None
 
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The features of plain texts as tokens (batch, 77), filled up with end-of-text (`tokenize`)."""
+        return self.tower(padded(tokens, self.pad, self.tower)), None
+
     def null(self, text: str | Text, skip: int = 0) -> tuple[Tensor, Tensor | None]:
         """The same for the negative prompt, or for no text."""
         return self(text, skip)
@@ -98,6 +102,13 @@ class TwoTowerEncoder(nn.Module):
         whole = self.second.last(second(1, text) if skip else x)
         return torch.cat(features, dim=-1), self.second.pool(whole[:1], text.tokens(0, x.device)[:1])
 
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of plain texts as tokens (batch, 77), filled up with end-of-text (`tokenize`)."""
+        first, second = padded(tokens, END, self.first), padded(tokens, 0, self.second)
+        x = self.second.hidden(second, 1)
+        features = torch.cat([self.first.hidden(first, 1), x], dim=-1)
+        return features, self.second.pool(self.second.last(x), second)
+
     def null(self, text: str | Text, skip: int = 0) -> tuple[Tensor, Tensor]:
         """The same for the negative prompt; zeros where there is none, as the model was trained."""
         features, pooled = self(text, skip)
@@ -108,6 +119,13 @@ def hidden(tower: CLIPText, pad: int, number: int, skip: int, text: Text) -> Ten
     """What the tower of this number says of a text, (chunks, 77, width), without a LayerNorm."""
     vectors = text.vectors[number] if text.vectors else None
     return tower.hidden(text.tokens(pad, next(tower.parameters()).device), skip, vectors)
+
+
+def padded(tokens: Tensor, pad: int, tower: CLIPText) -> Tensor:
+    """Filled up with the token that a tower was trained with, on its device."""
+    tokens = tokens.to(next(tower.parameters()).device)
+    behind = (tokens == END).flip(1).cumprod(1).flip(1).bool()  # the end, and what fills up behind it
+    return tokens.masked_fill(behind & behind.roll(1, 1), pad)
 
 
 def weighted(x: Tensor, text: Text, features: Callable[[Text], Tensor]) -> Tensor:

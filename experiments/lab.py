@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from clip import tokenize
+from clip import TextEncoder, tokenize
 from files.pictures import save_picture, to_pil
 from files.sheets import sheet
 from files.whole import write_text
@@ -88,7 +88,7 @@ class Lab:
         )
         self.text_projection = read(TINY_FILES["image_encoder"])["text_projection.weight"].float()
         pairs = open_pairs(str(TINY / "data/train-*.tar.gz"))
-        encoders = Encoders(self.vae, self.text, self.image, patches=True)
+        encoders = Encoders(self.vae, TextEncoder(self.text), self.image, patches=True)
         prepared = Prepared(pairs, args.pairs, SIDE, SIDE)
         models = {name: model_sha256(TINY_FILES[name]) for name in ("base", "image_encoder")}
         self.data = Cache(args.output / f"cache-{args.pairs}", models, prepared.identities())

@@ -40,13 +40,14 @@ class IPAdapter(nn.Module):
                 self.ip_adapter[str(2 * i + 1)] = ImageKeyValue(dim, context_dim)
 
     @classmethod
-    def for_unet(cls, unet: nn.Module, image_proj: Projection) -> "IPAdapter":
+    def for_unet(cls, unet: nn.Module, image_proj: Projection, lora_rank: int = 0) -> "IPAdapter":
         """A new adapter that starts as the paper's does: each W_k' and W_v' a copy of the layer's W_k and W_v.
 
         unet: a `UNet`, or any model whose `cross_attentions()` lists layers with `to_k` and `to_v`.
+        lora_rank: of the changes to the UNet's own attention, which start as none; 0: without.
         """
         layers: list[DecoupledCrossAttention] = list(unet.cross_attentions())
-        adapter = cls(image_proj, [(layer.to_k.out_features, layer.to_k.in_features) for layer in layers])
+        adapter = cls(image_proj, [(layer.to_k.out_features, layer.to_k.in_features) for layer in layers], lora_rank)
         for layer, ip in zip(layers, adapter.key_values(), strict=True):
             ip.to_k_ip.weight.data.copy_(layer.to_k.weight.data)
             ip.to_v_ip.weight.data.copy_(layer.to_v.weight.data)
@@ -123,6 +124,19 @@ class IPAdapter(nn.Module):
                 changes |= {f"{names[attention]}.{key}.weight": [(1.0, w)] for key, w in lora.changes().items()}
         return merge(unet, changes, keep)
 
+    def attach(self, unet: nn.Module) -> Callable[[], None]:
+        """As `merge`, for training: the changes are computed beside the layers, so that gradients reach them.
+
+        Returns:
+            A function that takes them away.
+        """
+        handles = []
+        if self.lora_rank:
+            for attention, lora in zip(unet.attentions(), self.ip_adapter.values(), strict=True):
+                for key, change in lora.loras().items():
+                    handles.append(attention.get_submodule(key).register_forward_hook(beside(change)))
+        return lambda: [handle.remove() for handle in handles] and None
+
     @property
     def reads_clip(self) -> bool:
         """Whether an image tower is needed: not for FaceID (but for FaceID-plus)."""
@@ -149,6 +163,17 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=False)
+        nn.init.normal_(self.down.weight, std=1 / rank)
+        nn.init.zeros_(self.up.weight)  # it begins as no change
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output for its input x."""
+        return self.up(self.down(x))
+
+
+def beside(change: LoRALinear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that adds a change to what a layer gives."""
+    return lambda layer, given, out: out + change(given[0])
 
 
 class AttentionLoRA(nn.Module):
@@ -161,10 +186,13 @@ class AttentionLoRA(nn.Module):
         self.to_v_lora = LoRALinear(context_dim, dim, rank)
         self.to_out_lora = LoRALinear(dim, dim, rank)
 
-    def changes(self) -> dict[str, LowRank]:
+    def loras(self) -> dict[str, LoRALinear]:
         """By the layer that is changed."""
-        loras = {"to_q": self.to_q_lora, "to_k": self.to_k_lora, "to_v": self.to_v_lora, "to_out.0": self.to_out_lora}
-        return {key: LowRank(lora.down.weight.detach(), lora.up.weight.detach()) for key, lora in loras.items()}
+        return {"to_q": self.to_q_lora, "to_k": self.to_k_lora, "to_v": self.to_v_lora, "to_out.0": self.to_out_lora}
+
+    def changes(self) -> dict[str, LowRank]:
+        """The same as changes of weights."""
+        return {key: LowRank(lora.down.weight.detach(), lora.up.weight.detach()) for key, lora in self.loras().items()}
 
 
 class FaceKeyValue(AttentionLoRA):

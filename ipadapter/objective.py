@@ -19,21 +19,22 @@ def drops(u: Tensor, text: float = 0.05, image: float = 0.05, both: float = 0.05
 
 
 def adapter_loss(
-    unet: nn.Module, noisy: Tensor, noise: Tensor, t: Tensor, prompt: Prompt, weight: Tensor | float = 1.0
+    unet: nn.Module, noisy: Tensor, target: Tensor, t: Tensor, prompt: Prompt, weight: Tensor | float = 1.0
 ) -> Tensor:
-    """Mean squared error of the predicted noise, the one term of the paper's objective (equation 6).
+    """Mean squared error of what the model predicts, the one term of the paper's objective (equation 6).
 
     Args:
-        noisy, noise: (batch, 4, H/8, W/8); t: (batch,) in 0..999.
+        noisy, target: (batch, 4, H/8, W/8), the latents and what is to be predicted of them: their noise, or v; t:
+            (batch,) in 0..999.
         prompt: the samples' texts and image prompts, those as `IPAdapter.prompt` makes them.
         weight: of each sample, (batch,); in the paper they are all 1.
     """
-    return noise_loss(unet(noisy, t, prompt), noise, weight)
+    return noise_loss(unet(noisy, t, prompt), target, weight)
 
 
-def noise_loss(eps: Tensor, noise: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """Mean squared error of predicted noise (batch, 4, H/8, W/8), each sample with its weight (batch,)."""
-    errors = mse_loss(eps.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
+def noise_loss(found: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Mean squared error of predicted noise, or v, (batch, 4, H/8, W/8), each sample with its weight (batch,)."""
+    errors = mse_loss(found.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     return (weight * errors).mean()
 
 
@@ -43,18 +44,52 @@ class Objective(nn.Module):
     Args:
         dtype: in which the UNet computes, by autocast. The image projection computes in fp32 (in fp16 a Resampler
             overflows).
+        structure_scale: asks for version 2 of FaceID-plus, as in `FacePlusProjection`.
     """
 
-    def __init__(self, adapter: IPAdapter, unet: nn.Module, dtype: torch.dtype):
+    def __init__(self, adapter: IPAdapter, unet: nn.Module, dtype: torch.dtype, structure_scale: float | None = None):
         super().__init__()
         self.adapter = adapter
         self.frozen = [unet]  # in a list: not a submodule
         self.dtype = dtype
+        self.version_2 = {} if structure_scale is None else {"structure_scale": structure_scale}
 
     def forward(
-        self, noisy: Tensor, noise: Tensor, t: Tensor, text: Tensor, image: Tensor, weight: Tensor | float = 1.0
+        self,
+        noisy: Tensor,
+        target: Tensor,
+        t: Tensor,
+        text: Tensor,
+        image: Tensor | None = None,
+        face: Tensor | None = None,
+        vector: Tensor | None = None,
+        weight: Tensor | float = 1.0,
     ) -> Tensor:
-        """As `adapter_loss`; text (batch, 77, context_dim), image: CLIP features of the image prompts (batch, ...)."""
-        tokens = self.adapter.image_proj(image.float())
-        with torch.autocast(noisy.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return adapter_loss(self.frozen[0], noisy, noise, t, Prompt(text, (self.adapter.prompt(tokens),)), weight)
+        """As `adapter_loss`, of what `prompt` takes."""
+        with self.autocast(noisy.device):
+            return adapter_loss(self.frozen[0], noisy, target, t, self.prompt(text, image, face, vector), weight)
+
+    def prompt(
+        self,
+        text: Tensor,
+        image: Tensor | None = None,
+        face: Tensor | None = None,
+        vector: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Prompt:
+        """Of a batch: each row with an image prompt of its own.
+
+        Args:
+            text: (batch, 77, context_dim).
+            image: features of the image tower, (batch, width) or (batch, 1 + patches, width), where the adapter reads them.
+            face: (batch, 512), of length 1, where it reads faces.
+            vector: as in `Prompt`.
+        """
+        with torch.autocast(text.device.type, enabled=False):
+            tokens = self.adapter.image_proj(*(x.float() for x in (face, image) if x is not None), **self.version_2)
+        with self.autocast(text.device):
+            return Prompt(text, (self.adapter.prompt(tokens, scale),), vector)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Keys and values are computed as the UNet is."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -16,7 +16,7 @@ from sampler.guidance import Predict, Steps, guided
 from sampler.inpaint import inpainted, widened
 from sampler.lcm import lcm, lcm_levels
 from sampler.noise import noise, noise_and_generators
-from sampler.schedule import SD, Level, Schedule, add_noise, numbered, v_weight
+from sampler.schedule import SD, Level, Schedule, add_noise, loss_weight, numbered, v_weight, velocity
 from sampler.unipc import unipc, unipc_levels
 
 
@@ -96,10 +96,12 @@ __all__ = [
     "guided",
     "inpainted",
     "lcm",
+    "loss_weight",
     "noise",
     "noise_and_generators",
     "numbered",
     "unipc",
     "v_weight",
+    "velocity",
     "widened",
 ]

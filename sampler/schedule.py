@@ -148,6 +148,30 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor, schedule: Schedule = SD) -> T
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
 
+def velocity(x: Tensor, noise: Tensor, t: Tensor, schedule: Schedule = SD) -> Tensor:
+    """v of x_t, what a model that predicts it is to say; arguments as of `add_noise`."""
+    a = alphas_on(schedule, x.device)[t].view(-1, 1, 1, 1)
+    return a.sqrt() * noise - (1 - a).sqrt() * x
+
+
 def v_weight(t: Tensor, schedule: Schedule = SD) -> Tensor:
     """Weights (batch,), 1 to 16, that make the squared error of the noise at t that of v (arXiv 2202.00512)."""
     return (1 / alphas_on(schedule, t.device)[t]).clamp(max=16)
+
+
+def loss_weight(t: Tensor, loss: str, schedule: Schedule = SD) -> Tensor | float:
+    """Weights (batch,) that make the squared error of what the model predicts, at t, the loss of that name.
+
+    Args:
+        loss: "eps" or "v", the error of these, or "min-snr", which bounds the weight that a nearly clean x_t has for the
+            picture in it (arXiv 2303.09556, section 3.4, gamma 5).
+    """
+    if loss == schedule.prediction:
+        return 1.0
+    if loss == "v":
+        return v_weight(t, schedule)
+    a = alphas_on(schedule, t.device)[t]
+    if loss == "eps":
+        return a
+    snr = a / (1 - a)
+    return snr.clamp(max=5) / (snr if schedule.prediction == "eps" else snr + 1)

@@ -30,7 +30,7 @@ from clip import preprocess, tokenize
 from ipadapter import Prompt
 from training.cache import Cache
 from training.data import open_pairs
-from training.features import KEYS, Encoders, Prepared
+from training.features import Encoders, Prepared
 from training.pairs import BadSample
 from weights import load_adapter, load_image_encoder, open_base
 
@@ -353,7 +353,7 @@ def test_the_cache_holds_what_the_encoders_make(run, data, cache):
     vae, text, image = base.vae(), base.text(), load_image_encoder(WEIGHTS / "clip-tiny.safetensors")
     for i in (0, 7):
         features = found.take(i, 0)
-        assert features.keys() == set(KEYS)
+        assert features.keys() == {"mean", "std", "text", "image"}
         small = np.asarray(pairs[i].image.resize((64, 64), Image.Resampling.BILINEAR))
         with torch.no_grad():
             mean, logvar = vae.moments(torch.tensor(small).permute(2, 0, 1)[None] / 127.5 - 1)
@@ -363,8 +363,8 @@ def test_the_cache_holds_what_the_encoders_make(run, data, cache):
                 "text": text(tokenize(pairs[i].text))[0],
                 "image": image.penultimate(preprocess(pairs[i].image, 128))[0],
             }
-        for key in KEYS:
-            assert torch.allclose(features[key], wanted[key], atol=1e-4), key
+        for key, value in wanted.items():
+            assert torch.allclose(features[key], value, atol=1e-4), key
 
 
 def held(folder: Path) -> dict[str, bytes]:
@@ -421,7 +421,9 @@ def test_several_captions_in_the_cache(data, tmp_path):
     (tmp_path / "bare/8.png").write_bytes(b"no picture")
     pairs = open_pairs([tmp_path / "list.json", tmp_path / "bare"], data, uncaptioned=True)
     base = open_base(WEIGHTS / "sd-tiny.safetensors")
-    encoders = Encoders(base.vae(), base.text(), load_image_encoder(WEIGHTS / "clip-tiny.safetensors"), patches=False)
+    encoders = Encoders(
+        base.vae(), base.text_encoder(), load_image_encoder(WEIGHTS / "clip-tiny.safetensors"), patches=False
+    )
     prepared = Prepared(pairs, len(pairs), 64, 128)
     cache = Cache(tmp_path / "cache", {}, prepared.identities())
     cache.begin(prepared, encoders.null())
@@ -430,7 +432,7 @@ def test_several_captions_in_the_cache(data, tmp_path):
     (file,) = (tmp_path / "cache").glob("*.safetensors")
     assert load_file(file)["text"].shape[0] == 4  # x, y, z and ""
     for i, texts in enumerate((["x", "y"], ["x"], ["z", "y", "x"], [""])):
-        wanted = encoders.text(tokenize(texts))
+        wanted = encoders.texts(tokenize(texts))["text"]
         assert torch.allclose(cache[i]["text"], wanted, atol=1e-5)
         for place in range(7):
             assert torch.allclose(cache.take(i, place)["text"], wanted[place % len(texts)], atol=1e-5)
@@ -526,10 +528,20 @@ def test_a_run_goes_on_with_the_same_data_wherever_they_lie_and_not_with_others(
         (["--adapter", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--resume"], "holds no run to go on with"),
         # Told by the names alone, before anything is fetched.
-        (["--base", "sdxl", "--data", "d"], "--base sdxl: SDXL, predicting eps; training is for SD 1.x"),
-        (["--base", "sd21", "--data", "d", "--image-encoder", "vit-h"], "--base sd21: SD 2.x, predicting v; training"),
-        (["--adapter", "sdxl-plus"], "--base sdxl: SDXL, predicting eps; training is for SD 1.x"),
-        (["--adapter", "faceid-plus"], "--adapter faceid-plus: a FaceID adapter, it reads faces"),
+        (["--base", "sdxl", "--adapter", "plus", "--data", "d"], "--adapter plus is for SD 1.x, --base sdxl is SDXL"),
+        (["--base", "sd21", "--data", "d"], "--base sd21: no adapter is published for SD 2.x: --image-encoder FILE"),
+        (
+            ["--adapter", "faceid-plus", "--data", "tiny/data"],
+            "no face embeddings, which an adapter of the kind faceid-plus",
+        ),
+        (["--kind", "faceid", "--data", "tiny/data"], "no face embeddings, which an adapter of the kind faceid reads"),
+        (
+            ["--kind", "faceid", "--image-encoder", "tiny"],
+            "--image-encoder: an adapter of the kind faceid reads faces alone",
+        ),
+        (["--optimizer", "adamw8bit"], "--optimizer adamw8bit: not installed"),
+        (["--storage", "float16", "--compile"], "--storage and --compile: one of them"),
+        (["--noise-offset", "-1"], "--noise-offset: '-1' given, a number, 0 or more, is wanted"),
         (["--adapter", "plus"], "--data is wanted beside --adapter plus, which brings another base"),
         (["--base", "sd15", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["--validation", "nowhere"], "nowhere: no such file or folder"),
@@ -555,6 +567,7 @@ def test_a_folder_with_a_run_is_not_overwritten(run, data):
     "flags, wanted",
     [
         (["--kind", "base"], "has another kind (full-face; now base)"),
+        (["--optimizer", "adafactor"], "has another optimizer (adamw; now adafactor)"),
         (["--seed", "1"], "has another seed (0; now 1)"),
         (["--resolution", "32"], "has another resolution (64; now 32)"),
         (["--image-encoder", "other.safetensors"], "has another image_encoder (sha256)"),

@@ -101,7 +101,8 @@ def test_the_v_loss_is_the_error_of_v(unet):
     """v = sqrt(a) eps - sqrt(1 - a) x_0 (arXiv 2202.00512): its squared error, from x_0 as the predicted noise tells it."""
     ours = trainer(unet, loss="v", drop=(0, 0, 0))
     place = next(place for place in range(100) if 300 < draws(0, [place], ())[1] < 700)  # where nothing is clipped
-    noisy, noise, t, text, image, weight = ours.noised([place], features("base", [place]))
+    given = ours.noised([place], features("base", [place]))
+    noisy, noise, t, text, image = (given[name] for name in ("noisy", "target", "t", "text", "image"))
     a = SD.alphas_cumprod[t].double()
     eps = ours.objective.frozen[0](
         noisy, t, Prompt(text, (ours.adapter.prompt(ours.adapter.image_proj(image)),))
@@ -111,8 +112,8 @@ def test_the_v_loss_is_the_error_of_v(unet):
         return a.sqrt() * eps - (1 - a).sqrt() * (noisy - (1 - a).sqrt() * eps) / a.sqrt()
 
     wanted = (v_of(eps) - v_of(noise)).square().mean()
-    assert ours.objective(noisy, noise, t, text, image, weight).item() == pytest.approx(wanted.item(), rel=1e-4)
-    assert ours.noised(list(range(64)), features("base", list(range(64))))[5].max() == 16
+    assert ours.objective(**given).item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert ours.noised(list(range(64)), features("base", list(range(64))))["weight"].max() == 16
 
 
 def test_drops_are_one_uniform_draw():
@@ -281,7 +282,8 @@ def test_noise_is_added_by_the_schedule_of_the_base(unet):
     linear = Schedule(0.0001, 0.02, "linear")
     ours = trainer(unet, loss="v", drop=(0, 0, 0), noise_schedule=linear)
     places, batch = [0, 1, 2], features("base", [0, 1, 2])
-    noisy, noise, t, *_, weight = ours.noised(places, batch)
+    given = ours.noised(places, batch)
+    noisy, noise, t, weight = (given[name] for name in ("noisy", "target", "t", "weight"))
     _, _, posterior, _ = draws(0, places, (4, 8, 8))
     a = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64), 0)[t].float()
     x = batch["mean"] + batch["std"] * posterior
@@ -295,8 +297,7 @@ def test_the_held_out_loss_tells_the_right_picture_from_none_and_from_a_stranger
     """Written out, one picture and one noise level at a time."""
     ours = trainer(unet)
     batch = features("base", [0, 1, 2])
-    held_out = {"mean": batch["mean"], "image": batch["image"]}
-    given = Ready(None, None, None, None, 64, [], torch.empty(0), held_out)
+    given = Ready(None, None, None, None, 64, [], {"mean": batch["mean"], "image": batch["image"]}, [], {}, True)
     rows = held_out_loss(unet, ours, given)
     assert [row["t"] for row in rows] == list(TIMESTEPS)
     text, eps = ours.null["text"][None], noise(0, 3, 64, 64)

@@ -12,16 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from files.whole import write, write_text
 from training.captions import DataError
-from training.features import KEYS, Encoders, Features, Prepared
+from training.features import TEXTS, Encoders, Features, Prepared
 from training.pairs import BadSample
 
 SHARD = 256  # pairs to a file of the cache, or fewer
 FORMAT = 2  # of the files
+NOTED = ("pairs", "rows", "captions", "begins")  # what a file holds beside the features
 
 
 class Cache(Dataset):
@@ -70,13 +70,13 @@ class Cache(Dataset):
         """With all captions of the pair: text (captions, 77, context_dim). Raises BadSample if it could not be read."""
         shard, place = self.shard(i)
         rows = shard.captions[shard.begins[place] : shard.begins[place + 1]]
-        return shard.pictures(place) | {"text": torch.stack([shard.text(row) for row in rows])}
+        return shard.pictures(place) | default_collate([shard.text(row) for row in rows])
 
     def take(self, i: int, caption: int) -> Features:
         """With one caption, text (77, context_dim): this one, modulo how many there are. Raises BadSample."""
         shard, place = self.shard(i)
         begin, end = shard.begins[place], shard.begins[place + 1]
-        return shard.pictures(place) | {"text": shard.text(shard.captions[begin + caption % (end - begin)])}
+        return shard.pictures(place) | shard.text(shard.captions[begin + caption % (end - begin)])
 
     def shard(self, i: int) -> tuple["Shard", int]:
         """The file that holds a pair, and its place there."""
@@ -97,8 +97,8 @@ class Cache(Dataset):
         """Write what is there once, after a look at the space that the missing pairs will need."""
         missing = [i for lot in self.missing() for i in lot]
         latents = 2 * 4 * (prepared.resolution // 8) ** 2 * null["text"].element_size()
-        text = null["text"].nbytes * prepared.captions(missing[:SHARD])
-        wanted = len(missing) * (latents + text + null["image"].nbytes)
+        text = sum(null[key].nbytes for key in TEXTS if key in null) * prepared.captions(missing[:SHARD])
+        wanted = len(missing) * (latents + text + sum(null[key].nbytes for key in null.keys() - TEXTS))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -120,23 +120,25 @@ class Cache(Dataset):
                 Readable(prepared), 8, sampler=lot, num_workers=workers, collate_fn=list, worker_init_fn=deaf
             )
             for batch in loader:
-                good, new = [], []
+                good, new, done = [], [], len(known)
                 for pair, bad in batch:
                     if bad:
                         reasons[str(len(rows))] = bad[0]
                     for tokens in () if bad else pair.pop("tokens"):
                         row = known.setdefault(tokens.numpy().tobytes(), len(known))
-                        new += [tokens] if row == len(texts) + len(new) else []
+                        new += [tokens] if row == done + len(new) else []
                         captions.append(row)
                     rows.append(-1 if bad else len(rows) - len(reasons))
                     begins.append(len(captions))
                     good += [] if bad else [pair]
-                texts += encoders.texts(new)
+                if new:
+                    texts.append(encoders.texts(torch.stack(new)))
                 if good:
                     pictures.append(encoders.pictures(default_collate(good)))
                 yield from (bad for _, bad in batch)
-            state = {key: torch.cat([part[key] for part in pictures]) for key in KEYS if key != "text" and pictures}
-            state |= {"text": torch.stack(texts)} if texts else {}
+            state = {
+                key: torch.cat([part[key] for part in made]) for made in (pictures, texts) if made for key in made[0]
+            }
             identities = self.pairs[lot]
             for key, numbers in {"rows": rows, "begins": begins, "captions": captions}.items():
                 state[key] = torch.tensor(numbers, dtype=torch.int32)
@@ -162,16 +164,17 @@ class Shard(NamedTuple):
 
     file: safe_open
     pairs: np.ndarray  # (n,): what they are
-    rows: list[int]  # (n): in "mean", "std" and "image"; -1: the pair cannot be used
-    captions: list[int]  # rows in "text", of all pairs
+    rows: list[int]  # (n): in the features of pictures; -1: the pair cannot be used
+    captions: list[int]  # rows in the features of texts, of all pairs
     begins: list[int]  # (n + 1): where each pair's captions begin among these
     reasons: dict[str, str]  # place of a pair -> why it cannot be used
 
     def pictures(self, place: int) -> Features:
-        return {key: self.file.get_slice(key)[self.rows[place]] for key in KEYS if key != "text"}
+        row = self.rows[place]
+        return {key: self.file.get_slice(key)[row] for key in {*self.file.keys()} - {*TEXTS, *NOTED}}
 
-    def text(self, row: int) -> Tensor:
-        return self.file.get_slice("text")[row]
+    def text(self, row: int) -> Features:
+        return {key: self.file.get_slice(key)[row] for key in {*self.file.keys()} & {*TEXTS}}
 
 
 @lru_cache(maxsize=32)

@@ -19,6 +19,7 @@ from files.errors import UserError
 BESIDE = ("txt", "json", "caption")  # where several stand beside a picture, the first of these is read
 LISTS = (".json", ".jsonl", ".csv", ".tsv")
 PICTURE_KEYS = ("image_file", "file_name", "image")
+FACE_KEY = "id_embed_file"
 TEXT_KEYS = ("text", "caption", "captions")
 WANTED = '{"image_file": ..., "text": ...}'
 MARKS = {  # the longer ones first: that of UTF-32 begins like that of UTF-16
@@ -85,8 +86,8 @@ def sound(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def listed(path: str, encoding: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Of each entry of a list: where it stands, the picture it names, its captions; () without any.
+def listed(path: str, encoding: str) -> Iterator[tuple[str, str, tuple[str, ...], str | None]]:
+    """Of each entry of a list: where it stands, the picture it names, its captions (or ()), its face embedding's file.
 
     Raises:
         DataError: the file is no list of pictures, or an entry of it names none.
@@ -103,7 +104,8 @@ def listed(path: str, encoding: str) -> Iterator[tuple[str, str, tuple[str, ...]
                 name = next((entry[key] for key in keys if isinstance(entry.get(key), str) and entry[key]), None)
                 if name is None:
                     raise DataError(f"{where} is not {WANTED}")
-                yield where, name, texts_of(entry)
+                face = entry.get(FACE_KEY)
+                yield where, name, texts_of(entry), face if isinstance(face, str) and face else None
     except DataError:
         raise
     except csv.Error as error:

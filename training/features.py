@@ -3,7 +3,10 @@
 A trained step sees a pair as a dictionary of its features, with one of its captions:
     mean, std   (4, H/8, W/8)   the autoencoder's posterior, in the scale of latents
     text        (77, context_dim)
-    image       (width,) or (1 + patches, width)   what the adapter reads of the image tower
+    image       (width,) or (1 + patches, width)   what the adapter reads of the image tower, if it reads any
+    face        (512,)          the face embedding, if it reads that
+    pooled      (width,)        of the text, and
+    sizes       (6,)            of the picture as it was, its crop's corner and its own, in pixels: SDXL is told of both
 """
 
 from collections.abc import Sequence
@@ -15,22 +18,31 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clip import CLIPImage, CLIPText, preprocess, tokenize
+from clip import CLIPImage, TextEncoder, TwoTowerEncoder, preprocess, tokenize
+from files.faces import FACE_DIM, FaceError, find_faces, read_embedding
 from files.pictures import from_pil
 from ipadapter.adapter import image_features, null_features
 from training.pairs import BadSample, Pair, Pairs
 from vae import VAE
 
 Features = dict[str, Tensor]  # of one pair, or of a batch
-KEYS = ("mean", "std", "text", "image")
+TEXTS = ("text", "pooled")  # what is made of a caption; all else is of a picture:
+PROMPTS = ("image", "face")  # of the image prompt
 
 
 class Prepared(Dataset):
-    """The first pairs as the encoders want them: pixels (3, R, R) in [-1, 1], clip (3, S, S), tokens (captions, 77)."""
+    """The first pairs as the encoders want them.
 
-    def __init__(self, pairs: Pairs, limit: int, resolution: int, clip_size: int):
+    pixels (3, R, R) in [-1, 1], sizes (6,), clip (3, S, S) and face (512,) where these are wanted, tokens (captions, 77).
+
+    Args:
+        clip_size: S; None: no image tower reads them.
+        faces: whether the adapter reads a face embedding: the one that a list names, or what insightface finds.
+    """
+
+    def __init__(self, pairs: Pairs, limit: int, resolution: int, clip_size: int | None, faces: bool = False):
         self.pairs, self.length = pairs, min(limit, len(pairs))
-        self.resolution, self.clip_size = resolution, clip_size
+        self.resolution, self.clip_size, self.faces = resolution, clip_size, faces
 
     def __len__(self) -> int:
         return self.length
@@ -51,7 +63,12 @@ class Prepared(Dataset):
             raise BadSample(
                 f"{pair.name}: a picture of {pair.image.width} x {pair.image.height}, too thin to crop a square"
             )
-        return {"pixels": to_square(pair.image, self.resolution), "clip": preprocess(pair.image, self.clip_size)[0]}
+        pixels, corner = to_square(pair.image, self.resolution)
+        sizes = [pair.image.height, pair.image.width, *corner, *pixels.shape[1:]]
+        seen, shown = {"pixels": pixels, "sizes": torch.tensor(sizes)}, pair.image
+        if self.faces:
+            seen["face"], shown = face_of(pair)
+        return seen | ({"clip": preprocess(shown, self.clip_size)[0]} if self.clip_size else {})
 
     def identities(self) -> np.ndarray:
         """What each pair is, as (pairs,) int64: `Pairs.identities`."""
@@ -67,48 +84,80 @@ class Prepared(Dataset):
         return len(texts) / read if read else 1.0
 
 
-def to_square(image: Image.Image, side: int) -> Tensor:
-    """Shortest side to `side` (bilinear), centre crop: (3, side, side) in [-1, 1]."""
+def face_of(pair: Pair) -> tuple[Tensor, Image.Image]:
+    """The embedding (512,) of the face in a picture, and what CLIP is to see of it. Raises BadSample."""
+    try:
+        if not pair.face:
+            faces, (shown,) = find_faces([pair.image], [pair.name])
+            return faces[0], shown
+        faces = read_embedding(pair.face)
+    except FaceError as error:
+        raise BadSample(str(error)) from None
+    if len(faces) > 1:
+        raise BadSample(f"{pair.face}: holds {len(faces)} faces; one is wanted for a picture")
+    return faces[0], pair.image
+
+
+def to_square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
+    """Shortest side to `side` (bilinear), centre crop: (3, side, side) in [-1, 1], and the crop's corner (top, left)."""
     short = min(image.size)
     width, height = (max(side, int(side * length / short)) for length in image.size)
     left, top = round((width - side) / 2), round((height - side) / 2)
     image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
-    return from_pil(image)[0]
+    return from_pil(image)[0], (top, left)
 
 
 class Encoders:
     """The frozen half of the training: prepared pairs to features.
 
     Args:
+        image: None where the adapter reads faces alone.
         patches: whether the adapter reads all patches of the image tower (plus, full-face) or the global embedding.
+        dtype: of the features.
+        faces: whether it reads face embeddings.
     """
 
-    def __init__(self, vae: VAE, text: CLIPText, image: CLIPImage, patches: bool):
-        self.vae, self.text, self.image, self.patches = vae, text, image, patches
-        weight = next(image.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+    def __init__(
+        self,
+        vae: VAE,
+        text: TextEncoder | TwoTowerEncoder,
+        image: CLIPImage | None,
+        patches: bool,
+        dtype: torch.dtype = torch.float32,
+        faces: bool = False,
+    ):
+        self.vae, self.text, self.image, self.patches, self.faces = vae, text, image, patches, faces
+        self.device, self.dtype = next(vae.parameters()).device, dtype
+        self.sized = isinstance(text, TwoTowerEncoder)  # SDXL is told sizes beside the text
 
     @torch.no_grad()
     def __call__(self, batch: Features) -> Features:
-        """A batch of what `Prepared.take` gives -> features, in the dtype of the towers."""
-        return self.pictures(batch) | {"text": self.text(batch["tokens"].to(self.device))}
+        """A batch of what `Prepared.take` gives -> features, in `dtype`."""
+        return self.pictures(batch) | self.texts(batch["tokens"])
 
     @torch.no_grad()
     def pictures(self, batch: Features) -> Features:
-        """All features but the text."""
-        mean, std = self.vae.posterior(batch["pixels"].to(self.device, self.dtype))
-        return {
-            "mean": mean,
-            "std": std,
-            "image": self.image_features(batch["clip"]),
-        }
+        """All features but those of the text."""
+        mean, std = self.vae.posterior(batch["pixels"].to(self.device, next(self.vae.parameters()).dtype))
+        found = {"mean": mean.to(self.dtype), "std": std.to(self.dtype)}
+        if self.image:
+            found["image"] = self.image_features(batch["clip"])
+        if self.faces:
+            found["face"] = batch["face"].to(self.device, self.dtype)
+        return found | ({"sizes": batch["sizes"].to(self.device)} if self.sized else {})
 
     @torch.no_grad()
-    def texts(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Features (77, context_dim) of tokens (77,), some at a time."""
-        return [
-            row for i in range(0, len(tokens), 64) for row in self.text(torch.stack(tokens[i : i + 64]).to(self.device))
-        ]
+    def texts(self, tokens: Tensor) -> Features:
+        """Of captions as tokens (batch, 77), some at a time."""
+        parts = [self.text.read(part) for part in tokens.split(64)]
+        found = {"text": torch.cat([text for text, _ in parts])}
+        return found | ({"pooled": torch.cat([pooled for _, pooled in parts])} if self.sized else {})
+
+    @torch.no_grad()
+    def negative(self) -> Features:
+        """What a picture is made against, where there is no negative prompt."""
+        text, pooled = self.text.null("")
+        return {"text": text} | ({"pooled": pooled} if self.sized else {})
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -118,9 +167,11 @@ class Encoders:
     @torch.no_grad()
     def null(self) -> Features:
         """The features of a dropped text (the empty prompt) and of a dropped image, without a batch dimension."""
-        side = self.image.config.image_size
-        nothing = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
-        return {
-            "text": self.text(tokenize("").to(self.device))[0],
-            "image": null_features(self.image, nothing, self.patches)[0],
-        }
+        found = self.texts(tokenize(""))
+        if self.image:
+            side = self.image.config.image_size
+            nothing = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
+            found["image"] = null_features(self.image, nothing, self.patches)
+        if self.faces:
+            found["face"] = torch.zeros(1, FACE_DIM, device=self.device, dtype=self.dtype)
+        return {key: value[0] for key, value in found.items()}

@@ -77,7 +77,7 @@ def captions_in(pairs: Pairs, path: str, root: str) -> dict[str, tuple[int, int]
     """What a list in a folder tells of the pictures there: by their whole paths, where their captions are kept."""
     found: dict[str, tuple[str, ...]] = {}
     try:
-        for _, name, texts in entries(pairs, path):
+        for _, name, texts, _ in entries(pairs, path):
             if texts:
                 picture = os.path.normpath(os.path.join(root, name))
                 found[picture] = found.get(picture, ()) + texts
@@ -103,7 +103,7 @@ def coco_pictures(path: str) -> str | None:
     return next((os.path.normpath(place) for place in places if os.path.isdir(place)), None)
 
 
-def entries(pairs: Pairs, path: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def entries(pairs: Pairs, path: str) -> Iterator[tuple[str, str, tuple[str, ...], str | None]]:
     """What `listed` gives of a list, in the encoding that it is found to be in."""
     with open(path, "rb") as file:
         encoding = encoding_of(file)
@@ -114,7 +114,7 @@ def entries(pairs: Pairs, path: str) -> Iterator[tuple[str, str, tuple[str, ...]
 
 def add_list(pairs: Pairs, path: str, data_root: str | Path | None, seen: set[str] | None, bare: bool) -> None:
     root = data_root or coco_pictures(path) or os.path.dirname(path)
-    for where, name, texts in entries(pairs, path):
+    for where, name, texts, face in entries(pairs, path):
         if "\\" in name and not os.path.exists(os.path.join(root, name)):  # the list was made on Windows
             name = name.replace("\\", "/")
         picture = os.path.join(root, name)
@@ -122,7 +122,10 @@ def add_list(pairs: Pairs, path: str, data_root: str | Path | None, seen: set[st
             if picture in seen:
                 continue
             seen.add(picture)
+        before = len(pairs)
         add_picture(pairs, name, picture, where, None, pairs.keep(texts), bare)
+        if face and len(pairs) > before:
+            pairs.faces[before] = pairs.strings.append(os.path.join(root, face))
 
 
 def add_picture(

@@ -47,8 +47,13 @@ def mixed(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
-def draws(seed: int, places: list[int], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draws(
+    seed: int, places: list[int], shape: tuple[int, ...], offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All that is random in a step, from the places of its samples.
+
+    Args:
+        offset: how much of the noise that is added is the same over a whole channel.
 
     Returns u (batch,) in [0, 1) for `drops`, t (batch,) in 0..999, and two noises (batch, *shape): for the
     autoencoder's posterior, and to be added.
@@ -57,7 +62,10 @@ def draws(seed: int, places: list[int], shape: tuple[int, ...]) -> tuple[Tensor,
     for place in places:
         generator = generator_at(seed, place)
         u, t = torch.rand((), generator=generator), torch.randint(1000, (), generator=generator)
-        rows.append((u, t, *(torch.randn(shape, generator=generator) for _ in range(2))))
+        posterior, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+        if offset:
+            noise = noise + offset * torch.randn(*shape[:1], *[1] * (len(shape) - 1), generator=generator)
+        rows.append((u, t, posterior, noise))
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 

@@ -36,6 +36,7 @@ class Pair:
     name: str  # path in the folder without suffix, or key in the shard, or the picture as the list names it
     image: Image.Image  # RGB, upright
     texts: tuple[str, ...]  # its captions; none, where pictures alone were wanted too
+    face: str | None = None  # the file of its face embedding, where a list names one
 
     @property
     def text(self) -> str:
@@ -84,6 +85,7 @@ class Pairs(Sequence[Pair]):
         self.skipped: list[str] = []  # the first thousand that were left out, and why
         self.skipped_count = 0
         self.remarks: dict[str, list] = {}  # what is to be told of pairs that are used: of how many, and of which first
+        self.faces: dict[int, int] = {}  # of some pairs: their face embedding's file, in `strings`
         self.hashes = array("q")  # of the first pairs, as far as they were asked for
 
     def __len__(self) -> int:
@@ -94,7 +96,12 @@ class Pairs(Sequence[Pair]):
         texts, row = self.texts(i), self.row(i)
         with telling(self.label(i)):
             picture = io.BytesIO(self.read(self.strings[row.path], row.offset, row.size))
-            return Pair(self.names[range(len(self))[i]], read_picture(picture, self.label(i)), texts)
+            return Pair(self.names[range(len(self))[i]], read_picture(picture, self.label(i)), texts, self.face(i))
+
+    def face(self, i: int) -> str | None:
+        """The file of a pair's face embedding, where a list names one."""
+        place = self.faces.get(range(len(self))[i])
+        return None if place is None else self.strings[place]
 
     def texts(self, i: int) -> tuple[str, ...]:
         """The captions of a pair, without its picture. Raises BadSample if they cannot be read."""
@@ -190,7 +197,8 @@ class Pairs(Sequence[Pair]):
             if whole:
                 picture = self.read(path, row.offset, row.size)
         name = self.names[i].encode("utf-8", "surrogatepass")
-        parts = b"\0".join((name, b"%d" % size, b"%d" % len(content), content, picture))
+        face = [os.path.basename(face).encode("utf-8", "surrogatepass")] if (face := self.face(i)) else []
+        parts = b"\0".join((name, b"%d" % size, b"%d" % len(content), content, picture, *face))
         return int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "big", signed=True)
 
     def add(self, name: str, row: Row) -> None:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from clip import CLIPImageConfig, preprocess
+from clip import CLIPImageConfig, tokenize
 from generate.models import Models
+from generate.prompt import default_scale
 from training.cache import Cache
 from training.features import Encoders, Features, Prepared
 from training.pairs import BadSample, Pair, Pairs
 from training.ranks import Ranks
+from training.recipes import KINDS
 
 
 @dataclass(frozen=True)
@@ -25,22 +26,27 @@ class Ready:
     source: Dataset  # features from the cache, or prepared pairs
     encode: Callable[[Features], Features]  # nothing more to do, or the encoders
     null: Features  # of the empty prompt and of no image
-    encoder: CLIPImageConfig
+    encoder: CLIPImageConfig | None  # None: the adapter reads faces alone
     resolution: int
-    prompts: list[Image.Image]  # of the validation
-    prompt_features: Tensor
-    held_out: Features  # of pictures that are not trained on: "mean" and "image"; empty, where there are none
+    prompts: list[Image.Image]  # of the validation: these will be drawn, the first of `seen`
+    seen: Features  # of the validation's pictures: all but those of a text
+    texts: list[tuple[Features, float]]  # that are drawn beside the image prompts, and how strong these are then
+    negative: Features  # what they are drawn against
+    held_out: bool  # whether these pictures are not trained on: then their loss is measured
 
 
 def ready(
     models: Models,
     pairs: Pairs,
-    # Pictures that will be drawn now and then, and those of which the loss will be measured.
-    prompts: list[Image.Image],
-    held_out: list[Image.Image],
+    # Pictures of the validation, how many of them will be drawn, and whether they are not trained on.
+    shown: list[Pair],
+    drawn: int,
+    held_out: bool,
+    # Texts to be drawn beside them.
+    texts: list[str],
     ranks: Ranks,
-    # Whether the adapter reads all patches of the image tower, or its embedding.
-    patches: bool,
+    # Of the adapter: it tells what is read of a picture.
+    kind: str,
     # Of the pictures, a square, in pixels.
     resolution: int,
     # The first so many pairs; None: all.
@@ -55,30 +61,33 @@ def ready(
     on_pair: Callable[[int], object] = lambda total: None,
 ) -> Ready:
     """Load the encoders; fill the cache, if there is to be one, and let them go."""
-    image = models.image_encoder()
-    encoders = Encoders(models.vae(), models.base.text(), image, patches)
-    null, size = encoders.null(), image.config.image_size
-    source = prepared = Prepared(pairs, limit or len(pairs), resolution, size)
+    image, reads = models.image_encoder(), KINDS[kind]
+    encoders = Encoders(models.vae(), models.text_encoder(), image, reads.patches, models.dtype, reads.faces)
+    null, size = encoders.null(), image.config.image_size if image else None
+    source = prepared = Prepared(pairs, limit or len(pairs), resolution, size, reads.faces)
     if cache:
-        made_by = {"features": "patches" if patches else "embedding", "resolution": resolution}
+        parts = [*["face"] * reads.faces, *(["patches" if reads.patches else "embedding"] if image else [])]
+        made_by = {"features": " and ".join(parts), "resolution": resolution}
         made_by |= {"dtype": str(models.dtype).removeprefix("torch.")}
         source = Cache(cache, (hashes or {}) | made_by, prepared.identities())
         fill(source, encoders, prepared, null, ranks, workers, on_pair)
-    features = [encoders.image_features(preprocess(prompt, size)) for prompt in prompts]
-    measured = []
-    for picture in held_out:
-        with suppress(BadSample):  # too thin
-            seen = prepared.seen(Pair("", picture, ()))
-            measured.append(encoders.pictures({key: value[None] for key, value in seen.items()}))
+    prompts, seen = [], []
+    for pair in shown:
+        with suppress(BadSample):  # too thin, or without a face
+            one = prepared.seen(pair)
+            seen.append(encoders.pictures({key: value[None] for key, value in one.items()}))
+            prompts.append(pair.image)
     return Ready(
         source,
         resolution=resolution,
         encode=(lambda features: features) if cache else encoders,
         null=null,
-        encoder=image.config,
-        prompts=prompts,
-        prompt_features=torch.cat(features) if features else torch.empty(0),
-        held_out={key: torch.cat([row[key] for row in measured]) for key in ("mean", "image") if measured},
+        encoder=image.config if image else None,
+        prompts=prompts[:drawn],
+        seen={key: torch.cat([row[key] for row in seen]) for key in (seen[0] if seen else ())},
+        texts=[(encoders.texts(tokenize(text)), default_scale(text)) for text in texts],
+        negative=encoders.negative(),
+        held_out=held_out and len(seen) > 1,
     )
 
 

@@ -80,7 +80,7 @@ class Run:
         self.folder, self.ranks, self.settings, self.openers = folder, ranks, settings, monitors
         self.skipped: list[str] = []  # why pairs could not be used, since it was last written down
         self.told: set[str] = set()  # what was written down of that
-        before = stored_settings(folder) if resume else {}
+        before = {"optimizer": "adamw"} | stored_settings(folder) if resume else {}  # once there was no other
         for key in identity if resume else ():
             if (old := before.get(key)) != (new := json.loads(json.dumps(settings.get(key)))):
                 raise UserError(f"`resume`: the run in {folder} has another {key} ({old}; now {new})")

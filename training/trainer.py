@@ -11,31 +11,35 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ipadapter.adapter import IPAdapter
 from ipadapter.objective import Objective, drops
-from sampler import SD, Schedule, add_noise, v_weight
-from training.features import Features
+from sampler import SD, Schedule, add_noise, loss_weight, velocity
+from training.features import TEXTS, Features
+from training.optimizers import OPTIMIZERS, restored
 from training.order import draws
 from training.ranks import Ranks
+from unet import told_vector
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 RATE_SCHEDULES = ("constant", "cosine", "linear")
 COUNTS = ("step", "place", "skipped", "in_a_row")  # what the trainer counts
 
 
 class Trainer:
-    """AdamW on the adapter alone, with drops, accumulation, clipping, mixed precision, EMA; and all that is to resume.
+    """An optimiser on the adapter alone, with drops, accumulation, clipping, mixed precision, EMA; and all that is to resume.
 
     Args:
-        null: features of the empty prompt ("text") and of no image ("image").
+        null: features of the empty prompt and of no image, as `Encoders.null` makes them.
         seed: of the samples' noise, timesteps and drops.
         dtype: in which the frozen UNet computes; the adapter and the optimiser stay in fp32.
-        loss: "eps", the paper's, or "v": each sample weighted by 1 / alphas_cumprod[t], no more than 16, which is the
-            loss of a model that predicts v (arXiv 2202.00512). It says more of large forms, and sooner.
+        loss: "eps", the paper's, "v" or "min-snr", see `loss_weight`; None: the error of what the base predicts. That of v
+            says more of large forms, and sooner.
+        optimizer: one of `optimizers.OPTIMIZERS`.
+        noise_offset: how much of the noise is the same over a whole channel: so pictures learn to be dark, or bright.
         drop: probabilities of dropping the text, the image, and both.
         warmup: steps in which the learning rate grows from 0.
         rate_schedule: what it does then, see `rate_at`; `steps`: where it ends.
         clip_grad: largest norm of the gradient; 0: as it comes.
         ema: decay of the averaged weights; 0: none.
-        noise_schedule: the base's.
+        noise_schedule, sinusoids: the base's.
+        structure_scale: as in `Objective`.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Trainer:
         dtype: torch.dtype,
         learning_rate: float,
         weight_decay: float,
-        loss: str,
+        loss: str | None,
         drop: tuple[float, float, float],
         warmup: int,
         clip_grad: float,
@@ -56,16 +60,22 @@ class Trainer:
         rate_schedule: str = "constant",
         steps: int = 0,
         noise_schedule: Schedule = SD,
+        noise_offset: float = 0.0,
+        sinusoids: int = 0,
+        structure_scale: float | None = None,
+        optimizer: str = "adamw",
     ):
-        self.adapter, self.ranks, self.seed, self.dtype, self.loss, self.drop = adapter, ranks, seed, dtype, loss, drop
+        self.adapter, self.ranks, self.seed, self.dtype, self.drop = adapter, ranks, seed, dtype, drop
+        self.loss, self.noise_offset, self.sinusoids = loss or noise_schedule.prediction, noise_offset, sinusoids
         self.clip_grad, self.decay, self.noise_schedule = clip_grad or torch.inf, ema, noise_schedule
         self.rates = partial(rate_at, top=learning_rate, warmup=warmup, schedule=rate_schedule, steps=steps)
         self.null = {key: value.to(ranks.device, dtype) for key, value in null.items()}
-        objective = Objective(adapter, unet, dtype)
-        self.objective = DistributedDataParallel(objective) if ranks.size > 1 else objective
+        self.whole = Objective(adapter, unet, dtype, structure_scale)
+        self.objective = DistributedDataParallel(self.whole) if ranks.size > 1 else self.whole
         self.params = dict(adapter.named_parameters())
         self.averages = {key: p.detach().clone() for key, p in self.params.items()} if ema else {}
-        self.optimizer = torch.optim.AdamW(self.params.values(), learning_rate, weight_decay=weight_decay)
+        self.optimised_by = optimizer
+        self.optimizer = OPTIMIZERS[optimizer]()(self.params.values(), learning_rate, weight_decay=weight_decay)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
         self.rate = 0.0  # the learning rate of the latest step
         self.step = 0  # finished steps, skipped ones among them
@@ -86,7 +96,7 @@ class Trainer:
         for i, (places, features) in enumerate(parts):
             alone = self.ranks.size == 1 or i == len(parts) - 1  # the others' gradients are wanted once, at the end
             with nullcontext() if alone else self.objective.no_sync():
-                loss = self.objective(*self.noised(places, features)) / len(parts)
+                loss = self.objective(**self.noised(places, features)) / len(parts)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         loss = self.ranks.mean(float(total))
@@ -105,12 +115,32 @@ class Trainer:
         self.place += sum(len(places) for places, _ in parts) * self.ranks.size
         return loss
 
-    def noised(self, places: list[int], features: Features) -> tuple[Tensor | float, ...]:
+    def noised(self, places: list[int], features: Features) -> dict[str, Tensor | float]:
         """The arguments of `Objective.forward`, with what is random at these places."""
         features = {key: value.to(self.ranks.device) for key, value in features.items()}
-        noisy, noise, t, text, image = noised(features, self.null, self.seed, places, self.drop, self.noise_schedule)
-        weight = v_weight(t, self.noise_schedule) if self.loss == "v" else 1.0
-        return noisy.to(self.dtype), noise, t, text, image, weight
+        mean, std = features["mean"].float(), features["std"].float()
+        drawn = draws(self.seed, places, mean.shape[1:], self.noise_offset)
+        u, t, posterior, noise = (draw.to(mean.device) for draw in drawn)
+        x, schedule = mean + std * posterior, self.noise_schedule
+        return self.conditions(features, *drops(u, *self.drop)) | {
+            "noisy": add_noise(x, noise, t, schedule).to(self.dtype),
+            "target": noise if schedule.prediction == "eps" else velocity(x, noise, t, schedule),
+            "t": t,
+            "weight": loss_weight(t, self.loss, schedule),
+        }
+
+    def conditions(self, features: Features, drop_text: Tensor, drop_image: Tensor) -> dict[str, Tensor]:
+        """The arguments of `Objective.prompt` of a batch, in which some, (batch,), lose their text, or their image.
+
+        What the features lack is lost to all.
+        """
+        kept = {}
+        for key, none in self.null.items():
+            dropped = drop_text if key in TEXTS else drop_image
+            kept[key] = torch.where(dropped.view(-1, *[1] * none.ndim), none, features.get(key, none).to(none))
+        if "pooled" in kept:
+            kept["vector"] = told_vector(kept.pop("pooled"), features["sizes"], self.sinusoids)
+        return kept
 
     @torch.no_grad()
     def average(self) -> None:
@@ -137,7 +167,8 @@ class Trainer:
         tensors = {f"adapter.{key}": p.detach() for key, p in self.params.items()}
         tensors |= {f"ema.{key}": average for key, average in self.averages.items()}
         for key, p in self.params.items():
-            tensors |= {f"{name}.{key}": value for name, value in self.optimizer.state[p].items()}
+            kept = self.optimizer.state[p].items()
+            tensors |= {f"{name}.{key}": torch.as_tensor(value) for name, value in kept if value is not None}
         numbers = {name: getattr(self, name) for name in COUNTS}
         return tensors, numbers | {"scaler": self.scaler.state_dict()}
 
@@ -147,8 +178,7 @@ class Trainer:
             p.copy_(tensors[f"adapter.{key}"])
             if self.averages:  # a run that begins to average starts from where it is
                 self.averages[key].copy_(tensors.get(f"ema.{key}", p))
-            moments = {name: tensors[whole] for name in MOMENTS if (whole := f"{name}.{key}") in tensors}
-            self.optimizer.state[p] = {name: v.to(p.device if v.ndim else "cpu") for name, v in moments.items()}
+            self.optimizer.state[p] = restored(self.optimised_by, p, key, tensors)
         for name in COUNTS:
             setattr(self, name, notes[name])
         if notes["scaler"] and self.scaler.is_enabled():
@@ -163,25 +193,3 @@ def rate_at(step: int, top: float, warmup: int, schedule: str, steps: int) -> fl
     """
     grown, fallen = min(1.0, (step + 1) / (warmup + 1)), min(1.0, max(0, step - warmup) / max(1, steps - warmup))
     return top * grown * {"constant": 1, "linear": 1 - fallen, "cosine": (1 + math.cos(math.pi * fallen)) / 2}[schedule]
-
-
-def noised(
-    features: Features,
-    null: Features,
-    seed: int,
-    places: list[int],
-    drop: tuple[float, float, float],
-    schedule: Schedule = SD,
-) -> tuple[Tensor, ...]:
-    """A batch with what is random at its places: noisy latents, the noise, t, text and image, some of them dropped.
-
-    Args:
-        null: "text" and "image", what stands for a dropped one, without a batch dimension.
-        drop: probabilities of dropping the text, the image, and both.
-    """
-    mean, std, text, image = (features[key] for key in ("mean", "std", "text", "image"))
-    u, t, posterior, noise = (draw.to(mean.device) for draw in draws(seed, places, mean.shape[1:]))
-    drop_text, drop_image = drops(u, *drop)
-    text = torch.where(drop_text[:, None, None], null["text"], text)
-    image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), null["image"], image)
-    return add_noise(mean.float() + std.float() * posterior, noise, t, schedule), noise, t, text, image

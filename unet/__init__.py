@@ -3,7 +3,7 @@
 import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
 
 from unet.layers import layer_names
-from unet.unet import SD15, SD21, SDXL, Added, Encoder, UNet, UNetConfig, size_vector, skip_channels
+from unet.unet import SD15, SD21, SDXL, Added, Encoder, UNet, UNetConfig, size_vector, skip_channels, told_vector
 
 __all__ = [
     "SD15",
@@ -16,4 +16,5 @@ __all__ = [
     "layer_names",
     "size_vector",
     "skip_channels",
+    "told_vector",
 ]

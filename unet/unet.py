@@ -199,7 +199,12 @@ def size_vector(pooled: Tensor, height: int, width: int, sinusoids: int = 256) -
     pooled (batch, width) of the second text tower -> (batch, width + 6 * sinusoids): 2816 for SDXL
     """
     sizes = torch.tensor([height, width, 0, 0, height, width], device=pooled.device)
-    return torch.cat([pooled, timestep_embedding(sizes, sinusoids).flatten().expand(len(pooled), -1).to(pooled)], dim=1)
+    return told_vector(pooled, sizes.expand(len(pooled), -1), sinusoids)
+
+
+def told_vector(pooled: Tensor, sizes: Tensor, sinusoids: int) -> Tensor:
+    """The same, each row with six sizes of its own: sizes (batch, 6)."""
+    return torch.cat([pooled, timestep_embedding(sizes.flatten(), sinusoids).view(len(sizes), -1).to(pooled)], dim=1)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
