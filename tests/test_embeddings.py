@@ -315,6 +315,7 @@ def test_an_embedding_is_saved_and_makes_the_picture_again(folder, tmp_path):
     assert again.returncode == 2 and "x.safetensors: exists; another name is wanted, or --overwrite" in again.stderr
 
 
+@pytest.mark.slow
 def test_each_picture_of_a_folder_has_a_result(folder, tmp_path):
     flags = ["--image", folder, "--each", "--scale", 0, 1, "--image", folder / "b.png", "--scale", 0.5]
     result = sample(*flags, "--output", tmp_path / "out", *SMALL)
