@@ -243,6 +243,28 @@ def test_a_log_that_is_not_installed_is_one_line(tmp_path, data, name, module):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_faceid_adapter_with_all_that_can_be_asked_for(tmp_path, data):
+    """Its run goes on with its own optimiser alone; sample.py reads what it wrote; a bad embedding is left out and named."""
+    rows = []
+    for i in range(4):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).normal(size=512 if i < 3 else 100))
+        embedding = str(tmp_path / f"{i}.npy")
+        rows.append({"image_file": f"{i}.png", "text": "a drawing", "id_embed_file": embedding})
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    recipe = ["--optimizer", "adafactor", "--loss", "min-snr", "--noise-offset", 0.1, "--storage", "float16"]
+    flags = [*QUICK, "--data", tmp_path / "list.json", "--data-root", data, "--kind", "faceid-plusv2", *recipe]
+    assert train(*flags, "--output", tmp_path / "a", "--steps", 3).returncode == 0
+    assert "3.npy: of shape (100,)" in (tmp_path / "a/skipped.txt").read_text()
+    assert train(*flags, "--output", tmp_path / "b", "--steps", 2).returncode == 0
+    done = train("--output", tmp_path / "b", "--resume", "--steps", 3, "--optimizer", "adamw")
+    assert done.returncode == 2 and "another optimizer (adafactor; now adamw)" in done.stderr
+    assert train("--output", tmp_path / "b", "--resume", "--steps", 3).returncode == 0
+    assert same(tmp_path / "a", tmp_path / "b")
+    made = ["--image", data / "0.png", "--face-embedding", tmp_path / "0.npy", *FAST, "--output", tmp_path / "x.png"]
+    done = sample("--adapter", tmp_path / "a/adapter.safetensors", "--faceid-v2", *made)
+    assert done.returncode == 0, done.stderr
+
+
 # One result, however it is come by
 
 
