@@ -45,6 +45,7 @@ from training.recipes import (
     trainable_kind,
     wants_encoder,
 )
+from training.references import RULES, SHARE, open_references
 from training.run import Run, check_folder, stored_settings
 from training.trainer import RATE_SCHEDULES, Trainer
 from training.validation import SHOWN, validation, validation_pictures
@@ -57,7 +58,7 @@ MODELS = ("base", "image_encoder", "vae")
 NAMED = (*MODELS, "adapter")
 # Another run, if one of these differs.
 IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "optimizer", "resolution", "seed")
-IDENTITY += ("data (pairs)", "data (sha256)")
+IDENTITY += ("data (pairs)", "data (sha256)", "references")
 # What the step and the loop take under the names of their flags.
 RECIPE = ("seed", "learning_rate", "weight_decay", "loss", "warmup", "clip_grad", "ema", "steps")
 RECIPE += ("optimizer", "noise_offset")
@@ -71,6 +72,9 @@ def main() -> None:
     monitors, _ = [MONITORS[name]() for name in args.log], OPTIMIZERS[args.optimizer]()
     check_folder(args.output, args.resume)
     pairs = open_pairs(args.data, args.data_root, uncaptioned=True)
+    if args.limit:
+        pairs.cut(args.limit)
+    references = open_references(pairs, args.reference, args.reference_share)
     shown = open_pairs(args.validation, args.data_root, uncaptioned=True) if args.validation else pairs
     given = {name: vars(args)[name] for name in NAMED}
     expected = kind_named(given, args.kind)
@@ -83,9 +87,9 @@ def main() -> None:
     hashes = {f"{name} (sha256)": model_sha256(path) for name in MODELS if (path := models.files.get(name))}
     settings = {key: value for key, value in vars(args).items() if key not in ("device", "resume")} | {"kind": kind}
     settings |= {name: str(path) for name, path in models.files.items()}
-    settings |= {"processes": ranks.size, "torch": torch.__version__} | hashes | identity(pairs, args.limit, ranks)
+    settings |= {"processes": ranks.size, "torch": torch.__version__} | hashes | identity(pairs, ranks, references)
     run = Run(args.output, ranks, settings, IDENTITY, args.resume, monitors)
-    if told := pairs.told():
+    for told in filter(None, (pairs.told(), references and references.told())):
         ranks.say(told)
     held_out = []
     if args.validate_every and ranks.first:
@@ -101,7 +105,7 @@ def main() -> None:
         ranks,
         kind,
         resolution=args.resolution,
-        limit=args.limit,
+        references=references,
         cache=args.cache,
         hashes=hashes,
         workers=args.workers,
@@ -169,6 +173,10 @@ def parse() -> argparse.Namespace:
     add("--validation", nargs="+", metavar="D", help=drawn)
     beside = "texts to draw its pictures with (default: the empty one)"
     add("--validation-prompt", nargs="+", type=cli.text, default=[""], metavar="TEXT", help=beside)
+    rule = "whose picture is the prompt: that of a list's `reference`, or of the same folder, or name but for its end"
+    add("--reference", choices=RULES, help=f"{rule} (default: field where a list has it, else the pair's own)")
+    others = f"of the places where another picture is the prompt (default: {SHARE})"
+    add("--reference-share", type=cli.share, metavar="P", help=others)
     add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     kept = "keep what the encoders make here; for each pair they run once, also where data grow or are moved"
     add("--cache", type=cli.path, metavar="DIR", help=kept)

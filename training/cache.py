@@ -34,13 +34,15 @@ class Cache(Dataset):
         fingerprint: all that the features depend on beside the pairs (hashes of the models, settings); a folder that was
             filled with another one is refused.
         pairs: the identities (n,) of the pairs that are to be in it; those that cannot be read are marked as bad.
+        length: how many of them are trained on; those behind are prompts alone. None: all.
 
     Raises:
         DataError: the folder belongs to other models or settings, or a file in it is damaged.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict, pairs: np.ndarray):
+    def __init__(self, folder: Path, fingerprint: dict, pairs: np.ndarray, length: int | None = None):
         self.folder, self.pairs, self.notes = folder, pairs, {"format": FORMAT} | fingerprint
+        self.length = len(pairs) if length is None else length
         note = folder / "cache.json"
         if note.exists():
             try:
@@ -64,7 +66,7 @@ class Cache(Dataset):
         self.places[here] = np.concatenate([nothing, *places])[first[np.searchsorted(known, self.pairs[here])]]
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return self.length
 
     def __getitem__(self, i: int) -> Features:
         """With all captions of the pair: text (captions, 77, context_dim). Raises BadSample if it could not be read."""
@@ -72,11 +74,18 @@ class Cache(Dataset):
         rows = shard.captions[shard.begins[place] : shard.begins[place + 1]]
         return shard.pictures(place) | default_collate([shard.text(row) for row in rows])
 
-    def take(self, i: int, caption: int) -> Features:
-        """With one caption, text (77, context_dim): this one, modulo how many there are. Raises BadSample."""
+    def take(self, i: int, caption: int = 0, reference: int | None = None) -> Features:
+        """With one caption, text (77, context_dim): this one, modulo how many there are. Raises BadSample.
+
+        `reference`: the pair whose picture is the prompt; None: its own.
+        """
         shard, place = self.shard(i)
         begin, end = shard.begins[place], shard.begins[place + 1]
-        return shard.pictures(place) | shard.text(shard.captions[begin + caption % (end - begin)])
+        found = shard.pictures(place) | shard.text(shard.captions[begin + caption % (end - begin)])
+        if reference is None:
+            return found
+        shard, place = self.shard(reference)
+        return found | shard.pictures(place, PROMPTS)
 
     def shard(self, i: int) -> tuple["Shard", int]:
         """The file that holds a pair, and its place there."""
@@ -169,9 +178,9 @@ class Shard(NamedTuple):
     begins: list[int]  # (n + 1): where each pair's captions begin among these
     reasons: dict[str, str]  # place of a pair -> why it cannot be used
 
-    def pictures(self, place: int) -> Features:
-        row = self.rows[place]
-        return {key: self.file.get_slice(key)[row] for key in {*self.file.keys()} - {*TEXTS, *NOTED}}
+    def pictures(self, place: int, only: Sequence[str] = ()) -> Features:
+        row, keys = self.rows[place], {*self.file.keys()} - {*TEXTS, *NOTED}
+        return {key: self.file.get_slice(key)[row] for key in (keys & {*only} if only else keys)}
 
     def text(self, row: int) -> Features:
         return {key: self.file.get_slice(key)[row] for key in {*self.file.keys()} & {*TEXTS}}

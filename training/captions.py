@@ -1,7 +1,8 @@
 """Captions as they are written down: beside a picture, or in a list that names pictures; in any usual encoding.
 
 photo.txt, photo.json, photo.caption       beside photo.jpg; kohya's trainers know the last, img2dataset the others
-data.json, data.jsonl                      {"image_file": ..., "text": ...}, of the trainers of IP-Adapter
+data.json, data.jsonl                      {"image_file": ..., "text": ..., "reference": ...}, the first two as the
+                                           trainers of IP-Adapter have them
 metadata.jsonl, metadata.csv               "file_name" and "text", of Hugging Face's imagefolder
 annotations/captions_val2017.json          COCO's, with "images" and "annotations"
 """
@@ -12,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from files.errors import UserError
 
@@ -21,6 +22,7 @@ LISTS = (".json", ".jsonl", ".csv", ".tsv")
 PICTURE_KEYS = ("image_file", "file_name", "image")
 FACE_KEY = "id_embed_file"
 TEXT_KEYS = ("text", "caption", "captions")
+REFERENCE_KEYS = ("reference", "references")
 WANTED = '{"image_file": ..., "text": ...}'
 MARKS = {  # the longer ones first: that of UTF-32 begins like that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
@@ -34,6 +36,16 @@ GUESS = "cp1252"  # what is neither UTF-8 nor marked was most likely written on 
 
 class DataError(UserError):
     """Data that cannot be used at all; the message is one line that names what was given."""
+
+
+class Entry(NamedTuple):
+    """Of a list."""
+
+    where: str  # it stands
+    name: str  # of the picture
+    texts: tuple[str, ...]  # its captions; () without any
+    references: tuple[str, ...] = ()  # other pictures of the same subject
+    face: str | None = None  # the file of its face embedding
 
 
 def encoding_of(file: BinaryIO) -> str:
@@ -73,11 +85,16 @@ def caption(content: bytes, suffix: str) -> tuple[str, ...]:
 
 def texts_of(entry: object) -> tuple[str, ...]:
     """The captions in an object of JSON: those of the first key that holds any, one or several."""
-    for key in TEXT_KEYS if isinstance(entry, dict) else ():
+    return tuple(map(sound, strings_of(entry, TEXT_KEYS)))
+
+
+def strings_of(entry: object, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The string, or the strings of the list, under the first of these keys that holds any."""
+    for key in keys if isinstance(entry, dict) else ():
         value = entry.get(key)
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         if texts:
-            return tuple(map(sound, texts))
+            return tuple(texts)
     return ()
 
 
@@ -86,8 +103,8 @@ def sound(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def listed(path: str, encoding: str) -> Iterator[tuple[str, str, tuple[str, ...], str | None]]:
-    """Of each entry of a list: where it stands, the picture it names, its captions (or ()), its face embedding's file.
+def listed(path: str, encoding: str) -> Iterator[Entry]:
+    """The entries of a list.
 
     Raises:
         DataError: the file is no list of pictures, or an entry of it names none.
@@ -105,7 +122,8 @@ def listed(path: str, encoding: str) -> Iterator[tuple[str, str, tuple[str, ...]
                 if name is None:
                     raise DataError(f"{where} is not {WANTED}")
                 face = entry.get(FACE_KEY)
-                yield where, name, texts_of(entry), face if isinstance(face, str) and face else None
+                face = face if isinstance(face, str) and face else None
+                yield Entry(where, name, texts_of(entry), strings_of(entry, REFERENCE_KEYS), face)
     except DataError:
         raise
     except csv.Error as error:

@@ -5,6 +5,7 @@ what else captions are written in is told in `captions.py`.
 """
 
 import glob
+import hashlib
 import os
 import re
 from array import array
@@ -16,6 +17,7 @@ from training.captions import LISTS, DataError, caption
 from training.folders import add_folder, add_list
 from training.pairs import BARE, LISTED, PICTURES, Pairs
 from training.ranks import Ranks
+from training.references import References
 from training.shards import SHARDS, add_shard
 
 FORMS = (
@@ -123,9 +125,13 @@ def expand(pattern: str) -> Iterator[str]:
         raise DataError(f"{pattern}: {'matches nothing' if glob.has_magic(pattern) else 'no such file or folder'}")
 
 
-def identity(pairs: Pairs, limit: int | None, ranks: Ranks) -> dict:
+def identity(pairs: Pairs, ranks: Ranks, references: References | None = None) -> dict:
     """What the data of a run are, wherever they lie. Raises DataError where its processes see different data."""
-    found = {"data (pairs)": min(len(pairs), limit or len(pairs)), "data (sha256)": pairs.digest(limit)}
+    found = {"data (pairs)": len(pairs), "data (sha256)": pairs.digest()}
+    if references:
+        found["data (pairs)"] = len(references.begins)
+        found["data (sha256)"] = hashlib.sha256((pairs.digest() + references.digest()).encode()).hexdigest()
+        found["references"] = f"{references.rule}, {references.share:g}"
     if len(set(ranks.gather([found["data (sha256)"]]))) > 1:
         raise DataError("`data`: not the same on all processes; do they share the disk?")
     return found

@@ -31,17 +31,18 @@ PROMPTS = ("image", "face")  # of the image prompt
 
 
 class Prepared(Dataset):
-    """The first pairs as the encoders want them.
+    """Pairs as the encoders want them.
 
     pixels (3, R, R) in [-1, 1], sizes (6,), clip (3, S, S) and face (512,) where these are wanted, tokens (captions, 77).
+    The first `length` are trained on; those behind are pictures that are prompts alone.
 
     Args:
         clip_size: S; None: no image tower reads them.
         faces: whether the adapter reads a face embedding: the one that a list names, or what insightface finds.
     """
 
-    def __init__(self, pairs: Pairs, limit: int, resolution: int, clip_size: int | None, faces: bool = False):
-        self.pairs, self.length = pairs, min(limit, len(pairs))
+    def __init__(self, pairs: Pairs, length: int, resolution: int, clip_size: int | None, faces: bool = False):
+        self.pairs, self.length = pairs, length
         self.resolution, self.clip_size, self.faces = resolution, clip_size, faces
 
     def __len__(self) -> int:
@@ -52,27 +53,37 @@ class Prepared(Dataset):
         pair = self.pairs[i]
         return self.seen(pair) | {"tokens": tokenize([*pair.texts] or [""])}
 
-    def take(self, i: int, caption: int) -> Features:
-        """With one caption, tokens (77,): this one, modulo how many there are."""
+    def take(self, i: int, caption: int = 0, reference: int | None = None) -> Features:
+        """With one caption, tokens (77,): this one, modulo how many there are.
+
+        `reference`: the pair whose picture is the prompt; None: its own.
+        """
         pair = self.pairs[i]
         texts = pair.texts or ("",)
-        return self.seen(pair) | {"tokens": tokenize(texts[caption % len(texts)])[0]}
+        found = self.seen(pair) | {"tokens": tokenize(texts[caption % len(texts)])[0]}
+        return found if reference is None else found | self.prompt(self.pairs[reference])
 
     def seen(self, pair: Pair) -> Features:
+        """All but the captions."""
+        prompt = self.prompt(pair)  # first, for it refuses pictures
+        pixels, corner = to_square(pair.image, self.resolution)
+        sizes = [pair.image.height, pair.image.width, *corner, *pixels.shape[1:]]
+        return {"pixels": pixels, "sizes": torch.tensor(sizes)} | prompt
+
+    def prompt(self, pair: Pair) -> Features:
+        """What the adapter will read of a picture."""
         if max(pair.image.size) > 32 * min(pair.image.size):  # brought to size, it would fill the memory
             raise BadSample(
                 f"{pair.name}: a picture of {pair.image.width} x {pair.image.height}, too thin to crop a square"
             )
-        pixels, corner = to_square(pair.image, self.resolution)
-        sizes = [pair.image.height, pair.image.width, *corner, *pixels.shape[1:]]
-        seen, shown = {"pixels": pixels, "sizes": torch.tensor(sizes)}, pair.image
+        found, shown = {}, pair.image
         if self.faces:
-            seen["face"], shown = face_of(pair)
-        return seen | ({"clip": preprocess(shown, self.clip_size)[0]} if self.clip_size else {})
+            found["face"], shown = face_of(pair)
+        return found | ({"clip": preprocess(shown, self.clip_size)[0]} if self.clip_size else {})
 
     def identities(self) -> np.ndarray:
         """What each pair is, as (pairs,) int64: `Pairs.identities`."""
-        return self.pairs.identities(self.length)
+        return self.pairs.identities()
 
     def captions(self, numbers: Sequence[int]) -> float:
         """How many captions a pair has on average, equal ones once, as far as these can be read."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from training.captions import BESIDE, GUESS, DataError, encoding_of, listed
+from training.captions import BESIDE, GUESS, DataError, Entry, encoding_of, listed
 from training.pairs import BARE, GUESSED, LISTED, PICTURES, UNREAD, WHOLE, Pairs, Row
 from training.shards import SHARDS, add_shard
 
@@ -27,7 +27,7 @@ def add_folder(pairs: Pairs, root: str, bare: bool) -> None:
             beside.setdefault((stem, suffix[1:].lower()), suffix[1:])
         for file in files:
             path, (stem, suffix) = os.path.join(folder, file), os.path.splitext(file)
-            texts = told.pop(os.path.join(here, file), None)
+            texts, references = told.pop(os.path.join(here, file), (None, None))
             if file.lower().endswith(SHARDS):
                 shards.append(path)
             elif suffix[1:].lower() not in PICTURES and not texts:
@@ -40,7 +40,7 @@ def add_folder(pairs: Pairs, root: str, bare: bool) -> None:
                 if taken.setdefault(stem, file) != file:
                     pairs.skip(f"{path}: {taken[stem]} has the same name")
                 else:
-                    add_picture(pairs, name, path, path, written, texts, bare)
+                    add_picture(pairs, name, path, path, written, texts, bare, references)
         for stem, path in unread:
             if stem not in taken:
                 pairs.skip(f"{path}: a picture of a kind that cannot be read ({', '.join(PICTURES)} can)")
@@ -73,17 +73,18 @@ def walk(root: str, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, l
             yield folder, sorted(name for name in files if not name.startswith("."))
 
 
-def captions_in(pairs: Pairs, path: str, root: str) -> dict[str, tuple[int, int]]:
-    """What a list in a folder tells of the pictures there: by their whole paths, where their captions are kept."""
-    found: dict[str, tuple[str, ...]] = {}
+def captions_in(pairs: Pairs, path: str, root: str) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+    """What a list in a folder tells of the pictures there: by their whole paths, where captions and references are kept."""
+    found: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     try:
-        for _, name, texts, _ in entries(pairs, path):
+        for _, name, texts, references, _ in entries(pairs, path):
             if texts:
                 picture = os.path.normpath(os.path.join(root, name))
-                found[picture] = found.get(picture, ()) + texts
+                before = found.get(picture, ((), ()))
+                found[picture] = before[0] + texts, before[1] + tuple(os.path.join(root, one) for one in references)
     except DataError as error:  # it may be about something else
         pairs.skip(str(error))
-    return {picture: pairs.keep(texts) for picture, texts in found.items()}
+    return {picture: (pairs.keep(texts), pairs.keep(references)) for picture, (texts, references) in found.items()}
 
 
 def coco_captions(root: str) -> list[str]:
@@ -103,7 +104,7 @@ def coco_pictures(path: str) -> str | None:
     return next((os.path.normpath(place) for place in places if os.path.isdir(place)), None)
 
 
-def entries(pairs: Pairs, path: str) -> Iterator[tuple[str, str, tuple[str, ...], str | None]]:
+def entries(pairs: Pairs, path: str) -> Iterator[Entry]:
     """What `listed` gives of a list, in the encoding that it is found to be in."""
     with open(path, "rb") as file:
         encoding = encoding_of(file)
@@ -114,7 +115,7 @@ def entries(pairs: Pairs, path: str) -> Iterator[tuple[str, str, tuple[str, ...]
 
 def add_list(pairs: Pairs, path: str, data_root: str | Path | None, seen: set[str] | None, bare: bool) -> None:
     root = data_root or coco_pictures(path) or os.path.dirname(path)
-    for where, name, texts, face in entries(pairs, path):
+    for where, name, texts, references, face in entries(pairs, path):
         if "\\" in name and not os.path.exists(os.path.join(root, name)):  # the list was made on Windows
             name = name.replace("\\", "/")
         picture = os.path.join(root, name)
@@ -122,14 +123,21 @@ def add_list(pairs: Pairs, path: str, data_root: str | Path | None, seen: set[st
             if picture in seen:
                 continue
             seen.add(picture)
-        before = len(pairs)
-        add_picture(pairs, name, picture, where, None, pairs.keep(texts), bare)
+        before, others = len(pairs), pairs.keep([os.path.join(root, one) for one in references])
+        add_picture(pairs, name, picture, where, None, pairs.keep(texts), bare, others)
         if face and len(pairs) > before:
             pairs.faces[before] = pairs.strings.append(os.path.join(root, face))
 
 
 def add_picture(
-    pairs: Pairs, name: str, path: str, label: str, written: str | None, texts: tuple[int, int] | None, bare: bool
+    pairs: Pairs,
+    name: str,
+    path: str,
+    label: str,
+    written: str | None,
+    texts: tuple[int, int] | None,
+    bare: bool,
+    references: tuple[int, int] | None = None,
 ) -> None:
     """A picture file with its captions: in a file beside it, by its suffix; or kept here; or, with `bare`, none."""
     place, count = texts or (0, 0)
@@ -140,5 +148,7 @@ def add_picture(
         return
     elif not count:
         pairs.remark(BARE, label)
+    if references and references[1]:
+        pairs.references.extend((len(pairs), *references))
     string = pairs.strings.append(path)
     pairs.add(name, Row(string, 0, WHOLE, place, count, pairs.suffix(written or LISTED)))

@@ -41,7 +41,7 @@ def training(
     """
     ranks, stop = trainer.ranks, Stop(trainer.ranks)
     order = places(trainer.place, (steps - trainer.step) * accumulation, batch_size, ranks.rank, ranks.size)
-    drawn = Places(ready.source, trainer.seed)
+    drawn = Places(ready.source, trainer.seed, ready.references)
     batches = iter(DataLoader(drawn, 1, None, None, order, workers, stack, worker_init_fn=deaf))
     every = validate_every if ready.prompts else 0
 

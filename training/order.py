@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 from training.captions import DataError
 from training.features import Features
 from training.pairs import BadSample
+from training.references import References
 
 
 def pair_at(seed: int, place: int, pairs: int, retry: int = 0) -> int:
@@ -40,6 +41,11 @@ def generator_at(seed: int, place: int) -> torch.Generator:
 def caption_at(seed: int, place: int) -> int:
     """Which caption of its pair is taken at a place of the run: of n captions, this number modulo n."""
     return mixed(f"{seed} {place} caption")
+
+
+def reference_at(seed: int, place: int) -> tuple[float, int]:
+    """Whether another picture is the prompt at a place of the run, a number in [0, 1), and which: of n, this modulo n."""
+    return mixed(f"{seed} {place} whether") / 2**56, mixed(f"{seed} {place} reference")
 
 
 def mixed(text: str) -> int:
@@ -73,21 +79,31 @@ class Places(Dataset):
     """What stands at each place of a run: (place, features or prepared pair, why others could not be used).
 
     In the stead of a pair that cannot be read stands the next one in the order of its epoch. Of several captions of a
-    picture one is drawn.
+    picture one is drawn, and of other pictures of its subject, where there are `references`, one as its prompt; one that
+    cannot be read leaves the target its own.
     """
 
-    def __init__(self, source: Dataset, seed: int):
-        self.source, self.seed = source, seed
+    def __init__(self, source: Dataset, seed: int, references: References | None = None):
+        self.source, self.seed, self.references = source, seed, references
 
     def __getitem__(self, place: int) -> tuple[int, Features, list[str]]:
         reasons = []
         for retry in range(len(self.source)):
             number = pair_at(self.seed, place, len(self.source), retry)
-            try:
-                return place, self.source.take(number, caption_at(self.seed, place)), reasons
-            except BadSample as error:
-                reasons.append(str(error))
+            for drawn in self.drawn(place, number):
+                try:
+                    return place, self.source.take(number, caption_at(self.seed, place), **drawn), reasons
+                except BadSample as error:
+                    reasons.append(str(error))
         raise DataError(f"none of the {len(self.source)} pairs can be used; the first: {reasons[0]}")
+
+    def drawn(self, place: int, number: int) -> Iterator[dict]:
+        """What else is drawn for a pair at a place, and what is taken if that cannot be read."""
+        if self.references:
+            reference = self.references.drawn(number, *reference_at(self.seed, place))
+            if reference is not None:
+                yield {"reference": reference}
+        yield {}
 
 
 def places(begin: int, batches: int, size: int, rank: int, ranks: int) -> Iterator[list[int]]:

@@ -67,6 +67,10 @@ class Strings:
         self.ends.append(len(self.content))
         return len(self.ends) - 2
 
+    def cut(self, count: int) -> None:
+        """Keep the first so many."""
+        del self.ends[count + 1 :], self.content[self.ends[-1] :]
+
     def __getitem__(self, i: int) -> str:
         return self.content[self.ends[i] : self.ends[i + 1]].decode("utf-8", "surrogatepass")
 
@@ -80,6 +84,9 @@ class Pairs(Sequence[Pair]):
     def __init__(self):
         self.names, self.strings = Strings(), Strings()
         self.rows = array("q")  # a Row for each
+        self.references = array(
+            "q"
+        )  # of lists: the number of a pair, the first of its references in `strings`, how many
         self.suffixes = [LISTED]  # of files with captions, as they are spelt
         self.packed: dict[str, tuple[int, int]] = {}  # gzip shards: where they lie in `unpacked`
         self.skipped: list[str] = []  # the first thousand that were left out, and why
@@ -210,8 +217,13 @@ class Pairs(Sequence[Pair]):
             self.suffixes.append(spelling)
         return self.suffixes.index(spelling)
 
+    def cut(self, count: int) -> None:
+        """Keep the first so many."""
+        self.names.cut(count)
+        del self.rows[count * len(Row._fields) :], self.hashes[count:]
+
     def keep(self, texts: Sequence[str]) -> tuple[int, int]:
-        """Captions of a list; returns where they are and how many, for a Row."""
+        """Captions or references of a list; returns where they are and how many."""
         first = len(self.strings.ends) - 1
         for text in texts:
             self.strings.append(text)

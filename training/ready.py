@@ -17,6 +17,7 @@ from training.features import Encoders, Features, Prepared
 from training.pairs import BadSample, Pair, Pairs
 from training.ranks import Ranks
 from training.recipes import KINDS
+from training.references import References
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Ready:
     texts: list[tuple[Features, float]]  # that are drawn beside the image prompts, and how strong these are then
     negative: Features  # what they are drawn against
     held_out: bool  # whether these pictures are not trained on: then their loss is measured
+    references: References | None = None  # who else may be a pair's image prompt
 
 
 def ready(
@@ -49,8 +51,8 @@ def ready(
     kind: str,
     # Of the pictures, a square, in pixels.
     resolution: int,
-    # The first so many pairs; None: all.
-    limit: int | None = None,
+    # Other pictures that may be a pair's image prompt.
+    references: References | None = None,
     # A folder that keeps what the encoders make; None: they work at each step.
     cache: Path | None = None,
     # What a cache depends on beside the pairs: hashes of the models.
@@ -64,12 +66,13 @@ def ready(
     image, reads = models.image_encoder(), KINDS[kind]
     encoders = Encoders(models.vae(), models.text_encoder(), image, reads.patches, models.dtype, reads.faces)
     null, size = encoders.null(), image.config.image_size if image else None
-    source = prepared = Prepared(pairs, limit or len(pairs), resolution, size, reads.faces)
+    count = len(references.begins) if references else len(pairs)
+    source = prepared = Prepared(pairs, count, resolution, size, reads.faces)
     if cache:
         parts = [*["face"] * reads.faces, *(["patches" if reads.patches else "embedding"] if image else [])]
         made_by = {"features": " and ".join(parts), "resolution": resolution}
         made_by |= {"dtype": str(models.dtype).removeprefix("torch.")}
-        source = Cache(cache, (hashes or {}) | made_by, prepared.identities())
+        source = Cache(cache, (hashes or {}) | made_by, prepared.identities(), len(prepared))
         fill(source, encoders, prepared, null, ranks, workers, on_pair)
     prompts, seen = [], []
     for pair in shown:
@@ -88,6 +91,7 @@ def ready(
         texts=[(encoders.texts(tokenize(text)), default_scale(text)) for text in texts],
         negative=encoders.negative(),
         held_out=held_out and len(seen) > 1,
+        references=references,
     )
 
 
