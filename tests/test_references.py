@@ -4,16 +4,21 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from test_pairs import png, write_files, write_tar
-from test_train import QUICK, log, same, train
+from test_train import QUICK, WEIGHTS, log, same, train
 
 from files.errors import UserError
+from training.cache import Cache
 from training.captions import DataError
 from training.data import identity, open_pairs
+from training.features import Encoders, Prepared
 from training.order import Places
 from training.pairs import BadSample, Pairs
 from training.references import References, open_references
+from weights import load_image_encoder, open_base
 
 
 def others(pairs: Pairs, found: References) -> dict[str, list[str]]:
@@ -157,6 +162,41 @@ def test_who_prompts_for_whom_is_part_of_what_the_data_are(tmp_path):
     assert {one["data (pairs)"] for one in found} == {3}
     assert [one["references"] for one in found] == ["field, 0.8", "field, 0.5", "same-folder, 0.8"]
     assert found[0]["data (sha256)"] == found[1]["data (sha256)"] != found[2]["data (sha256)"]
+
+
+def test_what_is_read_of_a_picture_is_read_of_its_reference(tmp_path):
+    """For CLIP and as a face, encoded at each step or cached; what is trained on stays the target's."""
+    write_files(tmp_path, {f"{name}.png": png(i) for i, name in enumerate("ab")})
+    for i, name in enumerate("ab"):
+        np.save(tmp_path / f"{name}.npy", np.eye(512, dtype=np.float32)[i])
+    entries = [{"image_file": f"{name}.png", "text": name, "id_embed_file": f"{name}.npy"} for name in "ab"]
+    pairs = open_pairs(listed(tmp_path, entries))
+    base, image = open_base(WEIGHTS / "sd-tiny.safetensors"), load_image_encoder(WEIGHTS / "clip-tiny.safetensors")
+    encoders = Encoders(base.vae(), base.text_encoder(), image, patches=True, faces=True)
+    prepared = Prepared(pairs, 2, 64, 128, faces=True)
+    cache = Cache(tmp_path / "cache", {}, prepared.identities())
+    cache.begin(prepared, encoders.null())
+    assert list(cache.fill(cache.missing(), encoders, prepared, workers=0)) == [[], []]
+    cache.find()
+    for source, prompt in ((prepared, {"clip", "face"}), (cache, {"image", "face"})):
+        own, other, mixed = source.take(0), source.take(1), source.take(0, reference=1)
+        assert mixed.keys() == own.keys() > prompt
+        for key, value in mixed.items():
+            assert torch.equal(value, (other if key in prompt else own)[key])
+        assert not any(torch.equal(own[key], other[key]) for key in prompt)
+
+
+def test_the_first_pairs_alone(tmp_path):
+    """What is put behind them has neither the name nor the face of a pair that was cut off."""
+    write_files(tmp_path, {f"{name}.png": png(i) for i, name in enumerate("abc")})
+    entries = [{"image_file": f"{name}.png", "text": name, "id_embed_file": f"{name}.npy"} for name in "ab"]
+    pairs = open_pairs(listed(tmp_path, [entries[0] | {"reference": "c.png"}, entries[1]]))
+    pairs.cut(1)
+    open_references(pairs)
+    assert [(pairs[i].name, pairs[i].texts, pairs.face(i)) for i in range(len(pairs))] == [
+        ("a.png", ("a",), str(tmp_path / "a.npy")),
+        ("c.png", (), None),
+    ]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from files.whole import write, write_text
 from training.captions import DataError
-from training.features import TEXTS, Encoders, Features, Prepared
+from training.features import PROMPTS, TEXTS, Encoders, Features, Prepared
 from training.pairs import BadSample
 
 SHARD = 256  # pairs to a file of the cache, or fewer

@@ -84,9 +84,7 @@ class Pairs(Sequence[Pair]):
     def __init__(self):
         self.names, self.strings = Strings(), Strings()
         self.rows = array("q")  # a Row for each
-        self.references = array(
-            "q"
-        )  # of lists: the number of a pair, the first of its references in `strings`, how many
+        self.references = array("q")  # of lists: a pair, the first of its references in `strings`, how many
         self.suffixes = [LISTED]  # of files with captions, as they are spelt
         self.packed: dict[str, tuple[int, int]] = {}  # gzip shards: where they lie in `unpacked`
         self.skipped: list[str] = []  # the first thousand that were left out, and why
@@ -221,6 +219,7 @@ class Pairs(Sequence[Pair]):
         """Keep the first so many."""
         self.names.cut(count)
         del self.rows[count * len(Row._fields) :], self.hashes[count:]
+        self.faces = {i: face for i, face in self.faces.items() if i < count}
 
     def keep(self, texts: Sequence[str]) -> tuple[int, int]:
         """Captions or references of a list; returns where they are and how many."""
