@@ -331,6 +331,14 @@ def side(text: str) -> int:
     return value
 
 
+def size(text: str) -> int | tuple[int, int]:
+    """A side, or WIDTHxHEIGHT, as height and width: multiples of 8."""
+    sides = [side(part) for part in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} given, a side or WIDTHxHEIGHT is wanted")
+    return sides[0] if len(sides) == 1 else (sides[1], sides[0])
+
+
 def check_writable(flag: str, path: Path, folder: Path) -> None:
     """Refuse a path if its folder, or the nearest one above it that exists, cannot be written to."""
     nearest = next(one for one in (folder, *folder.absolute().parents) if one.exists())

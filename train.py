@@ -28,6 +28,7 @@ from tqdm import tqdm
 import cli
 from files.errors import UserError
 from generate import open_models
+from training.buckets import open_buckets
 from training.data import identity, open_pairs
 from training.loop import training
 from training.monitors import MONITORS
@@ -62,7 +63,7 @@ IDENTITY += ("data (pairs)", "data (sha256)", "references")
 # What the step and the loop take under the names of their flags.
 RECIPE = ("seed", "learning_rate", "weight_decay", "loss", "warmup", "clip_grad", "ema", "steps")
 RECIPE += ("optimizer", "noise_offset")
-LOOP = ("steps", "batch_size", "workers", "save_every", "validate_every")
+LOOP = ("steps", "batch_size", "workers", "save_every", "validate_every", "random_crop", "flip")
 
 
 def main() -> None:
@@ -95,6 +96,12 @@ def main() -> None:
     if args.validate_every and ranks.first:
         check_faces(kind, args.validation or args.data, shown)
         held_out = validation_pictures(shown, " ".join(args.validation or args.data))
+    buckets = None
+    if args.buckets is not None:
+        batch = args.batch_size * args.grad_accumulation * ranks.size
+        count = len(references.begins) if references else len(pairs)
+        buckets = open_buckets(pairs, count, args.buckets, args.resolution, batch, ranks)
+        ranks.say(buckets.told())
     seen = ready(
         models,
         pairs,
@@ -106,6 +113,7 @@ def main() -> None:
         kind,
         resolution=args.resolution,
         references=references,
+        buckets=buckets,
         cache=args.cache,
         hashes=hashes,
         workers=args.workers,
@@ -205,6 +213,10 @@ def parse() -> argparse.Namespace:
     add("--drop-image", type=cli.share, default=0.05, metavar="P", help="without their image (default: %(default)s)")
     add("--drop-both", type=cli.share, default=0.05, metavar="P", help="without either (default: %(default)s)")
     add("--resolution", type=cli.side, metavar="R", help="of the pictures, a square (default: as the base's own)")
+    shapes = "pictures as they are: batches of one size each, of R x R pixels or sizes WxH (default: squares; R: --resolution)"
+    add("--buckets", nargs="*", type=cli.size, metavar="R", help=shapes)
+    add("--random-crop", action="store_true", help="crop anywhere, not the middle; not with --cache")
+    add("--flip", action="store_true", help="mirror half of the pictures; not with --cache")
     add("--seed", type=cli.whole(0, 2**40), default=0, help="(default: %(default)s)")
 
     machine = parser.add_argument_group("machine")
@@ -240,7 +252,10 @@ def parse() -> argparse.Namespace:
         raise UserError(
             f"--data is wanted beside --adapter {args.adapter}, which brings another base than the tiny one"
         )
-    if not args.data:
+    if args.cache and (args.random_crop or args.flip):
+        named = "--random-crop" if args.random_crop else "--flip"
+        raise UserError(f"{named} and --cache: one of them; a cache holds each picture as it was cropped once")
+    if not args.data and not args.random_crop and not args.flip:
         args.cache = args.cache or args.output / "cache"
     for name, value in (TINY_RUN if tiny else PAPER).items():
         kind_follows = name == "kind" and args.adapter

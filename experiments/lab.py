@@ -88,8 +88,9 @@ class Lab:
         )
         self.text_projection = read(TINY_FILES["image_encoder"])["text_projection.weight"].float()
         pairs = open_pairs(str(TINY / "data/train-*.tar.gz"))
+        pairs.cut(args.pairs)
         encoders = Encoders(self.vae, TextEncoder(self.text), self.image, patches=True)
-        prepared = Prepared(pairs, args.pairs, SIDE, SIDE)
+        prepared = Prepared(pairs, len(pairs), SIDE, SIDE)
         models = {name: model_sha256(TINY_FILES[name]) for name in ("base", "image_encoder")}
         self.data = Cache(args.output / f"cache-{args.pairs}", models, prepared.identities())
         self.styles = drawings.load("train", limit=args.pairs).styles  # in the order of the pairs

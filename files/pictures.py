@@ -97,6 +97,16 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
         raise PictureError(f"{source}: cannot be read ({reason})") from None
 
 
+def picture_size(source: BinaryIO) -> tuple[int, int]:
+    """Width and height of the picture that `read_picture` would give, by what it says of itself; (0, 0) if it says nothing."""
+    try:
+        image = opened(source)
+        turned = orientation(image) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+    except Exception:  # noqa: BLE001, as in `read_picture`, which will tell
+        return 0, 0
+
+
 def read_some(source: BinaryIO, name: str | Path) -> Image.Image:
     if not source.seek(0, io.SEEK_END):
         raise PictureError(f"{name}: the file is empty")

@@ -16,7 +16,8 @@ from files.sheets import curve
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
 from sampler import SD, Schedule, add_noise, noise
-from training.order import Places, draws, generator_at, pair_at, places
+from training.chance import draws, generator_at
+from training.order import Places, pair_at, places
 from training.pairs import BadSample
 from training.ranks import Ranks
 from training.ready import Ready

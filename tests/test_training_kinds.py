@@ -10,7 +10,7 @@ from narrow import NARROW_IMAGE
 from torch.nn.functional import mse_loss
 
 from ipadapter.objective import drops
-from training.order import draws
+from training.chance import draws
 from training.ranks import Ranks
 from training.recipes import KINDS, new_adapter
 from training.trainer import Trainer

@@ -35,14 +35,23 @@ class Cache(Dataset):
             filled with another one is refused.
         pairs: the identities (n,) of the pairs that are to be in it; those that cannot be read are marked as bad.
         length: how many of them are trained on; those behind are prompts alone. None: all.
+        sizes: numbers (n,), the same for pairs whose features have the same shapes, as those of one file must. None: all.
 
     Raises:
         DataError: the folder belongs to other models or settings, or a file in it is damaged.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict, pairs: np.ndarray, length: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: dict,
+        pairs: np.ndarray,
+        length: int | None = None,
+        sizes: np.ndarray | None = None,
+    ):
         self.folder, self.pairs, self.notes = folder, pairs, {"format": FORMAT} | fingerprint
         self.length = len(pairs) if length is None else length
+        self.sizes = np.zeros(len(pairs), dtype=np.int64) if sizes is None else sizes
         note = folder / "cache.json"
         if note.exists():
             try:
@@ -99,8 +108,9 @@ class Cache(Dataset):
         """Numbers of the pairs that are still to be made, in lots of one file each."""
         numbers = np.flatnonzero(self.places < 0)
         _, first = np.unique(self.pairs[numbers], return_index=True)  # a pair that was given twice is made once
-        numbers = numbers[np.sort(first)].tolist()
-        return [numbers[i : i + SHARD] for i in range(0, len(numbers), SHARD)]
+        numbers = numbers[np.sort(first)]
+        groups = [numbers[self.sizes[numbers] == size].tolist() for size in np.unique(self.sizes[numbers])]
+        return [group[i : i + SHARD] for group in groups for i in range(0, len(group), SHARD)]
 
     def begin(self, prepared: Prepared, null: Features) -> None:
         """Write what is there once, after a look at the space that the missing pairs will need."""

@@ -11,6 +11,8 @@ A trained step sees a pair as a dictionary of its features, with one of its capt
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from clip import CLIPImage, TextEncoder, TwoTowerEncoder, preprocess, tokenize
 from files.faces import FACE_DIM, FaceError, find_faces, read_embedding
 from files.pictures import from_pil
 from ipadapter.adapter import image_features, null_features
+from training.buckets import Buckets, Size
 from training.pairs import BadSample, Pair, Pairs
 from vae import VAE
 
@@ -30,19 +33,39 @@ TEXTS = ("text", "pooled")  # what is made of a caption; all else is of a pictur
 PROMPTS = ("image", "face")  # of the image prompt
 
 
+class Crop(NamedTuple):
+    """What of a picture is taken where it is longer than it is to be; without more, its middle."""
+
+    top: float = 0.5  # share of what is cut off that lies above
+    left: float = 0.5
+    flipped: bool = False  # the whole picture, before that
+
+
+MIDDLE = Crop()
+
+
 class Prepared(Dataset):
     """Pairs as the encoders want them.
 
-    pixels (3, R, R) in [-1, 1], sizes (6,), clip (3, S, S) and face (512,) where these are wanted, tokens (captions, 77).
+    pixels (3, R, R), or of the pair's size, in [-1, 1], sizes (6,), clip (3, S, S) and face (512,) where these are wanted, tokens (captions, 77).
     The first `length` are trained on; those behind are pictures that are prompts alone.
 
     Args:
         clip_size: S; None: no image tower reads them.
         faces: whether the adapter reads a face embedding: the one that a list names, or what insightface finds.
+        buckets: the size of each pair, where these are not squares.
     """
 
-    def __init__(self, pairs: Pairs, length: int, resolution: int, clip_size: int | None, faces: bool = False):
-        self.pairs, self.length = pairs, length
+    def __init__(
+        self,
+        pairs: Pairs,
+        length: int,
+        resolution: int,
+        clip_size: int | None,
+        faces: bool = False,
+        buckets: Buckets | None = None,
+    ):
+        self.pairs, self.length, self.buckets = pairs, length, buckets
         self.resolution, self.clip_size, self.faces = resolution, clip_size, faces
 
     def __len__(self) -> int:
@@ -51,22 +74,28 @@ class Prepared(Dataset):
     def __getitem__(self, i: int) -> Features:
         """With all captions of the pair; without any it has the empty one."""
         pair = self.pairs[i]
-        return self.seen(pair) | {"tokens": tokenize([*pair.texts] or [""])}
+        return self.seen(pair, self.size(i)) | {"tokens": tokenize([*pair.texts] or [""])}
 
-    def take(self, i: int, caption: int = 0, reference: int | None = None) -> Features:
+    def take(self, i: int, caption: int = 0, reference: int | None = None, crop: Crop = MIDDLE) -> Features:
         """With one caption, tokens (77,): this one, modulo how many there are.
 
         `reference`: the pair whose picture is the prompt; None: its own.
         """
         pair = self.pairs[i]
         texts = pair.texts or ("",)
-        found = self.seen(pair) | {"tokens": tokenize(texts[caption % len(texts)])[0]}
+        found = self.seen(pair, self.size(i), crop) | {"tokens": tokenize(texts[caption % len(texts)])[0]}
         return found if reference is None else found | self.prompt(self.pairs[reference])
 
-    def seen(self, pair: Pair) -> Features:
-        """All but the captions."""
+    def size(self, i: int) -> Size:
+        """Height and width that a pair is brought to."""
+        return self.buckets.size(i) if self.buckets and i < self.length else (self.resolution, self.resolution)
+
+    def seen(self, pair: Pair, size: Size | None = None, crop: Crop = MIDDLE) -> Features:
+        """All but the captions. `size`: None, a square."""
+        if crop.flipped:  # with what is read of it
+            pair = replace(pair, image=pair.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
         prompt = self.prompt(pair)  # first, for it refuses pictures
-        pixels, corner = to_square(pair.image, self.resolution)
+        pixels, corner = to_size(pair.image, size or (self.resolution, self.resolution), crop)
         sizes = [pair.image.height, pair.image.width, *corner, *pixels.shape[1:]]
         return {"pixels": pixels, "sizes": torch.tensor(sizes)} | prompt
 
@@ -82,8 +111,17 @@ class Prepared(Dataset):
         return found | ({"clip": preprocess(shown, self.clip_size)[0]} if self.clip_size else {})
 
     def identities(self) -> np.ndarray:
-        """What each pair is, as (pairs,) int64: `Pairs.identities`."""
-        return self.pairs.identities()
+        """What each pair is, as (pairs,) int64: `Pairs.identities`; and which size it is brought to."""
+        found = self.pairs.identities()
+        if self.buckets:  # of another size it is something else, to a cache
+            sizes = np.array([height << 16 | width for height, width in self.buckets.sizes], dtype=np.int64)
+            found[: self.length] ^= 1_000_003_999 * sizes[self.buckets.of]
+        return found
+
+    def shapes(self) -> np.ndarray:
+        """A number (pairs,) for each, the same for pairs that are brought to the same size."""
+        squares = np.full(len(self.pairs), -1)
+        return squares if not self.buckets else np.concatenate([self.buckets.of, squares[self.length :]])
 
     def captions(self, numbers: Sequence[int]) -> float:
         """How many captions a pair has on average, equal ones once, as far as these can be read."""
@@ -109,12 +147,21 @@ def face_of(pair: Pair) -> tuple[Tensor, Image.Image]:
     return faces[0], pair.image
 
 
-def to_square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """Shortest side to `side` (bilinear), centre crop: (3, side, side) in [-1, 1], and the crop's corner (top, left)."""
-    short = min(image.size)
-    width, height = (max(side, int(side * length / short)) for length in image.size)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+def to_size(image: Image.Image, size: Size, crop: Crop = MIDDLE) -> tuple[Tensor, tuple[int, int]]:
+    """A picture brought to cover a size (bilinear), and cropped to it: the paper's is a square, of the middle.
+
+    Returns pixels (3, height, width) in [-1, 1], and the crop's corner (top, left).
+    """
+    height, width = size
+    if width * image.height >= height * image.width:
+        whole = width, max(height, int(width * image.height / image.width))
+    else:
+        whole = max(width, int(height * image.width / image.height)), height
+    left, top = (
+        round(share * (length - side)) if crop[:2] == MIDDLE[:2] else int(share * (length - side + 1))
+        for share, length, side in zip((crop.left, crop.top), whole, (width, height), strict=True)
+    )
+    image = image.resize(whole, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
     return from_pil(image)[0], (top, left)
 
 

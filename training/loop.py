@@ -25,6 +25,9 @@ def training(
     accumulation: int = 1,
     # Processes that read pairs.
     workers: int = 0,
+    # Whether pictures are cropped anywhere, and flipped at half of their places.
+    random_crop: bool = False,
+    flip: bool = False,
     # Steps from checkpoint to checkpoint.
     save_every: int = 1000,
     # Steps from validation to validation; 0: none.
@@ -40,8 +43,10 @@ def training(
         UserError: too many steps in a row without a finite loss.
     """
     ranks, stop = trainer.ranks, Stop(trainer.ranks)
+    if ready.buckets:
+        trainer.place = ready.buckets.whole(trainer.place)
     order = places(trainer.place, (steps - trainer.step) * accumulation, batch_size, ranks.rank, ranks.size)
-    drawn = Places(ready.source, trainer.seed, ready.references)
+    drawn = Places(ready.source, trainer.seed, ready.references, ready.buckets, random_crop, flip)
     batches = iter(DataLoader(drawn, 1, None, None, order, workers, stack, worker_init_fn=deaf))
     every = validate_every if ready.prompts else 0
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from files.errors import UserError, printable
-from files.pictures import PictureError, read_picture
+from files.pictures import PictureError, picture_size, read_picture
 from training.captions import GUESS, caption, encoding_of
 from training.tars import unpack
 
@@ -102,6 +102,19 @@ class Pairs(Sequence[Pair]):
         with telling(self.label(i)):
             picture = io.BytesIO(self.read(self.strings[row.path], row.offset, row.size))
             return Pair(self.names[range(len(self))[i]], read_picture(picture, self.label(i)), texts, self.face(i))
+
+    def picture_size(self, i: int) -> tuple[int, int]:
+        """Width and height of a picture, from its first bytes if they tell; (0, 0) where they cannot be read."""
+        row, found = self.row(i), (0, 0)
+        path = self.strings[row.path]
+        with suppress(OSError, ValueError):
+            if row.size == WHOLE:
+                with open(path, "rb") as file:
+                    return picture_size(file)
+            for size in {min(row.size, 1 << 16): None, row.size: None}:
+                if found == (0, 0):
+                    found = picture_size(io.BytesIO(self.read(path, row.offset, size)))
+        return found
 
     def face(self, i: int) -> str | None:
         """The file of a pair's face embedding, where a list names one."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from clip import CLIPImageConfig, tokenize
 from generate.models import Models
 from generate.prompt import default_scale
+from training.buckets import Buckets
 from training.cache import Cache
 from training.features import Encoders, Features, Prepared
 from training.pairs import BadSample, Pair, Pairs
@@ -35,6 +36,7 @@ class Ready:
     negative: Features  # what they are drawn against
     held_out: bool  # whether these pictures are not trained on: then their loss is measured
     references: References | None = None  # who else may be a pair's image prompt
+    buckets: Buckets | None = None  # which size each pair is brought to, if not to a square
 
 
 def ready(
@@ -53,6 +55,8 @@ def ready(
     resolution: int,
     # Other pictures that may be a pair's image prompt.
     references: References | None = None,
+    # Sizes of the pictures, where these are not squares.
+    buckets: Buckets | None = None,
     # A folder that keeps what the encoders make; None: they work at each step.
     cache: Path | None = None,
     # What a cache depends on beside the pairs: hashes of the models.
@@ -67,12 +71,12 @@ def ready(
     encoders = Encoders(models.vae(), models.text_encoder(), image, reads.patches, models.dtype, reads.faces)
     null, size = encoders.null(), image.config.image_size if image else None
     count = len(references.begins) if references else len(pairs)
-    source = prepared = Prepared(pairs, count, resolution, size, reads.faces)
+    source = prepared = Prepared(pairs, count, resolution, size, reads.faces, buckets)
     if cache:
         parts = [*["face"] * reads.faces, *(["patches" if reads.patches else "embedding"] if image else [])]
         made_by = {"features": " and ".join(parts), "resolution": resolution}
         made_by |= {"dtype": str(models.dtype).removeprefix("torch.")}
-        source = Cache(cache, (hashes or {}) | made_by, prepared.identities(), len(prepared))
+        source = Cache(cache, (hashes or {}) | made_by, prepared.identities(), count, prepared.shapes())
         fill(source, encoders, prepared, null, ranks, workers, on_pair)
     prompts, seen = [], []
     for pair in shown:
@@ -92,6 +96,7 @@ def ready(
         negative=encoders.negative(),
         held_out=held_out and len(seen) > 1,
         references=references,
+        buckets=buckets,
     )
 
 

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ipadapter.adapter import IPAdapter
 from ipadapter.objective import Objective, drops
 from sampler import SD, Schedule, add_noise, loss_weight, velocity
+from training.chance import draws
 from training.features import TEXTS, Features
 from training.optimizers import OPTIMIZERS, restored
-from training.order import draws
 from training.ranks import Ranks
 from unet import told_vector
 
