@@ -33,7 +33,8 @@ def main() -> None:
             rows[variant.name] = lab.scores(y)
             columns[variant.name] = y[0]
     gains = [
-        rows[f"{name}, image prompt"]["CLIP-I"] - rows[name]["CLIP-I"] for name in ("original base", "custom base")
+        (rows[f"{name}, image prompt"]["CLIP-I"] - rows[name]["CLIP-I"]).mean().item()
+        for name in ("original base", "custom base")
     ]
     lab.report("custom_base", rows, columns)
     print(f"gain in CLIP-I by the image prompt: {gains[0]:.3f} and {gains[1]:.3f}: {gains[1] / gains[0]:.0%} is kept")

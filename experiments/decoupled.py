@@ -18,15 +18,18 @@ def simple(text: Tensor, tokens: Tensor) -> Prompt:
 
 def main() -> None:
     lab = Lab(arguments(__doc__))
-    rows, columns = {}, {}
-    for name in ("decoupled", "simple"):
-        torch.manual_seed(lab.args.seed)
+
+    def concatenated() -> Variant:
         projection = ImageProjection(128, 64, num_tokens=4)
-        if name == "decoupled":
-            variant = lab.adapter(name, projection)
-        else:
-            variant = Variant(name, lab.base.unet(), projection, simple, list(projection.parameters()))
-        rows[name], columns[name] = lab.trial(variant)
+        return Variant("simple", lab.base.unet(), projection, simple, list(projection.parameters()))
+
+    makers = {
+        "decoupled": lambda: lab.adapter("decoupled", ImageProjection(128, 64, num_tokens=4)),
+        "simple": concatenated,
+    }
+    rows, columns = {}, {}
+    for name, make in makers.items():
+        rows[name], columns[name] = lab.trial(make)
     lab.report("decoupled", rows, columns)
 
 

@@ -6,10 +6,17 @@ The paper's section 4.4.2, at tiny scale: one global embedding as 4 tokens, a Re
 every patch a token; the same steps, order and noise for all.
 """
 
-import torch
+from collections.abc import Callable
+from functools import partial
 
-from experiments.lab import Lab, arguments
+from torch import nn
+
+from experiments.lab import Lab, Variant, arguments
 from ipadapter import ImageProjection, PatchProjection, Resampler
+
+
+def made(lab: Lab, name: str, make: Callable[[], nn.Module]) -> Variant:
+    return lab.adapter(name, make())
 
 
 def main() -> None:
@@ -21,8 +28,7 @@ def main() -> None:
     }
     rows, columns = {}, {}
     for name, make in makers.items():
-        torch.manual_seed(lab.args.seed)
-        rows[name], columns[name] = lab.trial(lab.adapter(name, make()))
+        rows[name], columns[name] = lab.trial(partial(made, lab, name, make))
     lab.report("fine_features", rows, columns)
 
 

@@ -6,7 +6,6 @@ The paper's Table 1 compares with models of the second kind (unCLIP, image varia
 same tiny base, with the same image projection, steps, order and noise, the UNet at a tenth of the learning rate.
 """
 
-import torch
 from torch import Tensor
 
 from experiments.lab import Lab, Variant, arguments
@@ -19,17 +18,19 @@ def instead_of_text(text: Tensor, tokens: Tensor) -> Prompt:
 
 def main() -> None:
     lab = Lab(arguments(__doc__))
+
+    def adapter() -> Variant:
+        return lab.adapter("adapter, base frozen", ImageProjection(128, 64, num_tokens=4))
+
+    def fine_tuned() -> Variant:
+        projection, unet = ImageProjection(128, 64, num_tokens=4), lab.base.unet().requires_grad_()
+        trained = [*unet.parameters(), *projection.parameters()]
+        return Variant("UNet fine-tuned", unet, projection, instead_of_text, trained)
+
     rows, columns = {}, {}
-    for name in ("adapter, base frozen", "UNet fine-tuned"):
-        torch.manual_seed(lab.args.seed)
-        projection, rate = ImageProjection(128, 64, num_tokens=4), lab.args.learning_rate
-        if name == "UNet fine-tuned":
-            unet, rate = lab.base.unet().requires_grad_(), rate / 10
-            trained = [*unet.parameters(), *projection.parameters()]
-            variant = Variant(name, unet, projection, instead_of_text, trained)
-        else:
-            variant = lab.adapter(name, projection)
-        rows[name], columns[name] = lab.trial(variant, rate)
+    for make, rate in ((adapter, lab.args.learning_rate), (fine_tuned, lab.args.learning_rate / 10)):
+        name = make().name
+        rows[name], columns[name] = lab.trial(make, rate)
     lab.report("finetune", rows, columns)
 
 

@@ -24,10 +24,9 @@ from generate.picture import denoise
 from ipadapter import IPAdapter, Prompt
 from ipadapter.adapter import image_features, null_features
 from ipadapter.objective import noise_loss
-from sample import TINY, TINY_FILES
 from sampler import SAMPLERS, guided, noise, v_weight
 from tiny import drawings
-from tiny.measure import image_embeds, retrieval, text_embeds, thumbnail
+from tiny.measure import image_embeds, text_embeds, thumbnail
 from training.cache import Cache
 from training.data import open_pairs
 from training.features import Encoders, Prepared
@@ -38,9 +37,12 @@ from weights.diffusers import model_sha256
 from weights.hub import cached
 from weights.presets import PRESETS
 
+BASE, ENCODER = cached(PRESETS["base", "tiny"]), cached(PRESETS["image_encoder", "tiny"])
 BASE_ADAPTER = cached(PRESETS["adapter", "tiny"])  # the paper's kind; the default is full-face
+DATA = Path(drawings.__file__).parent / "data"
 SIDE = 128
 SHOWN = 8  # drawings on a sheet
+Scores = dict[str, Tensor | int]  # by name, (trainings, drawings) each; or one number for all
 
 
 def arguments(doc: str, **more: dict) -> argparse.Namespace:
@@ -48,16 +50,29 @@ def arguments(doc: str, **more: dict) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     for name, settings in more.items():
         parser.add_argument(f"--{name}", **settings)
-    parser.add_argument("--steps", type=int, default=300, help="of each training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of each training (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="(default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=2000, help="training drawings (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=40, help="unseen drawings as image prompts (default: %(default)s)")
+    parser.add_argument(
+        "--trainings", type=int, default=3, help="of each variant, each with a seed of its own (default: 3)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=100, help="unseen drawings as image prompts (default: %(default)s)"
+    )
     parser.add_argument("--samples", type=int, default=2, help="pictures of each (default: %(default)s)")
-    parser.add_argument("--ddim-steps", type=int, default=25, help="(default: %(default)s)")
+    parser.add_argument("--ddim-steps", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/experiments"), help="(default: %(default)s)")
     return parser.parse_args()
+
+
+def interval(scores: Tensor, resamplings: int = 2000) -> tuple[float, float]:
+    """The 95% interval of a mean, by bootstrap over trainings and drawings: scores (trainings, drawings)."""
+    generator, (rows, columns) = torch.Generator().manual_seed(0), scores.shape
+    i = torch.randint(rows, (resamplings, rows, 1), generator=generator)
+    j = torch.randint(columns, (resamplings, 1, columns), generator=generator)
+    return tuple(scores.double()[i, j].mean((1, 2)).quantile(torch.tensor([0.025, 0.975]).double()).tolist())
 
 
 @dataclass
@@ -80,18 +95,17 @@ class Lab:
 
     def __init__(self, args: argparse.Namespace):
         torch.manual_seed(args.seed)
-        self.args, self.base = args, open_base(TINY_FILES["base"])
+        self.args, self.base = args, open_base(BASE)
         self.image, self.text, self.vae = (
-            load_image_encoder(TINY_FILES["image_encoder"]),
+            load_image_encoder(ENCODER),
             self.base.text(),
             self.base.vae(),
         )
-        self.text_projection = read(TINY_FILES["image_encoder"])["text_projection.weight"].float()
-        pairs = open_pairs(str(TINY / "data/train-*.tar.gz"))
-        pairs.cut(args.pairs)
+        self.text_projection = read(ENCODER)["text_projection.weight"].float()
+        pairs = open_pairs(str(DATA / "train-*.tar.gz"))
         encoders = Encoders(self.vae, TextEncoder(self.text), self.image, patches=True)
-        prepared = Prepared(pairs, len(pairs), SIDE, SIDE)
-        models = {name: model_sha256(TINY_FILES[name]) for name in ("base", "image_encoder")}
+        prepared = Prepared(pairs, args.pairs, SIDE, SIDE)
+        models = {name: model_sha256(path) for name, path in (("base", BASE), ("image_encoder", ENCODER))}
         self.data = Cache(args.output / f"cache-{args.pairs}", models, prepared.identities())
         self.styles = drawings.load("train", limit=args.pairs).styles  # in the order of the pairs
         self.null = encoders.null()
@@ -131,13 +145,20 @@ class Lab:
         adapter = IPAdapter.for_unet(unet, projection)
         return Variant(name, unet, projection, decoupled(adapter), list(adapter.parameters()))
 
-    def trial(self, variant: Variant, learning_rate: float | None = None) -> tuple[dict, Tensor]:
-        """Train a variant: its row of a table, and its pictures from the first seed."""
-        self.fit(variant, learning_rate=learning_rate)
-        y = self.pictures(variant)
-        return {"trained": sum(p.numel() for p in variant.trained)} | self.scores(y), y[0]
+    def trial(self, make: Callable[[], Variant], learning_rate: float | None = None) -> tuple[Scores, Tensor]:
+        """Train a variant some times: its scores, one line for each training, and the first one's pictures."""
+        rows, shown = [], None
+        for seed in range(self.args.seed, self.args.seed + self.args.trainings):
+            torch.manual_seed(seed)
+            variant = make()
+            self.fit(variant, seed, learning_rate=learning_rate)
+            y = self.pictures(variant)
+            shown = y[0] if shown is None else shown
+            rows.append(self.scores(y))
+        trained = {"trained": sum(p.numel() for p in variant.trained)}
+        return trained | {key: torch.cat([row[key] for row in rows]) for key in rows[0]}, shown
 
-    def fit(self, variant: Variant, drop_text: float = 0.5, learning_rate: float | None = None) -> None:
+    def fit(self, variant: Variant, seed: int, drop_text: float = 0.5, learning_rate: float | None = None) -> None:
         """Train by the recipe of `train.py` for the tiny model: v loss, text dropped in half of the steps."""
         args = self.args
         optimizer = torch.optim.AdamW(variant.trained, learning_rate or args.learning_rate, weight_decay=0.01)
@@ -148,9 +169,9 @@ class Lab:
             for group in optimizer.param_groups:
                 group["lr"] = (learning_rate or args.learning_rate) * min(1.0, (step + 1) / 20)
             places = list(range(step * args.batch_size, (step + 1) * args.batch_size))
-            batch = self.batch([pair_at(args.seed, place, len(self.data)) for place in places])
+            batch = self.batch([pair_at(seed, place, len(self.data)) for place in places])
             batch["image"] = self.features(variant, batch["image"])
-            x, eps, t, text, image = noised(batch, null, args.seed, places, (drop_text, 0.05, 0.05))
+            x, eps, t, text, image = noised(batch, null, seed, places, (drop_text, 0.05, 0.05))
             found = variant.unet(x, t, variant.prompt(text, variant.projection(image)))
             loss = noise_loss(found, eps, v_weight(t))
             optimizer.zero_grad()
@@ -185,8 +206,8 @@ class Lab:
         return torch.stack(done)
 
     @torch.no_grad()
-    def scores(self, y: Tensor, texts: Sequence[str] | None = None) -> dict[str, float]:
-        """Of pictures (samples, count, 3, 128, 128), made with these texts or by the image prompts alone.
+    def scores(self, y: Tensor, texts: Sequence[str] | None = None) -> Scores:
+        """Of pictures (samples, count, 3, 128, 128), made with these texts or by the image prompts alone: (1, count) each.
 
         CLIP-I: cosine to the image prompt. CLIP-T: cosine to the text, or the prompt's own caption. Own: share of
         pictures whose nearest prompt by thumbnails is their own. Diversity: 1 - cosine between two seeds.
@@ -194,27 +215,35 @@ class Lab:
         prompts = normalize(self.embedding(self.patches), dim=-1)
         words = text_embeds(self.text, self.text_projection, texts or self.captions)
         made = torch.stack([image_embeds(self.image, row) for row in y])
-        own = [retrieval(-torch.cdist(thumbnail(row), thumbnail(self.x)))["first"] for row in y]
+        nearest = torch.cdist(thumbnail(y.flatten(0, 1)), thumbnail(self.x)).argmin(1).view(len(y), -1)
         found = {
-            "CLIP-I": (made * prompts).sum(-1).mean().item(),
-            "CLIP-T": (made * words).sum(-1).mean().item(),
-            "own": sum(own) / len(own),
+            "CLIP-I": (made * prompts).sum(-1),
+            "CLIP-T": (made * words).sum(-1),
+            "own": (nearest == torch.arange(len(self.x))).float(),
         }
         if len(y) > 1:
-            found["diversity"] = 1 - (made[0] * made[1]).sum(-1).mean().item()
-        return found
+            found["diversity"] = 1 - (made[:1] * made[1:2]).sum(-1)
+        return {key: value.mean(0, keepdim=True) for key, value in found.items()}
 
-    def report(self, name: str, rows: dict[str, dict], columns: dict[str, Tensor]) -> None:
-        """Print and keep a table (row: its figures), and a sheet of the first drawings (title: pictures of each)."""
+    def report(self, name: str, rows: dict[str, Scores], columns: dict[str, Tensor]) -> None:
+        """Print and keep a table (row: its scores), and a sheet of the first drawings (title: pictures of each).
+
+        The table is Markdown; behind each mean stands its 95% interval.
+        """
         keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-        width = max(map(len, rows))
-        print(f"{'':{width}}", *(f"{key:>12}" for key in keys))
+        table = [f"| | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
+        kept = {}
         for title, row in rows.items():
-            cells = (f"{value:12,}" if isinstance(value, int) else f"{value:12.3f}" for value in row.values())
-            print(f"{title:{width}}", *cells)
+            cells, kept[title] = [], {}
+            for key, value in row.items():
+                found = value if isinstance(value, int) else (value.mean().item(), *interval(value))
+                kept[title][key] = found
+                cells.append(f"{found:,}" if isinstance(found, int) else "{:.3f} ({:.3f} to {:.3f})".format(*found))
+            table.append(f"| {title} | {' | '.join(cells)} |")
+        print(*table, sep="\n")
         settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(self.args).items()}
         self.args.output.mkdir(parents=True, exist_ok=True)
-        write_text(self.args.output / f"{name}.json", json.dumps({"settings": settings, "rows": rows}, indent=1))
+        write_text(self.args.output / f"{name}.json", json.dumps({"settings": settings, "rows": kept}, indent=1))
         lines = [to_pil(x[:SHOWN]) for x in (self.x, *columns.values())]
         save_picture(
             sheet(list(zip(*lines, strict=True)), ["image prompt", *columns]), self.args.output / f"{name}.png"
