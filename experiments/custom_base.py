@@ -10,11 +10,10 @@ adapter, trained on the original base, prompts both. What is kept of its effect 
 import torch
 from tqdm import tqdm
 
-from experiments.lab import BASE_ADAPTER, Lab, Variant, arguments, decoupled
+from experiments.lab import BASE_ADAPTER, Lab, Variant, arguments, decoupled, noised
 from ipadapter import Prompt
 from ipadapter.objective import noise_loss
 from training.order import pair_at
-from training.trainer import noised
 from unet import UNet
 from weights import load_adapter
 

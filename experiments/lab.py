@@ -23,15 +23,14 @@ from files.whole import write_text
 from generate.picture import denoise
 from ipadapter import IPAdapter, Prompt
 from ipadapter.adapter import image_features, null_features
-from ipadapter.objective import noise_loss
-from sampler import SAMPLERS, guided, noise, v_weight
+from ipadapter.objective import drops, noise_loss
+from sampler import SAMPLERS, add_noise, guided, noise, v_weight
 from tiny import drawings
 from tiny.measure import image_embeds, text_embeds, thumbnail
 from training.cache import Cache
 from training.data import open_pairs
 from training.features import Encoders, Prepared
-from training.order import pair_at
-from training.trainer import noised
+from training.order import draws, pair_at
 from weights import load_image_encoder, open_base, read
 from weights.diffusers import model_sha256
 from weights.hub import cached
@@ -65,6 +64,21 @@ def arguments(doc: str, **more: dict) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/experiments"), help="(default: %(default)s)")
     return parser.parse_args()
+
+
+def noised(
+    batch: dict[str, Tensor], null: dict[str, Tensor], seed: int, places: list[int], drop: tuple[float, float, float]
+) -> tuple[Tensor, ...]:
+    """Noisy latents, the noise, t, text and image of a batch, with what is random at its places in the run.
+
+    drop: the shares that lose their text, their image, and both.
+    """
+    mean, std, text, image = (batch[key] for key in ("mean", "std", "text", "image"))
+    u, t, posterior, eps = draws(seed, places, mean.shape[1:])
+    drop_text, drop_image = drops(u, *drop)
+    text = torch.where(drop_text[:, None, None], null["text"], text)
+    image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), null["image"], image)
+    return add_noise(mean + std * posterior, eps, t), eps, t, text, image
 
 
 def interval(scores: Tensor, resamplings: int = 2000) -> tuple[float, float]:

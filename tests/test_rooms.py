@@ -98,6 +98,15 @@ def test_models_import_without_files_and_pictures():
     assert not {"weights", "tiny", "clip", "PIL", "safetensors", "diffusers", "transformers", "torchvision"} & loaded
 
 
+@pytest.mark.slow
+def test_all_that_is_run_as_a_module_finds_what_it_imports():
+    folders = ("experiments", "benchmarks", "tiny")
+    names = sorted(f"{room}.{path.stem}" for room in folders for path in (ROOT / room).glob("[a-z]*.py"))
+    code = f"import importlib; [importlib.import_module(name) for name in {names}]"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert len(names) > 30 and run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_rooms_have_no_import_that_only_a_script_may_have(path):
     """Flags, bars and prints belong to scripts; `cli.py` is what the scripts share."""
