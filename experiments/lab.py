@@ -28,9 +28,10 @@ from sampler import SAMPLERS, add_noise, guided, noise, v_weight
 from tiny import drawings
 from tiny.measure import image_embeds, text_embeds, thumbnail
 from training.cache import Cache
+from training.chance import draws
 from training.data import open_pairs
 from training.features import Encoders, Prepared
-from training.order import draws, pair_at
+from training.order import pair_at
 from weights import load_image_encoder, open_base, read
 from weights.diffusers import model_sha256
 from weights.hub import cached
@@ -118,7 +119,8 @@ class Lab:
         self.text_projection = read(ENCODER)["text_projection.weight"].float()
         pairs = open_pairs(str(DATA / "train-*.tar.gz"))
         encoders = Encoders(self.vae, TextEncoder(self.text), self.image, patches=True)
-        prepared = Prepared(pairs, args.pairs, SIDE, SIDE)
+        pairs.cut(args.pairs)
+        prepared = Prepared(pairs, len(pairs), SIDE, SIDE)
         models = {name: model_sha256(path) for name, path in (("base", BASE), ("image_encoder", ENCODER))}
         self.data = Cache(args.output / f"cache-{args.pairs}", models, prepared.identities())
         self.styles = drawings.load("train", limit=args.pairs).styles  # in the order of the pairs

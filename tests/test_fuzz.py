@@ -14,4 +14,4 @@ def test_no_damaged_file_makes_a_reader_fail():
     run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     tried = {line[:16].strip(): int(line[16:].split()[0]) for line in run.stdout.splitlines()[1:]}
-    assert len(tried) == 21 and set(tried.values()) == {30}
+    assert len(tried) == 22 and set(tried.values()) == {30}
