@@ -68,7 +68,7 @@ LOOP = ("steps", "batch_size", "workers", "save_every", "validate_every", "rando
 
 def main() -> None:
     args = parse()
-    ranks = Ranks(args.device, write=lambda line: tqdm.write(line, file=sys.stderr))
+    ranks = Ranks(args.device, write=lambda line: tqdm.write(cli.flagged(line), file=sys.stderr))
     # What can be refused without the models is refused before them: they may have to be fetched.
     monitors, _ = [MONITORS[name]() for name in args.log], OPTIMIZERS[args.optimizer]()
     check_folder(args.output, args.resume)
@@ -155,6 +155,7 @@ def main() -> None:
             bar.set_postfix(loss=f"{run.smooth:.4f}", lr=f"{trainer.rate:.1e}")
     if trainer.step < args.steps:
         ranks.say(f"stopped behind step {trainer.step}; --resume goes on behind step {run.saved}")
+        ranks.close()
         sys.exit(130)
     if run.saved < trainer.step:
         ranks.say(f"no finite loss in the last steps: the adapter is that of step {run.saved}")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from files.whole import write, write_text
 from training.captions import DataError
+from training.claims import shared
 from training.features import PROMPTS, TEXTS, Encoders, Features, Prepared
 from training.pairs import BadSample
 
@@ -105,12 +106,21 @@ class Cache(Dataset):
         return shard, place
 
     def missing(self) -> list[list[int]]:
-        """Numbers of the pairs that are still to be made, in lots of one file each."""
-        numbers = np.flatnonzero(self.places < 0)
-        _, first = np.unique(self.pairs[numbers], return_index=True)  # a pair that was given twice is made once
-        numbers = numbers[np.sort(first)]
-        groups = [numbers[self.sizes[numbers] == size].tolist() for size in np.unique(self.sizes[numbers])]
-        return [group[i : i + SHARD] for group in groups for i in range(0, len(group), SHARD)]
+        """Numbers of the pairs that are still to be made, in lots of one file each.
+
+        The same lots on all machines, though some may have seen files that others had not yet.
+        """
+        _, first = np.unique(self.pairs, return_index=True)  # a pair that was given twice is made once
+        numbers = np.sort(first)
+        groups = [numbers[self.sizes[numbers] == size] for size in np.unique(self.sizes)]
+        lots = [group[i : i + SHARD] for group in groups for i in range(0, len(group), SHARD)]
+        left = [lot[self.places[lot] < 0].tolist() for lot in lots]
+        return [lot for lot in left if lot]
+
+    def file(self, lot: list[int]) -> Path:
+        """The file of a lot."""
+        name = hashlib.sha256(self.pairs[lot].tobytes()).hexdigest()[:16]
+        return self.folder / f"{name}.safetensors"
 
     def begin(self, prepared: Prepared, null: Features) -> None:
         """Write what is there once, after a look at the space that the missing pairs will need."""
@@ -131,8 +141,15 @@ class Cache(Dataset):
         write_text(self.folder / "cache.json", json.dumps(self.notes, indent=1))
 
     def fill(self, lots: list[list[int]], encoders: Encoders, prepared: Prepared, workers: int) -> Iterator[list[str]]:
-        """Make these lots, yielding after each pair the reasons (one or none) why it cannot be used."""
-        for lot in lots:
+        """See to it that these lots are made, yielding after each pair the reasons (one or none) why it cannot be used.
+
+        Others may be at it, too: each makes what nobody else does; of what they made no reasons are told.
+        """
+        for i, mine in shared([self.file(lot) for lot in lots]):
+            lot = lots[i]
+            if not mine:
+                yield from ([] for _ in lot)
+                continue
             rows, begins, captions, reasons = [], [0], [], {}
             pictures, texts, known = [], [], {}  # known: a caption's tokens -> its row, for equal ones are kept once
             loader = DataLoader(
@@ -161,8 +178,7 @@ class Cache(Dataset):
             identities = self.pairs[lot]
             for key, numbers in {"rows": rows, "begins": begins, "captions": captions}.items():
                 state[key] = torch.tensor(numbers, dtype=torch.int32)
-            name = hashlib.sha256(identities.tobytes()).hexdigest()[:16]
-            write(self.folder / f"{name}.safetensors", state | {"pairs": torch.from_numpy(identities)}, reasons)
+            write(self.file(lot), state | {"pairs": torch.from_numpy(identities)}, reasons)
 
 
 class Readable(Dataset):

@@ -60,7 +60,9 @@ def training(
         for at, pairs_or_features, bad in islice(batches, accumulation):
             parts.append((at, ready.encode(pairs_or_features)))
             run.skipped += bad
-        run.log(trainer.update(parts))
+        with ranks.together():
+            loss = trainer.update(parts)
+        run.log(loss)
         yield trainer.step
         if trainer.step % save_every == 0 or trainer.step == steps:
             run.save()

@@ -3,11 +3,18 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 
 import torch
 from torch import distributed
+
+PULSE = 3.0  # seconds from one sign of life to the next
+LOST = 40.0  # without any, and a process is taken for dead
+GONE = "a process of the run has ended; `resume` goes on behind the newest checkpoint, with fewer if need be"
 
 
 class Ranks:
@@ -27,6 +34,7 @@ class Ranks:
                 torch.cuda.set_device(device)
             # The default of minutes would end a run while one process makes its part of a cache.
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+            self.watch()
 
     @property
     def first(self) -> bool:
@@ -43,7 +51,8 @@ class Ranks:
         if self.size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
-        distributed.all_reduce(total)
+        with self.together():
+            distributed.all_reduce(total)
         return total.item() / self.size
 
     def gather(self, lines: list[str]) -> list[str]:
@@ -51,16 +60,67 @@ class Ranks:
         if self.size == 1:
             return lines
         parts: list[list[str]] = [[] for _ in range(self.size)]
-        distributed.all_gather_object(parts, lines)
+        with self.together():
+            distributed.all_gather_object(parts, lines)
         return [line for part in parts for line in part]
 
     def wait(self) -> None:
         if self.size > 1:
-            distributed.barrier()
+            with self.together():
+                distributed.barrier()
 
     def close(self) -> None:
         if self.size > 1:
+            self.wait()
+            self.watching = False
             distributed.destroy_process_group()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Stands around what all processes do together: where one of them has died, the others end with one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+                raise
+            self.end()
+
+    def watch(self) -> None:
+        """Each process shows signs of life to the others: one that is killed may leave them waiting, or its machine is gone."""
+        store = distributed.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=LOST)
+        )
+        self.store, self.watching = store, True
+        store.set(f"pulse {self.rank}", "0")
+        self.wait()
+
+        def live() -> None:
+            beat, seen = 0, {}
+            while self.watching:
+                beat += 1
+                try:
+                    store.set(f"pulse {self.rank}", str(beat))
+                    pulses = [store.get(f"pulse {rank}") for rank in range(self.size)]
+                except RuntimeError:  # the process that the others meet at
+                    return self.end() if self.watching else None
+                for rank, pulse in enumerate(pulses):
+                    if seen.get(rank, (None,))[0] != pulse:
+                        seen[rank] = pulse, time.monotonic()
+                    elif time.monotonic() - seen[rank][1] > LOST and self.watching:
+                        self.end()
+                time.sleep(PULSE)
+
+        Thread(target=live, daemon=True).start()
+
+    def end(self) -> None:
+        """End this process at once, with one line in all."""
+        told = False
+        with suppress(RuntimeError):  # the store may be gone, too
+            told = self.store.add("told", 1) > 1
+        if not told:
+            self.write(GONE)
+        sys.stderr.flush()
+        os._exit(2)
 
 
 class Stop:

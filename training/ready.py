@@ -109,13 +109,14 @@ def fill(
     workers: int = 0,
     on_pair: Callable[[int], object] = lambda total: None,
 ) -> None:
-    """Make what is missing of a cache, each process its share of the files."""
-    mine = cache.missing()[ranks.rank :: ranks.size]  # before any process has begun to fill it
+    """Make what is missing of a cache, together with all other processes, of this run or of others on other machines."""
+    lots = cache.missing()
     ranks.wait()
-    if ranks.first and mine:
+    if ranks.first and lots:
         cache.begin(prepared, null)
     ranks.wait()
-    for _ in cache.fill(mine, encoders, prepared, workers):
-        on_pair(sum(map(len, mine)))
+    start = len(lots) * ranks.rank // ranks.size  # not all at the same one
+    for _ in cache.fill(lots[start:] + lots[:start], encoders, prepared, workers):
+        on_pair(sum(map(len, lots)))
     ranks.wait()
     cache.find()
