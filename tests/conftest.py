@@ -21,3 +21,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     plugins = session.config.pluginmanager
     if not plugins.hasplugin("dsession"):
         plugins.import_plugin("narrow")
+
+
+def __getattr__(name: str) -> object:
+    """What tests share, of narrow.py, for whoever looks for it here."""
+    import narrow
+
+    return getattr(narrow, name)

@@ -62,7 +62,10 @@ from weights import load_adapter, open_base
 from weights.control import load_control
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers and numpy
+]
 TEXT, SEED, STEPS = "a red fox in the snow, 35mm", 7, 5
 SCHEDULERS = {
     "ddim": (DDIMScheduler, {}),

@@ -299,6 +299,7 @@ def made(*given: object) -> np.ndarray:
     return pixels(given[given.index("--output") + 1])
 
 
+@pytest.mark.slow
 def test_an_embedding_is_saved_and_makes_the_picture_again(folder, tmp_path):
     x, out = tmp_path / "x.safetensors", tmp_path / "out.png"
     group = ["--image", folder / "a.png", folder / "b.png", "--framing", "pad", "--crop-position", "top"]

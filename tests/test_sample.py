@@ -98,6 +98,7 @@ def test_settings_in_the_png_repeat_the_picture(first, tmp_path):
     assert (pixels(again) == pixels(path)).all()
 
 
+@pytest.mark.slow
 def test_scale_zero_is_the_text_only_picture(tmp_path, red):
     assert sample("--prompt", "a rocket", "--output", tmp_path / "text.png", *FAST).returncode == 0
     flags = ["--image", red, "--prompt", "a rocket", "--scale", 0, "--output", tmp_path / "zero.png", *FAST]

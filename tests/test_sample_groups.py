@@ -10,6 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_sample import FAST, ROOT, pixels, sample
 
+pytestmark = pytest.mark.slow
+
 FULL_FACE = "tiny-full-face"
 
 

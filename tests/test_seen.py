@@ -26,6 +26,8 @@ from ipadapter import ImageProjection, ImagePrompt, IPAdapter, Prompt, Scale, Se
 from sampler import SAMPLERS, SD, guided, numbered
 from unet import UNet, size_vector
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 T = torch.tensor(501)
 GRID = 16, 24  # of the latents

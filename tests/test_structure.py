@@ -516,6 +516,7 @@ EXAMPLE = Path(__file__).parent.parent / "tiny/example.png"
 TINY_EDGES = ("--control", "tiny-edges", "--hint-from", EXAMPLE, "--edges")
 
 
+@pytest.mark.slow
 def test_a_bare_machine_follows_edges_beside_an_image_prompt_and_makes_it_again(tmp_path):
     silhouette, first, second = tmp_path / "silhouette.png", tmp_path / "a.png", tmp_path / "b.png"
     Image.new("RGB", (128, 128), "white").save(silhouette)

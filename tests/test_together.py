@@ -16,6 +16,8 @@ from test_train import QUICK, ROOT, log, train, wait_for_step
 from files.whole import write_text
 from training.claims import shared
 
+pytestmark = pytest.mark.slow
+
 FORK = multiprocessing.get_context("fork")
 
 
