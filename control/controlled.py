@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate
 from control.controlnet import ControlNet
 from control.t2i import T2IAdapter
 from ipadapter.attention import Prompt, number
+from ipadapter.scale import within
 from unet import Added, UNet
 
 
@@ -37,8 +38,7 @@ class Control:
     pool: bool = False
 
     def acts(self, step: tuple[int, int]) -> bool:
-        i, steps = step
-        return self.scale != 0 and self.start <= i / steps and (i + 1) / steps <= self.until
+        return self.scale != 0 and within(step, self.start, self.until)
 
 
 def controlled(unet: UNet, controls: Sequence[Control]) -> Callable[..., Tensor]:

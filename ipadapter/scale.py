@@ -9,6 +9,12 @@ from torch import Tensor
 Weight = float | Tensor  # one number, or one for each row of the batch: (batch,)
 
 
+def within(step: tuple[int, int], start: float, until: float) -> bool:
+    """Whether step (i, N) of a run lies between these shares of it, whole."""
+    i, steps = step
+    return start <= i / steps and (i + 1) / steps <= until
+
+
 @dataclass(frozen=True)
 class Scale:
     """The weight of an image prompt, by layer and by step.
@@ -49,7 +55,7 @@ class Scale:
 
     def over(self, i: int, steps: int) -> float:
         """The factor of a step: its window and its curve."""
-        if not (self.start <= i / steps and (i + 1) / steps <= self.until):
+        if not within((i, steps), self.start, self.until):
             return 0.0
         if not isinstance(self.curve, str):
             return self.curve[i * len(self.curve) // steps]
