@@ -6,27 +6,36 @@ from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, ImageChops
+from torch import Tensor
 
 from files.errors import untrusted
-from files.pictures import PictureError, decoded, open_picture
+from files.pictures import PictureError, decoded, from_pil, open_picture
 
 COLOURED = 16  # of 255, by which channels differ at most in a grey picture: JPEG rounds them apart
 
 
-def open_mask(source: str | Path | BinaryIO) -> Image.Image:
+def open_mask(source: str | Path | BinaryIO | Image.Image, name: str | None = None) -> Image.Image:
     """Open a mask in 8-bit grey, of any kind that `open_picture` reads.
 
     Args:
-        source: a file, or bytes that can be read twice (`io.BytesIO`).
+        source: a file, bytes that can be read twice (`io.BytesIO`), or a picture.
+        name: what errors call a picture; a file is called by its name.
 
     Raises:
         PictureError: as in `open_picture`; a picture that has colours, or says by its transparency where it holds.
     """
+    if isinstance(source, Image.Image):
+        return grey(source, name or "the mask")
     seen, name = open_picture(source), str(getattr(source, "name", source))
     with open(source, "rb") if isinstance(source, (str, os.PathLike)) else nullcontext(source) as file:
         with untrusted(PictureError, f"{name}: the picture is damaged"):
             stored = decoded(file, name, mend=True)  # before its transparency becomes white
         return grey(seen, name, see_through(stored))
+
+
+def values(mask: Image.Image) -> Tensor:
+    """A grey picture -> (1, 1, H, W) in [0, 1], not cut at the half."""
+    return from_pil(mask)[:, :1] / 2 + 0.5
 
 
 def grey(image: Image.Image, name: str = "the mask", clear: bool | None = None) -> Image.Image:

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, pad
 
 from files.colours import to_rgb
 from files.errors import Notice, UserError
-from files.masks import grey, open_mask
+from files.masks import open_mask
 from files.pictures import LARGE as MOST
 from files.pictures import from_pil, open_picture, to_pil
 from ipadapter import Prompt
@@ -101,7 +101,7 @@ def canvas_of(
     picture = to_rgb(init) if isinstance(init, Image.Image) else open_picture(init)
     mask = None
     if inpaint is not None:
-        mask = grey(inpaint, "`inpaint`") if isinstance(inpaint, Image.Image) else open_mask(inpaint)
+        mask = open_mask(inpaint, "`inpaint`")
         across, down = picture.size
         if min(abs(mask.height * across / down - mask.width), abs(mask.width * down / across - mask.height)) >= 2:
             tell(f"`inpaint`: {mask.width}x{mask.height} pixels, of another aspect than `init`, to which it is brought")

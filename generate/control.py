@@ -12,7 +12,7 @@ from torch import Tensor
 from control import Control, T2IAdapter
 from control.canny import canny
 from files.errors import Notice, UserError
-from files.masks import grey, open_mask
+from files.masks import open_mask, values
 from files.pictures import from_pil, open_picture
 from generate.canvas import Canvas
 from generate.models import Models
@@ -80,7 +80,7 @@ def read(net: Net, models: Models, hint: Hint, height: int, width: int, canvas: 
     picture = brought(picture, height, width, canvas and canvas.picture.size, box)
     pixels = from_pil(picture) / 2 + 0.5
     if isinstance(net, T2IAdapter) and net.config.hint_channels == 1:
-        pixels = from_pil(picture.convert("L"))[:, :1] / 2 + 0.5
+        pixels = values(picture.convert("L"))
     if task is None and called(INPAINT, kind, file) and not isinstance(net, T2IAdapter):
         pixels = torch.where(anew(canvas, file, height, width, box), -1.0, pixels)
     pixels = pixels.to(models.device, models.dtype)
@@ -163,8 +163,8 @@ def anew(canvas: Canvas | None, file: Path, height: int, width: int, box: tuple[
 
 def mask_of(mask: Picture, whole: tuple[int, int] | None, box: tuple[int, ...] | None) -> Tensor:
     """(1, 1, H, W) in [0, 1]; it speaks of the whole picture."""
-    found = grey(mask, "`mask`") if isinstance(mask, Image.Image) else open_mask(mask)
+    found = open_mask(mask, "`mask`")
     if found.getextrema() == (0, 0):
         raise UserError("`mask`: all black, so that the hint would act nowhere")
     found = found.resize(whole, Image.Resampling.LANCZOS).crop(box) if box else found
-    return from_pil(found)[:, :1] / 2 + 0.5
+    return values(found)

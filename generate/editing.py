@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from files.errors import UserError
+from files.masks import values
 from files.pictures import from_pil
 from generate.canvas import Canvas
 from generate.models import Models
@@ -99,7 +100,7 @@ def beginning(models: Models, canvas: Canvas | None, height: int, width: int) ->
         return Beginning(like, changed=posteriors(models, pixels)[0][0] / models.base.family.latent_scale)
     if canvas.mask is None:
         return Beginning(like, *posteriors(models, pixels), pure=False)
-    area = from_pil(canvas.cut(canvas.mask, height, width).resize(size, Image.Resampling.LANCZOS))[:, :1] / 2 + 0.5
+    area = values(canvas.cut(canvas.mask, height, width).resize(size, Image.Resampling.LANCZOS))
     if reads == INPAINTS or not sum(canvas.mask.histogram()[1:-1]):  # a soft mask stays soft, where that can be
         area = (area >= 0.5).float()
     mask = interpolate(area, size=like.shape[2:]).to(like)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from files.errors import Notice, UserError
 from files.features import Features, is_features
-from files.masks import grey, open_mask
-from files.pictures import from_pil
+from files.masks import open_mask, values
 from generate.framing import check_framing
 from generate.layers import Factors
 from ipadapter import ImagePrompt, Prompt, Scale
@@ -141,8 +140,7 @@ def mask_tensor(mask: Picture | Tensor) -> Tensor:
         UserError: no mask, or one without any white.
     """
     if not isinstance(mask, Tensor):
-        seen = grey(mask, "`mask`") if isinstance(mask, Image.Image) else open_mask(mask)
-        mask = from_pil(seen.convert("RGB"))[:, :1] / 2 + 0.5
+        mask = values(open_mask(mask, "`mask`"))
     if not mask.any():
         raise UserError("`mask`: it is all black: the image prompt would act nowhere; white is where it acts")
     return mask
