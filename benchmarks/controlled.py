@@ -8,6 +8,7 @@ from diffusers.callbacks import IPAdapterScaleCutoffCallback
 from PIL import Image
 from torch import nn
 
+from benchmarks.reference import drawn
 from generate import ImageGroup, Models, pictures, prompts
 
 
@@ -60,15 +61,5 @@ def runs(models: Models, theirs: nn.Module, seen: Image.Image, **how: object) ->
         pair = prompts(models, text, negative, groups)
         settings = {"steps": steps, "guidance_scale": guidance, "height": side, "width": side}
         (ours,) = pictures(models, *pair, seed, **settings)
-        found = theirs(
-            text,
-            negative_prompt=negative,
-            ip_adapter_image=images,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=side,
-            width=side,
-            generator=torch.Generator().manual_seed(seed),
-            **more,
-        ).images[0]
+        found = drawn(theirs, text, negative, images, steps, guidance, seed, height=side, width=side, **more)
         yield name, ours, found

@@ -143,17 +143,10 @@ def against_diffusers(files: Files) -> Iterator[Row]:
         if kind:
             theirs.set_ip_adapter_scale(scale)
         latents = []
-        found = theirs(
-            text,
-            negative_prompt=negative,
-            ip_adapter_image=picture if kind else None,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            height=SIDE,
-            width=SIDE,
-            generator=torch.Generator().manual_seed(SEED),
-            callback_on_step_end=lambda pipe, i, t, tensors, latents=latents: latents.append(tensors["latents"]) or {},
-        ).images[0]
+        kept = {"callback_on_step_end": lambda pipe, i, t, now, latents=latents: latents.append(now["latents"]) or {}}
+        size = {"height": SIDE, "width": SIDE}
+        seen = picture if kind else None
+        found = reference.drawn(theirs, text, negative, seen, STEPS, GUIDANCE, SEED, **size, **kept)
         yield Row(f"run, {name}: latents", distance(x, latents[-1]), LATENTS)
         yield Row(f"run, {name}: pixels", steps_apart(to_pil(vae.decode(x))[0], found), PIXELS)
     del vae, unet, text_tower
@@ -204,17 +197,8 @@ def structured(theirs: nn.Module, files: Files) -> Iterator[Row]:
             theirs.unet.forward = lambda *args, forward=forward, found=found, **given: forward(
                 *args, down_intrablock_additional_residuals=[one.expand(2, -1, -1, -1) for one in found], **given
             )
-        found = whole(
-            TEXT,
-            negative_prompt=NEGATIVE,
-            ip_adapter_image=seen,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            height=SIDE,
-            width=SIDE,
-            generator=torch.Generator().manual_seed(SEED),
-            **more,
-        ).images[0]
+        size = {"height": SIDE, "width": SIDE}
+        found = reference.drawn(whole, TEXT, NEGATIVE, seen, STEPS, GUIDANCE, SEED, **size, **more)
         theirs.unet.forward = forward
         del models.held[f"control {name}"], net
         yield Row(f"run, {name}, plus: pixels", steps_apart(picture, found), PIXELS)
@@ -244,15 +228,7 @@ def edited(theirs: nn.Module, files: Files) -> Iterator[Row]:
         (picture,) = pictures(models, *pair, SEED, steps=STEPS, guidance_scale=GUIDANCE, **ours)
         whole = kind.from_pipe(theirs)
         whole.set_progress_bar_config(disable=True)
-        found = whole(
-            TEXT,
-            negative_prompt=NEGATIVE,
-            ip_adapter_image=seen,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator().manual_seed(SEED),
-            **other,
-        ).images[0]
+        found = reference.drawn(whole, TEXT, NEGATIVE, seen, STEPS, GUIDANCE, SEED, **other)
         yield Row(f"run, {name}, plus: pixels", steps_apart(picture, found), PIXELS)
 
 

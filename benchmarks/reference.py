@@ -245,3 +245,11 @@ def set_scale(theirs: nn.Module, scale: float) -> None:
     for processor in theirs.attn_processors.values():
         if hasattr(processor, "scale"):
             processor.scale = [scale]
+
+
+def drawn(
+    theirs: nn.Module, text: str, negative: str, images: object, steps: int, guidance: float, seed: int, **more: object
+) -> Image.Image:
+    """The picture of a pipeline of theirs; `more` is what only some take."""
+    how = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": torch.Generator().manual_seed(seed)}
+    return theirs(text, negative_prompt=negative, ip_adapter_image=images, **how, **more).images[0]
