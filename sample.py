@@ -133,7 +133,7 @@ def main() -> None:
             nets, others = [vars(net) for net in args.nets], [] if each is None else groups[each].image
             return record(models, hashes, said, nets, others, **how, seed=seed)
 
-        texts, ways = (args.prompt, args.negative_prompt), {"syntax": args.prompt_syntax, "long": args.long_prompt}
+        texts = args.prompt, args.negative_prompt
         reading = {name: vars(args)[name] for name in ("prompt_syntax", "long_prompt", "clip_skip")}
         for group, saved in zip(groups, images, strict=True):
             if group.save_embedding:
@@ -144,7 +144,7 @@ def main() -> None:
         parts = in_parts(len(variants), BATCH if alike else 1)
         order = [(i, k, j) for p in parts for k in range(len(scales)) for i in p for j in range(args.num_images)]
         batches = -(-args.num_images // (1 if args.low_memory else BATCH)) * len(parts)
-        seen, said, done = [], [flags.shown(group) for group in groups], []
+        seen, done = [], []
 
         def read(part: range) -> list[Prompt]:
             pairs = zip(*(prompts(models, *texts, variants[i], **reading) for i in part), strict=True)
@@ -171,14 +171,15 @@ def main() -> None:
             )
 
         first = read(parts[0])
+        if args.attention:
+            words = words_of(models, *texts, args.prompt_syntax, args.long_prompt)
+            names_of_maps = named(first[0], [flags.shown(group) for group in groups])
         with cli.steps(run * batches * len(scales), "denoising") as step:
             for (i, k, j), picture in zip(order, chain.from_iterable(map(made, parts)), strict=False):
                 number, told_of = i * per + k * args.num_images + j, settings(scales[k], args.seed + j, i)
                 save_picture(picture, names[number], told_of)
                 if args.attention:
-                    page = attention_sheet(
-                        picture, seen[number], words_of(models, *texts, **ways), named(first[0], said)
-                    )
+                    page = attention_sheet(picture, seen[number], words, names_of_maps)
                     save_picture(page, names[total + number], told_of)
                 done.append(picture)
         if args.grid:
