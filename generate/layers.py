@@ -5,6 +5,7 @@
     down, middle, up                    a part of the UNet (`mid` too)
     down.block_2=0.3,up.block_0.1=1     blocks and their transformers, each with a weight; of two the later one holds
     ease-in, style-precise, ...         a course over all layers: the weight types of ComfyUI_IPAdapter_plus
+    style-and-composition,down.block_2.1=0.5    one of these, but for what is named behind it
 
 What is not named is silent.
 """
@@ -32,6 +33,7 @@ COURSES = {
     "weak-middle": "all,middle=0.2",
     "weak-output": "all,up=0.2",
     "strong-middle": "all,down=0.2,up=0.2",
+    "strong-style-and-composition": "all",
 }
 SD_STYLE = "down.block_0,down.block_1,up.block_1.2,up.block_2,up.block_3"
 SD_LAYOUT = "down.block_2.0=0.25,down.block_2.1"
@@ -75,25 +77,28 @@ def factors(spec: str, names: Sequence[str], family: Family) -> Factors | None:
     Raises:
         UserError: a name or a weight that is none, with its place in the line; layers that the base lacks.
     """
-    if spec in ("all", "linear"):
-        return None
-    large = "up.block_0.1" in names
-    courses = XL_COURSES if large else SD_COURSES
-    if spec in EASED:
-        order = list(dict.fromkeys(sorted(names, key=lambda name: ("down", "mid", "up").index(name.split(".")[0]))))
-        return Factors(tuple(EASED[spec](order.index(name) / len(order)) for name in names))
-    found = dict.fromkeys(range(len(names)), 0.0)
-    for part, weight, at in parts(courses.get(spec, spec)):
-        for one in {"style": family.style, "layout": family.layout}.get(part, part).split("+"):
-            meant = covered(one, names)
-            if not meant:
-                raise refusal(spec, part, at, names)
-            found |= dict.fromkeys(meant, weight)
-    swapped = frozenset()
-    if spec in ("style-precise", "composition-precise"):
-        layout = frozenset(covered(LAYOUT[large], names))
-        swapped = layout if spec == "style-precise" else frozenset(found) - layout
-    return Factors(tuple(found.values()), swapped)
+    found, swapped = dict.fromkeys(range(len(names)), 0.0), frozenset()
+    layout = frozenset(covered(LAYOUT["up.block_0.1" in names], names))
+    for part, weight, at in parts(spec):
+        meant = meaning(part, names, family)
+        if not meant:
+            raise refusal(spec, part, at, names)
+        found |= {i: factor * weight for i, factor in meant.items()}
+        swapped |= {"style-precise": layout, "composition-precise": found.keys() - layout}.get(part, frozenset())
+    everywhere = set(found.values()) == {1.0} and not swapped
+    return None if everywhere else Factors(tuple(found.values()), swapped)
+
+
+def meaning(name: str, names: Sequence[str], family: Family) -> dict[int, float]:
+    """The factors of the layers that a name stands for, by their numbers."""
+    if name in EASED:
+        order = list(dict.fromkeys(sorted(names, key=lambda one: ("down", "mid", "up").index(one.split(".")[0]))))
+        return {i: EASED[name](order.index(one) / len(order)) for i, one in enumerate(names)}
+    courses = XL_COURSES if "up.block_0.1" in names else SD_COURSES
+    line = (courses | {"style": family.style, "layout": family.layout}).get(name)
+    if line is None:
+        return dict.fromkeys(covered(name, names), 1.0)
+    return {i: weight for part, weight, _ in parts(line) for i in covered(part, names)}
 
 
 def parts(spec: str) -> list[tuple[str, float, int]]:

@@ -139,7 +139,9 @@ def test_lines_of_layers():
         "down.block_2.1": 0.3,
         "up.block_1.1": -1,
     }
-    assert told("all,down=0") == told("up,middle") and factors("all", layer_names(SD15), SD1) is None
+    assert told("all,down=0") == told("up,middle")
+    for everywhere in ("all", "linear", "strong-style-and-composition", "down,middle,up"):
+        assert factors(everywhere, layer_names(SD15), SD1) is None
 
 
 # By a transformer's place in the order of execution, down, middle, up: 16 in SD 1.x, 11 in SDXL.
@@ -160,6 +162,23 @@ BY_PLACE = {
     "composition-precise": (
         lambda t, n: {4: 0.25, 6: 0.1, 7: 0.1, 8: 0.1}.get(t, 1),
         lambda t, n: {3: 1, 6: 1}.get(t, 0.1),
+    ),
+}
+
+
+# The composition's own weight, where a weight type has one, here 0.5
+BY_PLACE |= {
+    "style-and-composition,down.block_2.0=0.125,down.block_2.1=0.5": (
+        lambda t, n: {4: 0.125, 5: 0.5, 6: 0, 7: 0, 8: 0}.get(t, 1),
+        lambda t, n: {2: 0.125, 3: 0.5, 6: 1}.get(t, 0),
+    ),
+    "strong-style-and-composition,down.block_2.0=0.5,down.block_2.1=0.5": (
+        lambda t, n: 0.5 if t in (4, 5) else 1,
+        lambda t, n: {2: 0.5, 3: 0.5}.get(t, 1),
+    ),
+    "ease-in=0.5,middle=2": (
+        lambda t, n: 2 if t == 6 else 0.5 * (0.05 + 0.95 * (1 - t / n)),
+        lambda t, n: 2 if t == 4 else 0.5 * (0.05 + 0.95 * (1 - t / n)),
     ),
 }
 
