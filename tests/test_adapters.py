@@ -15,6 +15,7 @@ from counterparts import (
     diffusers_unet,
     diffusers_unet_with,
     listed_once,
+    opened,
     our_picture,
     published,
     randomise,
@@ -32,6 +33,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clip import CLIPImage, CLIPImageConfig
+from files.features import Features
+from generate import ImageGroup, prompts
+from generate.models import Adapter
 from ipadapter import (
     FacePlusProjection,
     FaceProjection,
@@ -241,6 +245,39 @@ def test_unet_with_the_adapter_equals_diffusers(request, attached, base, kind, d
     silent, plain = ours(x, t, Prompt(text, vector=vector)), bare(x, t, Prompt(text, vector=vector))
     assert rel(found, silent) > 0.01
     assert rel(silent, plain) > 0.01 if kind.rank else torch.equal(silent, plain)
+
+
+@torch.no_grad()
+def test_several_faceid_adapters_at_once_equal_diffusers(sd1, draw, tmp_path):
+    """Each image prompt is read by its own adapter; what all of them change in the UNet's own attention is added."""
+    kinds = [KINDS[name] for name in ("faceid, two faces", "faceid-plusv2", "base")]
+    written = [adapter_for(sd1.parts[1], kind, 30 + i) for i, kind in enumerate(kinds)]
+    for name, w in (pair for adapter in written for pair in adapter.named_parameters()):
+        w.data *= 0.3 if "lora.up" in name else 1  # two as large as the weights themselves would blow up each rounding
+    given, adapters, groups = [shown(kind, draw, rows=1) for kind in kinds], [], []
+    for i, (kind, adapter, (faces, features)) in enumerate(zip(kinds, written, given)):
+        file = tmp_path / f"{i}.safetensors"
+        save_file(adapter.state_dict(), file)
+        adapters.append(Adapter(file, load_adapter(file, device="meta"), None, kind.structure_scale is not None))
+        seen = [] if features is None else [Features(features[0], torch.zeros_like(features[0]))]
+        how = {"structure_scale": kind.structure_scale, "scale": 0.4 + 0.2 * i}
+        groups.append(ImageGroup(seen, i, faces=[] if faces is None else [faces[0]], **how))
+    models = replace(opened(sd1), adapters=tuple(adapters), held={"text encoder": sd1.parts[0]})
+    x, t, text = draw(1, 4, 8, 8), torch.tensor([500]), draw(1, 77, 64)
+    prompt = replace(prompts(models, "", images=groups)[0], text=text)
+    found = models.unet(face=True)(x, t, prompt)
+
+    theirs = diffusers_unet_with(sd1.parts[1], *written)
+    set_scales(theirs, 0.4, 0.6, 0.8)
+    layer = theirs.encoder_hid_proj.image_projection_layers[1]
+    layer.clip_embeds, layer.shortcut, layer.shortcut_scale = given[1][1], True, kinds[1].structure_scale
+    embeds = [features if faces is None else faces for faces, features in given]
+    assert rel(found, theirs(x, t, text, added_cond_kwargs={"image_embeds": embeds}).sample) <= 1e-5
+    for one in range(len(groups)):  # each of them is heard, and each LoRA counts
+        less = replace(prompt, images=prompt.images[:one] + prompt.images[one + 1 :])
+        assert rel(models.unet(face=True)(x, t, less), found) > 1e-3
+    first = replace(models, adapters=models.adapters[:1], held={})
+    assert rel(first.unet(face=True)(x, t, prompt), found) > 1e-2
 
 
 @torch.no_grad()

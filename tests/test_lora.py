@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import peft
 import pytest
 import torch
-from counterparts import diffusers_unet, randomise, rel, transformers_text
+from counterparts import assert_same_picture, diffusers_unet, opened, randomise, rel, transformers_text
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, set_weights_and_activate_adapters
 from narrow import NARROW_TEXT, NARROW_UNET, NARROW_XL
@@ -24,9 +26,12 @@ from torch.nn.functional import conv2d
 from clip import CLIPText
 from files.errors import Notice
 from files.tensors import WeightsError
+from generate import pictures, prompts
+from generate.picture import decode
 from ipadapter import FaceProjection, IPAdapter, Prompt, low_rank
 from ipadapter.low_rank import LowRank
 from unet import UNet
+from weights import open_base
 from weights.lora import change_of, check, merge, read_lora
 
 pytestmark = pytest.mark.slow
@@ -168,6 +173,31 @@ def test_two_loras_with_weights_and_the_text_tower_equal_diffusers(unet, text_to
     with torch.no_grad():
         assert rel(text(tokens), their_text(tokens).last_hidden_state) <= 1e-5
         assert rel(text(tokens), text_tower(tokens)) > 0.1
+
+
+@torch.no_grad()
+def test_a_long_prompt_through_a_tuned_tower_makes_the_picture_of_diffusers(sd1, text_tower, tmp_path):
+    """Each chunk goes through the changed tower by itself; diffusers is given their features side by side."""
+    pipeline, their_text, latents = copy.copy(sd1.pipeline), transformers_text(text_tower), []
+    pipeline.unet = copy.deepcopy(sd1.pipeline.unet)
+    state = kohya("lora_unet_", layers(pipeline.unet, ATTENTION)) | kohya("lora_te_", layers(their_text, TEXT))
+    path = write(tmp_path / "lora.safetensors", state)
+    load_theirs(StableDiffusionPipeline, pipeline.unet, their_text, [path])
+    chunks = "a red fox, " * 18, "a red fox in the snow"  # 72 tokens, of which the last is a comma; 75 fill a chunk
+
+    def features(text: str) -> Tensor:
+        return their_text(
+            pipeline.tokenizer(text, padding="max_length", return_tensors="pt").input_ids
+        ).last_hidden_state
+
+    how = {"height": 64, "width": 64, "generator": torch.Generator().manual_seed(7), "output_type": "latent"}
+    long, null = torch.cat([*map(features, chunks)], dim=1), torch.cat([features("blurred")] * 2, dim=1)
+    wanted = pipeline(prompt_embeds=long, negative_prompt_embeds=null, num_inference_steps=2, **how).images
+    base = open_base(sd1.base.path, loras=[(read_lora(path), 1.0)])
+    models = replace(opened(sd1), base=base, held={"vae": sd1.parts[2]})
+    with patch("generate.picture.decode", lambda models, x: latents.append(x) or decode(models, x)):
+        (picture,) = pictures(models, *prompts(models, "".join(chunks), "blurred", long_prompt=True), 7, steps=2)
+    assert_same_picture((latents[0], np.asarray(picture)), (wanted, np.asarray(next(decode(models, wanted)))))
 
 
 TEXT_LAYOUTS = {

@@ -5,6 +5,7 @@ import copy
 import json
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -26,7 +27,7 @@ from clip.encode import Text
 from clip.tokenizer import encode
 from files.errors import Notice, UserError
 from files.pictures import read_settings
-from generate import Models, open_models, pictures, prompts
+from generate import ImageGroup, Models, open_models, pictures, prompts
 from generate.picture import decode
 from generate.syntax import SYNTAXES, parts, told
 from generate.text import by_commas, by_words, encoded, even, pieces, words_of
@@ -529,6 +530,62 @@ def test_long_texts_go_with_image_prompts_and_three_passes(syntax):
         np.asarray(next(pictures(replace(models, low_memory=low), *pair, **how))).astype(int) for low in (False, True)
     )
     assert np.abs(together - apart).max() <= 1 and together.std() > 10
+
+
+def followed(make: Callable[[], object]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """What the loop of a run is told at its first noise, and that noise."""
+    caught = []
+    with (
+        patch("generate.picture.denoise", lambda run, predict, x, *_: caught.append((predict(x, AT_500), x)) or x),
+        torch.no_grad(),
+    ):
+        make()
+    return caught[0]
+
+
+def three_passes(models: Models, groups: list[ImageGroup], x: torch.Tensor, text: float, image: float) -> torch.Tensor:
+    """none + G (image - none) + S (all - image), each pass by itself; all image prompts stand in `image`."""
+    prompt, null = prompts(models, "red apple", "blurred", groups)
+    unet, t = models.unet(), torch.tensor(500)
+    none, alone, full = (unet(x, t, p) for p in (null, Prompt(null.text, prompt.images), prompt))
+    assert min(rel(alone, none), rel(full, alone)) > 1e-3
+    return none + image * (alone - none) + text * (full - alone)
+
+
+@torch.no_grad()
+def test_several_image_prompts_are_followed_by_themselves_together():
+    models = open_models(adapter=["tiny", "tiny-full-face"], device="cpu")
+    mask, other = Image.linear_gradient("L"), Image.new("RGB", (90, 70), "red")
+    groups = [
+        ImageGroup([EXAMPLE, other], scale=0.8, mask=mask, negative_image=[other]),
+        ImageGroup([other], adapter=1, scale=0.5, layers="style", curve="fade-out"),
+    ]
+    how = {"guidance_scale": 5.0, "image_guidance_scale": 2.0, "steps": 1, "height": 64, "width": 64}
+    pair = prompts(models, "red apple", "blurred", groups)
+    (eps, _), x = followed(lambda: next(pictures(models, *pair, **how)))
+    assert rel(eps, three_passes(models, groups, x, text=5, image=2)) <= 1e-5
+
+
+@torch.no_grad()
+def test_guidance_flags_are_of_the_text_and_of_the_image(tmp_path: Path):
+    red = tmp_path / "red.png"
+    Image.new("RGB", (90, 70), "red").save(red)
+    flags = ["--image", EXAMPLE, "--scale", 0.8, "--image", red, "--until", 1, "--scale", 0.5, "--prompt", "red apple"]
+    flags += [
+        "--negative-prompt",
+        "blurred",
+        "--steps",
+        1,
+        "--height",
+        64,
+        "--width",
+        64,
+        "--output",
+        tmp_path / "x.png",
+    ]
+    (eps, _), x = followed(lambda: sample(*flags, "--guidance-scale", 5, "--image-guidance-scale", 2))
+    groups = [ImageGroup([EXAMPLE], scale=0.8), ImageGroup([red], scale=0.5)]
+    assert rel(eps, three_passes(open_models(device="cpu"), groups, x, text=5, image=2)) <= 1e-5
 
 
 @pytest.mark.slow
