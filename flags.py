@@ -69,7 +69,9 @@ def images(parser: argparse.ArgumentParser) -> None:
     add("--mask", metavar="FILE", help="where it acts: a grey picture, white is here, black is not", **of_both)
     image_flags.seen(parser)
     add = parser.add_argument_group("FaceID adapters").add_argument
-    numbers = "512 numbers, .npy or .safetensors: insightface's normed_embedding (default: of the faces in --image)"
+    numbers = (
+        "512 numbers, .npy, .safetensors or .bin: insightface's normed_embedding (default: of the faces in --image)"
+    )
     add("--face-embedding", nargs="+", metavar="FILE", help=numbers, **of_image)
     version = "the file is FaceID-plus version 2; no tensor tells"
     add("--faceid-v2", nargs=0, const=True, help=version, **of_image)

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from files.errors import UserError
+from files.pickles import read_pickle
 
 FACE_DIM = 512
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # of torch.save: a tensor, or the NumPy array that insightface gives
 MOST = 1 << 26  # bytes of a file: 32768 faces
 DETECT = (640, 448, 320, 192)  # pixels, one after the other: the detector misses a face that fills a large square
 
@@ -22,7 +24,7 @@ class FaceError(UserError):
 
 
 def read_embedding(path: str | Path) -> Tensor:
-    """A face recogniser's embeddings (ArcFace; insightface's `normed_embedding`) out of a .npy or .safetensors file.
+    """A face recogniser's embeddings (ArcFace; insightface's `normed_embedding`) out of a .npy, .safetensors or .bin file.
 
     Returns:
         (faces, 512) fp32, each of length 1.
@@ -34,19 +36,19 @@ def read_embedding(path: str | Path) -> Tensor:
     try:
         if path.stat().st_size > MOST:
             raise FaceError(f"{path}: larger than {MOST >> 20} MB; a face embedding is {FACE_DIM} numbers")
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
+        if path.suffix in (".safetensors", *PICKLES):
+            tensors = read_pickle(path) if path.suffix in PICKLES else load_file(path)
             if len(tensors) != 1:
                 raise FaceError(f"{path}: holds {len(tensors)} tensors ({', '.join(list(tensors)[:4])}), one is wanted")
             values = next(iter(tensors.values()))
         else:
             values = np.load(path, allow_pickle=False)
         values = np.asarray(values, dtype=np.float32)
-    except FaceError:
-        raise
+    except UserError as error:
+        raise FaceError(str(error)) from None
     except Exception as error:  # noqa: BLE001, of a damaged header NumPy raises whatever Python's tokenizer does
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or another kind of file"
-        raise FaceError(f"{path}: a face embedding, .npy or .safetensors, is wanted here ({reason})") from None
+        raise FaceError(f"{path}: a face embedding, .npy, .safetensors or .bin, is wanted here ({reason})") from None
     if values.size == 0 or values.ndim > 2 or values.shape[-1:] != (FACE_DIM,):
         raise FaceError(
             f"{path}: of shape {values.shape}; a face embedding is {FACE_DIM} numbers, several (n, {FACE_DIM})"
@@ -68,7 +70,7 @@ def find_faces(images: list[Image.Image], names: list[str]) -> tuple[Tensor, lis
     """
     if not (find_spec("insightface") and find_spec("onnxruntime")):
         raise FaceError(
-            "this adapter reads faces: give `face_embedding` FILE (.npy or .safetensors, 512 numbers), or install "
+            "this adapter reads faces: give `face_embedding` FILE (.npy, .safetensors or .bin, 512 numbers), or install "
             "insightface and onnxruntime, and the faces are read off the pictures"
         )
     try:

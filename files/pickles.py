@@ -39,6 +39,8 @@ STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
+FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}  # as NumPy calls them
+ARRAY = ".multiarray._reconstruct"
 PARAMETERS = "torch.nn.modules.container.ParameterDict"
 SCRIPT = "__torch__."  # where TorchScript has its classes
 INERT = re.compile(
@@ -46,8 +48,8 @@ INERT = re.compile(
     r"torch\._tensor\._rebuild_from_type_v2|torch\.(Size|device|Tensor|nn\.parameter\.Parameter)|"
     r"torch\.serialization\._get_layout|__torch__\..+|torch\.jit\._pickle\.\w+|"
     r"torch\.nn\.modules\.container\.ParameterDict|(builtins|__builtin__)\.(set|complex|bytearray)|_codecs\.encode|collections\.Counter|"
-    # NumPy's numbers, as trainers note them: the best loss, the learning rate.
-    r"numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+DType)|"
+    # NumPy's numbers, as trainers note them: the best loss, the learning rate; and its arrays.
+    r"numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+DType)|"
     # A key in the first Stable Diffusion checkpoints.
     r"pytorch_lightning\.callbacks\.model_checkpoint\.ModelCheckpoint"
 )
@@ -83,9 +85,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             content, storage = (open_zip if file.peek(2)[:2] == b"PK" else open_old)(path, file)
-            state = {name: tensor(value, storage, limit) for name, value in named(model_of(content))}
-        if sum(value.nbytes for value in state.values()) > limit:
-            raise damaged("its tensors claim more bytes than it has")
+            state, left = {}, limit
+            for name, value in named(model_of(content)):
+                state[name] = tensor(value, storage, limit)
+                left -= state[name].nbytes
+                if left < 0:  # some of them may share what there is of them
+                    raise damaged("its tensors claim more bytes than it has")
     except Unfit as error:
         raise WeightsError(f"{path}: {error}") from None
     return state
@@ -250,7 +255,7 @@ def named(content: object) -> Iterator[tuple[str, Inert]]:
         if isinstance(value, Mapping):
             inner = [(f"{name}.{key}" if name else str(key), item, depth + 1) for key, item in value.items()]
             todo += reversed(inner)
-        elif isinstance(value, Inert) and "._rebuild_" in value.name:
+        elif isinstance(value, Inert) and ("._rebuild_" in value.name or value.name.endswith(ARRAY)):
             yield name, value
 
 
@@ -269,7 +274,17 @@ def tensor(value: object, storage: Storage, limit: int) -> Tensor:
             ):  # fmt: skip
                 return view(storage(stored), dtype, offset, shape, stride, limit)
             case _:
-                break
+                return array(value.state)
+    raise damaged("a tensor made of other things than numbers")
+
+
+def array(state: object) -> Tensor:
+    """Of what NumPy notes of an array of floating-point numbers; in an old pickle its bytes are text."""
+    match state:
+        case _, tuple() as shape, Inert(args=(str() as kind, *_), state=(_, "<", *_)), False, content if kind in FLOATS:
+            with untrusted(Unfit, DAMAGED):
+                content = content if isinstance(content, bytes) else content.args[0].encode("latin1")
+                return torch.frombuffer(bytearray(content), dtype=FLOATS[kind]).reshape(shape)
     raise damaged("a tensor made of other things than numbers")
 
 

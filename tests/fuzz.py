@@ -792,6 +792,9 @@ def face_file(rng: Random, folder: Path) -> Path:
     if rng.random() < 0.3:
         return written(folder / "x.safetensors", changed(rng, save({"face": torch.from_numpy(face)})))
     buffer = io.BytesIO()
+    if rng.random() < 0.4:
+        torch.save(rng.choice((face, torch.from_numpy(face))), buffer)
+        return written(folder / "x.bin", zipped(rng, buffer.getvalue()))
     np.save(buffer, face)
     content = buffer.getvalue()
     header = changed(rng, content[10:128]) if rng.random() < 0.6 else content[10:128]

@@ -393,7 +393,7 @@ def test_an_adapter_converted_by_hand_keeps_the_trainers_names(tmp_path, base_ad
 
 
 def test_numpys_numbers_beside_the_weights_do_no_harm(tmp_path, image_tower):
-    notes = {"best": np.float64(0.15), "epoch": np.int64(3), "rate": np.float32(1e-4), "done": np.bool_(True)}
+    notes = {"best": np.float64(0.15), "epoch": np.int64(3), "rate": np.float32(1e-4), "seen": np.ones(3)}
     path = tmp_path / "x.ckpt"
     for zipped in (True, False):
         torch.save({"state_dict": image_tower.state_dict(), **notes}, path, _use_new_zipfile_serialization=zipped)
@@ -402,7 +402,7 @@ def test_numpys_numbers_beside_the_weights_do_no_harm(tmp_path, image_tower):
 
 @pytest.mark.parametrize(
     "thing",
-    [np.ones(3), np.load, os.getcwd, print, eval, Path("x"), slice(1)],
+    [np.load, os.getcwd, print, eval, Path("x"), slice(1)],
     ids=lambda thing: getattr(thing, "__name__", str(thing)),
 )
 def test_all_else_in_a_pickle_is_refused(tmp_path, thing):

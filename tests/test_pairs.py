@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from clip import tokenize
+from files.faces import FaceError, read_embedding
 from tiny import drawings
 from training.captions import DataError
 from training.data import identity, open_pairs
@@ -789,6 +790,38 @@ def test_the_digest_tells_another_name_size_caption_or_order(tmp_path):
         found.add(open_pairs(write_tar(tmp_path / f"{i}.tar", files)).digest())
         found.add(open_pairs(write_files(tmp_path / f"{i}", files)).digest())
     assert len(found) == 6  # in a folder, the last has the order of the first; shard or folder is no difference
+
+
+def test_the_digest_is_of_face_embeddings_too(tmp_path):
+    """Those that a list names, by what is in them; one that is not there is told when it is used."""
+    entry = {"image_file": "a.png", "text": "x", "id_embed_file": "a.npy"}
+    write_files(tmp_path, {"a.png": png(1), "list.json": json.dumps([entry]).encode()})
+    found = set()
+    for content in (None, b"one", b"two"):
+        if content:
+            (tmp_path / "a.npy").write_bytes(content)
+        found.add(open_pairs(tmp_path / "list.json").digest())
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "before 1.6"])
+def test_face_embeddings_as_the_official_trainer_reads_them(tmp_path, new):
+    """What torch.save makes of an array of NumPy's, and of a tensor; nothing in it is run."""
+    face = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    for content in (face, face[None].astype(np.float64), torch.from_numpy(face), {"face": torch.from_numpy(face)}):
+        torch.save(content, tmp_path / "x.bin", _use_new_zipfile_serialization=new)
+        found = read_embedding(tmp_path / "x.bin")
+        assert torch.allclose(found, torch.from_numpy(face / np.linalg.norm(face))[None], atol=1e-6)
+    for content, wanted in (
+        (np.arange(512), "a tensor made of other things than numbers"),
+        (np.zeros((2, 512), order="F"), "a tensor made of other things"),
+        (face[:511], r"of shape \(511,\)"),
+        (os.getcwd, "refused, the pickle asks to run code"),
+    ):
+        torch.save(content, tmp_path / "x.bin", _use_new_zipfile_serialization=new)
+        with pytest.raises(FaceError, match=rf"x\.bin: .*{wanted}") as error:
+            read_embedding(tmp_path / "x.bin")
+        assert "\n" not in str(error.value)
 
 
 def test_pairs_that_only_their_pictures_tell_apart_have_an_identity_each(tmp_path):

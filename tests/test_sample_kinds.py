@@ -226,12 +226,12 @@ def array(values: Tensor | list) -> np.ndarray:
 
 
 MISTAKES = {
-    "no face": ([*FACE, "folder/none.npy"], "none.npy: a face embedding, .npy or .safetensors, is wanted here"),
+    "no face": ([*FACE, "folder/none.npy"], "none.npy: a face embedding, .npy, .safetensors or .bin, is wanted here"),
     "short": ([*FACE, "folder/short.npy"], "short.npy: of shape (511,); a face embedding is 512 numbers"),
     "nan": ([*FACE, "folder/nan.npy"], "nan.npy: 512 finite numbers, not all zero, are wanted"),
     "zeros": ([*FACE, "folder/zeros.npy"], "zeros.npy: 512 finite numbers, not all zero, are wanted"),
     "pickled": ([*FACE, "folder/objects.npy"], "objects.npy: a face embedding"),
-    "a picture": ([*FACE, EXAMPLE], "example.png: a face embedding, .npy or .safetensors, is wanted here"),
+    "a picture": ([*FACE, EXAMPLE], "example.png: a face embedding, .npy, .safetensors or .bin, is wanted here"),
     "several tensors": ([*FACE, WEIGHTS / "clip-tiny.safetensors"], "tensors (", "one is wanted"),
     "face for a base adapter": (["--face-embedding", "folder/face.npy"], "--face-embedding: for FaceID adapters"),
     "v2 of a base adapter": (["--faceid-v2"], "--faceid-v2: for FaceID-plus adapters"),

@@ -179,7 +179,7 @@ class Pairs(Sequence[Pair]):
         return hashlib.sha256(self.identities(limit).tobytes()).hexdigest()
 
     def identities(self, limit: int | None = None) -> np.ndarray:
-        """What each of the first `limit` pairs is, as (n,) int64: a hash of its name, its captions and its picture's size.
+        """What each of the first `limit` pairs is, as (n,) int64: a hash of its name, captions, face and picture's size.
 
         The same wherever the data lie and however their path is spelt. A picture that was replaced by another one of the
         same size to the byte, under the same caption, is not told from it, for pictures are not read; but where two pairs
@@ -215,7 +215,11 @@ class Pairs(Sequence[Pair]):
             if whole:
                 picture = self.read(path, row.offset, row.size)
         name = self.names[i].encode("utf-8", "surrogatepass")
-        face = [os.path.basename(face).encode("utf-8", "surrogatepass")] if (face := self.face(i)) else []
+        face = []
+        if named := self.face(i):
+            face = [os.path.basename(named).encode("utf-8", "surrogatepass")]
+            with suppress(OSError, ValueError):
+                face.append(self.read(named, 0, WHOLE))
         parts = b"\0".join((name, b"%d" % size, b"%d" % len(content), content, picture, *face))
         return int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "big", signed=True)
 

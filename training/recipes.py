@@ -143,5 +143,5 @@ def check_faces(kind: str | None, data: list[str], pairs: Pairs) -> None:
     if kind and KINDS[kind].faces and not known and not any(pairs.face(i) for i in range(len(pairs))):
         raise DataError(
             f"{' '.join(data)}: no face embeddings, which an adapter of the kind {kind} reads: a list names one for each "
-            "picture as id_embed_file (.npy or .safetensors), or insightface is installed, and they are read off the pictures"
+            "picture as id_embed_file (.npy, .safetensors or .bin), or insightface is installed, and they are read off the pictures"
         )
