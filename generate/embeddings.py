@@ -99,13 +99,10 @@ def tokens(models: Models, adapter: IPAdapter, group: ImageGroup) -> tuple[Tenso
     found = features(models, group)
     scale = 1.0 if group.structure_scale is None else group.structure_scale
     version_2 = scale if models.adapters[group.adapter].faceid_v2 else None
-
-    def projected(faces: Tensor | None, clip: Tensor | None) -> Tensor:
-        given = [x.to(models.device, models.dtype) for x in (faces, clip) if x is not None]
-        return adapter.project(given, version_2)
-
-    away = None if found.faces is None else torch.zeros_like(found.faces)
-    return projected(found.faces, found.image), projected(away, found.negative), found.masks
+    nobody = None if found.faces is None else torch.zeros_like(found.faces)
+    read = (found.faces, found.image), (nobody, found.negative)
+    here, away = (adapter.project(*features, version_2).flatten(0, 1)[None] for features in read)
+    return here, away, found.masks
 
 
 def faces_of(

@@ -74,10 +74,8 @@ class IPAdapter(nn.Module):
         Returns:
             (1, pictures * num_tokens, context_dim)
         """
-        features = [faces] if self.image_proj.faces else []
-        if self.reads_clip:
-            features.append(image_features(clip_image, pixels, self.image_proj.patches))
-        return self.project(features, structure_scale)
+        image = image_features(clip_image, pixels, self.image_proj.patches) if self.reads_clip else None
+        return self.project(faces, image, structure_scale).flatten(0, 1)[None]
 
     def null_tokens(
         self,
@@ -87,17 +85,21 @@ class IPAdapter(nn.Module):
         structure_scale: float | None = None,
     ) -> Tensor:
         """Tokens of the absent image prompt, same arguments and shape as `tokens`."""
-        features = [torch.zeros_like(faces)] if self.image_proj.faces else []
-        if self.reads_clip:
-            features.append(null_features(clip_image, pixels, self.image_proj.patches))
-        return self.project(features, structure_scale)
+        image = null_features(clip_image, pixels, self.image_proj.patches) if self.reads_clip else None
+        nobody = None if faces is None else torch.zeros_like(faces)
+        return self.project(nobody, image, structure_scale).flatten(0, 1)[None]
 
-    def project(self, features: list[Tensor], structure_scale: float | None = None) -> Tensor:
-        """What the image projection reads, a row for each picture -> all pictures' tokens side by side."""
+    def project(self, faces: Tensor | None, image: Tensor | None, structure_scale: float | None = None) -> Tensor:
+        """What the image projection reads, a row for each picture -> its tokens (pictures, num_tokens, context_dim).
+
+        Args:
+            faces, image: face embeddings (pictures, 512), and what `image_features` gives; None: it does without.
+        """
         if structure_scale is not None and not isinstance(self.image_proj, FacePlusProjection):
             raise ValueError("`structure_scale` is for FaceID-plus adapters; this adapter is another kind")
+        read = [faces if self.image_proj.faces else None, image]
         version_2 = {} if structure_scale is None else {"structure_scale": structure_scale}
-        return self.image_proj(*(x.to(self.dtype) for x in features), **version_2).flatten(0, 1)[None]
+        return self.image_proj(*(x.to(self.dtype) for x in read if x is not None), **version_2)
 
     def prompt(
         self, tokens: Tensor, scale: Weight | Sequence[Weight] | Scale = 1.0, mask: Tensor | None = None

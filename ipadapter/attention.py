@@ -7,14 +7,14 @@ K = text W_k,    V = text W_v       the text prompt, frozen weights of the base 
 K' = image W_k', V' = image W_v'    the image prompt, the adapter's own weights
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from ipadapter.prompt import Prompt
-from ipadapter.scale import Rows, Scale
+from ipadapter.scale import Weight, at
 
 
 class DecoupledCrossAttention(nn.Module):
@@ -71,11 +71,7 @@ def heard(
                 f"an image prompt for {len(image.key_values)} layers meets layer {layer}: "
                 "`number` the backbone's cross-attentions, as many as the adapter has"
             )
-        gain = image.scale
-        if isinstance(gain, Scale | Rows):
-            gain = gain.at(layer, prompt.step)
-        elif isinstance(gain, Sequence):
-            gain = gain[layer]
+        gain = image.scale if isinstance(image.scale, Weight) else at(image.scale, layer, prompt.step)
         if isinstance(gain, Tensor):  # one for each row
             gain = gain.to(image.key_values[layer][0]).view(-1, 1, 1, 1)
         elif gain == 0:  # the base model, bit for bit

@@ -52,7 +52,7 @@ class Objective(nn.Module):
         self.adapter = adapter
         self.frozen = [unet]  # in a list: not a submodule
         self.dtype = dtype
-        self.version_2 = {} if structure_scale is None else {"structure_scale": structure_scale}
+        self.structure_scale = structure_scale
 
     def forward(
         self,
@@ -86,7 +86,7 @@ class Objective(nn.Module):
             vector: as in `Prompt`.
         """
         with torch.autocast(text.device.type, enabled=False):
-            tokens = self.adapter.image_proj(*(x.float() for x in (face, image) if x is not None), **self.version_2)
+            tokens = self.adapter.project(face, image, self.structure_scale)
         with self.autocast(text.device):
             return Prompt(text, (self.adapter.prompt(tokens, scale),), vector)
 

@@ -185,8 +185,10 @@ def shown(kind: Kind, draw, rows: int = 2) -> tuple[Tensor | None, Tensor | None
 
 
 def project(adapter: IPAdapter, faces: Tensor | None, features: Tensor | None, structure_scale=None) -> Tensor:
-    rows = zip(*(x for x in (faces, features) if x is not None))
-    return torch.cat([adapter.project(list(row), structure_scale) for row in rows])
+    """Each row's faces and features as one image prompt."""
+    rows = len(features if faces is None else faces)
+    given = ([None] * rows if x is None else x for x in (faces, features))
+    return torch.cat([adapter.project(*row, structure_scale).flatten(0, 1)[None] for row in zip(*given)])
 
 
 def added(unet: UNet, theirs: UNet2DConditionModel, draw) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -303,7 +305,7 @@ def test_the_lora_alone_is_what_the_official_code_computes(request, base, draw):
     assert rel(unet(x, t, prompt), wanted) <= 1e-5
     assert rel(wanted, plain) > 0.01
     # A scale of 0 silences the image prompt; the LoRA, part of the UNet by now, stays.
-    tokens = adapter.project([normalize(draw(1, 512))]).expand(2, -1, -1)
+    tokens = adapter.project(normalize(draw(1, 512)), None).expand(2, -1, -1)
     silent = unet(x, t, replace(prompt, images=(adapter.prompt(tokens, 0.0),)))
     assert torch.equal(silent, unet(x, t, prompt))
 
