@@ -32,7 +32,8 @@ from ipadapter import FaceProjection, IPAdapter, Prompt, low_rank
 from ipadapter.low_rank import LowRank
 from unet import UNet
 from weights import open_base
-from weights.lora import change_of, check, merge, read_lora
+from weights.lora import check, merge, read_lora
+from weights.lora_forms import change_of
 
 pytestmark = pytest.mark.slow
 

@@ -2,29 +2,27 @@
 
 Read are the names of kohya-ss (`lora_unet_*`, `lora_te*_*`), those of diffusers and peft (`unet.*`, `text_encoder*.*`) and
 SimpleTuner's (`lycoris_*`), for linear layers, convolutions and norms; and all forms that are shared: LoRA and LoCon, LoHa,
-LoKr, DoRA, whole differences. The forms themselves are values (`ipadapter/low_rank.py`).
+LoKr, DoRA, whole differences (`weights/lora_forms.py`).
 """
 
-import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from files.errors import Notice, untrusted
+from files.errors import Notice
 from files.tensors import State, WeightsError, read
 from ipadapter import low_rank
-from ipadapter.low_rank import Change, Decomposed, Factors, Hadamard, Kronecker, LowRank, Whole
+from ipadapter.low_rank import Change, LowRank
 from weights.diffusers_names import unet_key, unet_shape
 from weights.families import of_width
 from weights.kinds import what_is
+from weights.lora_forms import MISFITS, change_of, peft_config, peft_scale
 
 PREFIX = re.compile(
     r"(?:(lora_unet_|unet\.|(?:model\.)?diffusion_model\.)|(lora_te2_|text_encoder_2\.)|(lora_te1?_|text_encoder\.)|lycoris_)?"
@@ -46,9 +44,6 @@ BUNDLED = re.compile(r"^bundle_emb\.([^.]+)\.")  # textual inversions that some 
 OPENCLIP = re.compile(r"^(?:transformer_)?resblocks_(\d+)_(\w+)$")
 INSIDE = {"attn_out_proj": "self_attn_out_proj", "mlp_c_fc": "mlp_fc1", "mlp_c_proj": "mlp_fc2"}
 INSIDE |= {"ln_1": "layer_norm1", "ln_2": "layer_norm2"}
-# Of the regular expressions that peft allows for names: letters, alternatives and a wildcard. One that repeats what
-# repeats could take years.
-PATTERN = re.compile(r"\^?[\w.-]*(\.\*[\w.-]*)?(\|[\w.-]*)*\$?")
 
 
 @dataclass(frozen=True)
@@ -92,83 +87,13 @@ def read_lora(path: str | Path) -> LoRA:
     for (part, name), layer in found.items():
         try:
             changes = change_of(layer, lambda rank, at=(part, name): peft_scale(config, *at, rank))
-        except (
-            KeyError,
-            IndexError,
-            RuntimeError,
-            ValueError,
-            ZeroDivisionError,
-        ):  # tensors missing, or of no one shape
+        except MISFITS:
             left.append(name)
             continue
         parts.setdefault(part, {})[name.replace(".", "_")] = changes
     if left:
         raise WeightsError(f"{path}: {len(left)} keys that belong to no pair of LoRA matrices: {some(left)}")
     return LoRA(Path(path), parts)
-
-
-def change_of(layer: State, usual: Callable[[int], float] = lambda rank: 1.0) -> dict[str, Change]:
-    """What a layer's tensors add to its "weight" and its "bias".
-
-    Args:
-        layer: by the names in TENSORS.
-        usual: alpha / rank where no alpha is there.
-
-    Raises:
-        KeyError, ValueError and others: tensors that make no form.
-    """
-    left = set(layer)
-
-    def take(key: str) -> Tensor | None:
-        left.discard(key)
-        return layer.get(key)
-
-    def need(key: str) -> Tensor:
-        left.discard(key)
-        return layer[key]
-
-    def scale(rank: int) -> float:
-        return usual(rank) if (alpha := take("alpha")) is None else alpha.item() / rank
-
-    def factors(form: str, core: str | None = None) -> Factors:
-        a, b, middle = need(f"{form}_a"), need(f"{form}_b"), take(core) if core else None
-        inner = a.shape[0] if middle is not None else a.shape[1]
-        if not inner == b.shape[0] > 0:
-            raise ValueError(f"{form}: factors of {tuple(a.shape)} and {tuple(b.shape)}")
-        return Factors(a, b, middle)
-
-    changes: dict[str, Change] = {}
-    if "down" in layer or "up" in layer:
-        down, up = need("down"), need("up")
-        if not (down.ndim > 1 < up.ndim and 0 < down.shape[0] == up.shape[1]):
-            raise ValueError(f"factors of {tuple(up.shape)} and {tuple(down.shape)}")
-        changes["weight"] = LowRank(down, up, take("mid"), scale(down.shape[0]))
-    elif "hada_w1_a" in layer:
-        first, second = factors("hada_w1", "hada_t1"), factors("hada_w2", "hada_t2")
-        changes["weight"] = Hadamard(first, second, scale(first.b.shape[0]))
-    elif any(key.startswith("lokr_") for key in layer):
-        first, second = (
-            Whole(w) if (w := take(f"lokr_{i}")) is not None else factors(f"lokr_{i}", "lokr_t2" if i == "w2" else None)
-            for i in ("w1", "w2")
-        )
-        low = [matrix.b.shape[0] for matrix in (first, second) if isinstance(matrix, Factors)]
-        if not low:  # of two whole matrices alpha says nothing
-            take("alpha")
-        changes["weight"] = Kronecker(first, second, scale(low[-1]) if low else 1.0)
-    if "dora_scale" in layer or "rows" in layer:
-        rows = take("rows")
-        changes["weight"] = Decomposed(changes["weight"], take("dora_scale") if rows is None else rows.flatten())
-    for key, name in (("diff", "weight"), ("diff_b", "bias")):
-        if key in layer:
-            if name in changes:
-                raise ValueError(f"{key} beside another change")
-            changes[name] = Whole(take(key))
-            take("alpha")
-    for change in changes.values():
-        _ = change.shape  # of what does not fit together there is none
-    if left or not changes:
-        raise KeyError(*left)
-    return changes
 
 
 def merge(model: nn.Module, loras: list[tuple[LoRA, float]], part: str, keep: bool = True) -> Callable[[], None]:
@@ -295,44 +220,6 @@ def flat_unet(name: str, shape: tuple[int, set[int]]) -> str:
 def flat_text(name: str) -> str:
     name = name.removeprefix("text_model_")  # transformers 5 has no such level
     return re.sub(r"_to_(q|k|v|out)$", r"_\1_proj", name) if name.startswith("encoder_layers") else name
-
-
-def peft_config(path: Path) -> dict:
-    """What diffusers writes into the file, and peft beside it: there alpha is no tensor.
-
-    Raises:
-        WeightsError: it cannot be read, or says what no file of peft says.
-    """
-    text, wrong = None, f"{path}: its LoRA settings are not readable as JSON"
-    with suppress(SafetensorError), safe_open(path, "pt") as file:  # a pickle has no metadata
-        text = (file.metadata() or {}).get("lora_adapter_metadata")
-    with untrusted(WeightsError, wrong):
-        if text is None and (beside := path.with_name("adapter_config.json")).is_file():
-            text = beside.read_text(encoding="utf-8")
-        config = json.loads(text or "{}")
-    for key, value in config.items() if isinstance(config, dict) else ():
-        fits = True
-        if key.endswith("lora_alpha"):
-            fits = isinstance(value, int | float)
-        elif key.endswith("alpha_pattern"):
-            fits = isinstance(value, dict) and all(map(PATTERN.fullmatch, value))
-            fits = fits and all(isinstance(alpha, int | float) for alpha in value.values())
-        if not fits:
-            raise WeightsError(f"{path}: its LoRA settings say that {key} is {value!r}"[:300])
-    return config if isinstance(config, dict) else {}
-
-
-def peft_scale(config: dict, part: str, name: str, rank: int) -> float:
-    """alpha / rank by peft's settings; 1 where nothing is said."""
-    prefix = {"unet": "unet.", "text": "text_encoder.", "text_2": "text_encoder_2."}[part]
-
-    def setting(key: str, default: object) -> object:
-        return config.get(prefix + key, config.get(key, default))
-
-    alphas = setting("alpha_pattern", {})
-    fitting = (alpha for key, alpha in alphas.items() if re.fullmatch(rf"(.*\.)?({key})", name))
-    alpha = next(fitting, setting("lora_alpha", rank))
-    return alpha / (rank**0.5 if setting("use_rslora", False) else rank)
 
 
 def some(names: list[str]) -> str:
