@@ -19,19 +19,17 @@ from weights.diffusers import read_folder, read_part
 from weights.diffusers_names import from_diffusers
 from weights.families import FAMILIES, SD2, SD2_BASE, TURBO, Family, Tower
 from weights.fill import IGNORED, build, fill, under
-from weights.kinds import UNET, family, what_is
+from weights.kinds import AUTOENCODER, UNET, family, what_is
 from weights.load import check_scale, vae_state
 from weights.lora import LoRA, check, merge
 from weights.openclip import text_from_openclip
 from weights.settings import MARKS, heed_vae, schedule_of, sd2_predicts_noise
 
-AUTOENCODER = "first_stage_model."
 # Models that take so many channels.
 CHANNELS = {5: "a depth", 7: "an upscaling"}
 INSTRUCTED, INPAINTS = 8, 9  # channels: beside the latent that of the picture to change; a mask, and what stays
-EMBEDDED = (
-    8.5  # the usual guidance scale of a UNet that is told it (diffusers, pipeline_latent_consistency_text2img.py)
-)
+# The usual guidance scale of a UNet that is told it (diffusers, pipeline_latent_consistency_text2img.py).
+EMBEDDED = 8.5
 LORA_PARTS = {"UNet": "unet", "text tower": "text", "second text tower": "text_2"}  # what LoRAs call them
 
 

@@ -15,10 +15,8 @@ from weights.kinds import no_clip, what_is
 from weights.openclip import OPENAI_NUMBERS, clip_names
 
 IMAGE, TEXT = ("vision_model.", "visual_projection."), ("text_model.", "text_projection.")
-ASIDE = {
-    "logit_scale",
-    "logit_bias",
-} | OPENAI_NUMBERS  # beside the towers: first of all the temperature of the training
+# What stands beside the towers, first of all the temperature of the training.
+ASIDE = {"logit_scale", "logit_bias"} | OPENAI_NUMBERS
 ESSENTIAL = (
     "vision_model.embeddings.class_embedding",
     "text_model.embeddings.token_embedding.weight",

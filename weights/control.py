@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from control import ControlNet, ControlNetUnion, T2IAdapter
 from files.tensors import State, WeightsError
+from ipadapter.low_rank import LowRank, total
 from unet import UNetConfig
 from weights.base import Base, gather, parts
 from weights.configs import encoder_config, hint_widths, t2i_config
 from weights.diffusers import read_part
 from weights.diffusers_names import control_from_diffusers, t2i_from_diffusers
-from weights.families import of_width
+from weights.families import drawn_by, of_width
 from weights.fill import IGNORED, fill, under
 from weights.kinds import what_is
 from weights.presets import names
@@ -105,8 +106,7 @@ def changed(path: str | Path, key: str, whole: State, up: Tensor, down: Tensor) 
     if weight is None or product != (len(weight), weight[0].numel()):
         found = "no such layer" if weight is None else f"one of {tuple(weight.shape)}"
         raise WeightsError(f"{path}: this Control-LoRA is for another base: it changes {key}, the base has {found}")
-    change = up.float().flatten(1) @ down.float().flatten(1)
-    return (weight.float() + change.view_as(weight)).to(weight.dtype)
+    return total(weight, [(1.0, LowRank(down, up))]).to(weight.dtype)
 
 
 def check_control(net: Net, path: str | Path, base: Base) -> None:
@@ -121,7 +121,7 @@ def check_control(net: Net, path: str | Path, base: Base) -> None:
         same = [(c.channels, tuple(map(len, c.down)), c.vector_dim, c.linear_proj) for c in (net.config, ours)]
         fits = same[0] == same[1] and net.config.context_dim in (0, ours.context_dim)
     if not fits:
-        family = "tiny" if ours.context_dim == 64 else base.family.name
+        family = drawn_by(base.family, ours.channels).name
         known = ", ".join(names("control", family)) or "none is published"
         raise WeightsError(f"{path}: {what} for {theirs}; the base {base.path} is {family}; for that: {known}")
 

@@ -8,7 +8,7 @@ from weights.families import of_width
 
 UNKNOWN = "something unknown"
 INVERSION = "a textual-inversion embedding"
-UNET = "model.diffusion_model."  # where a whole checkpoint has its UNet
+UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."  # where a whole checkpoint has them
 
 
 def what_is(state: State) -> str:
@@ -29,7 +29,7 @@ def clip_is(state: State) -> str:
 def checkpoint_is(state: State) -> str:
     """Whole, or what it lacks: many files hold a UNet alone."""
     name = family(state)
-    parts = {"autoencoder": "first_stage_model.", "text tower": ("cond_stage_model.", "conditioner.")}
+    parts = {"autoencoder": AUTOENCODER, "text tower": ("cond_stage_model.", "conditioner.")}
     lacks = [part for part, prefix in parts.items() if not any(key.startswith(prefix) for key in state)]
     if name in OTHERS:
         return named(name)

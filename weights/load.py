@@ -13,14 +13,13 @@ from weights.clip_config import read_config
 from weights.diffusers import CONFIG, read_part
 from weights.diffusers_names import from_diffusers
 from weights.fill import IGNORED, fill, under
-from weights.kinds import no_clip, what_is
+from weights.kinds import AUTOENCODER, no_clip, what_is
 from weights.openclip import OPENAI_NUMBERS, clip_names
 from weights.settings import vae_says
 
 # Parts of a whole CLIP model that an image encoder does without.
 TEXT_SIDE = re.compile(rf"text(_model)?\.|text_projection|(logit_scale|logit_bias|{'|'.join(OPENAI_NUMBERS)})$")
 OPENAI_WIDTHS = (768, 1024)  # ViT-B and ViT-L; those of ViT-H and bigG are OpenCLIP's
-VAE_ = "first_stage_model."
 
 
 def load_vae(
@@ -45,7 +44,7 @@ def load_vae(
 def vae_state(path: str | Path) -> State:
     """The tensors of an autoencoder of 4 latent channels, in the original names."""
     state = read_part(path)
-    inner = under(VAE_, state) or {key: w for key, w in from_diffusers(state).items() if not IGNORED.match(key)}
+    inner = under(AUTOENCODER, state) or {key: w for key, w in from_diffusers(state).items() if not IGNORED.match(key)}
     whole = {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= inner.keys()
     if not whole and not (kind := what_is(state)).startswith("an autoencoder"):  # else `fill` says what it lacks
         raise WeightsError(f"{path}: an autoencoder is wanted here; this is {kind}")
