@@ -122,9 +122,7 @@ class CLIPImage(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (batch, 3, size, size), preprocessed -> image embedding (batch, projection), not normalised."""
-        x = self.penultimate(pixels)
-        x = self.vision_model["encoder"]["layers"][-1](x)
-        return self.visual_projection(self.vision_model["post_layernorm"](x[:, 0]))
+        return self.last(self.penultimate(pixels))
 
     def penultimate(self, pixels: Tensor) -> Tensor:
         """pixels (batch, 3, size, size), preprocessed -> (batch, 1 + patches, width).
@@ -135,6 +133,11 @@ class CLIPImage(nn.Module):
         for layer in self.vision_model["encoder"]["layers"][:-1]:
             x = layer(x)
         return x
+
+    def last(self, x: Tensor) -> Tensor:
+        """The rest of the way, from `penultimate` to the image embedding (batch, projection)."""
+        x = self.vision_model["encoder"]["layers"][-1](x)
+        return self.visual_projection(self.vision_model["post_layernorm"](x[:, 0]))
 
 
 class PatchEmbedding(nn.Module):

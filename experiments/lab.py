@@ -111,11 +111,7 @@ class Lab:
     def __init__(self, args: argparse.Namespace):
         torch.manual_seed(args.seed)
         self.args, self.base = args, open_base(BASE)
-        self.image, self.text, self.vae = (
-            load_image_encoder(ENCODER),
-            self.base.text(),
-            self.base.vae(),
-        )
+        self.image, self.text, self.vae = load_image_encoder(ENCODER), self.base.text(), self.base.vae()
         self.text_projection = read(ENCODER)["text_projection.weight"].float()
         pairs = open_pairs(str(DATA / "train-*.tar.gz"))
         encoders = Encoders(self.vae, TextEncoder(self.text), self.image, patches=True)
@@ -144,13 +140,9 @@ class Lab:
         return default_collate([self.data.take(i, caption=0) for i in numbers])
 
     @torch.no_grad()
-    def embedding(self, patches: Tensor) -> Tensor:
-        """The global embedding, from the penultimate layer's patches: what is left of the tower."""
-        x = self.image.vision_model["encoder"]["layers"][-1](patches)
-        return self.image.visual_projection(self.image.vision_model["post_layernorm"](x[:, 0]))
-
     def features(self, variant: Variant, patches: Tensor) -> Tensor:
-        return patches if variant.projection.patches else self.embedding(patches)
+        """What it reads: the patches of the penultimate layer, or the global embedding."""
+        return patches if variant.projection.patches else self.image.last(patches)
 
     def no_image(self, variant: Variant) -> Tensor:
         return null_features(self.image, torch.zeros(1, 3, SIDE, SIDE), variant.projection.patches)
@@ -228,7 +220,7 @@ class Lab:
         CLIP-I: cosine to the image prompt. CLIP-T: cosine to the text, or the prompt's own caption. Own: share of
         pictures whose nearest prompt by thumbnails is their own. Diversity: 1 - cosine between two seeds.
         """
-        prompts = normalize(self.embedding(self.patches), dim=-1)
+        prompts = normalize(self.image.last(self.patches), dim=-1)
         words = text_embeds(self.text, self.text_projection, texts or self.captions)
         made = torch.stack([image_embeds(self.image, row) for row in y])
         nearest = torch.cdist(thumbnail(y.flatten(0, 1)), thumbnail(self.x)).argmin(1).view(len(y), -1)

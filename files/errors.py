@@ -12,11 +12,7 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        line = printable(" ".join(super().__str__().splitlines()))
-        return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
-
-
-LONGEST = 2000  # characters of a message
+        return printable(" ".join(super().__str__().splitlines()))
 
 
 # Control characters, also those of lines and of the direction of writing.

@@ -30,9 +30,8 @@ class Features:
     negative: Tensor | None = None  # likewise, of their absence; None: what the adapter knows as "no image"
     faces: Tensor | None = None  # (n, 512), which FaceID adapters read
     masks: Tensor | None = None  # (n, 1, height, width) in [0, 1]: tiles, each an image prompt of its own
-    sha256: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of the adapter and the image encoder that it was made with
+    # Of the adapter and the image encoder that it was made with.
+    sha256: Mapping[str, str] = field(default_factory=dict)
     name: str = "the embedding"  # for messages
 
     def __len__(self) -> int:

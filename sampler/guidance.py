@@ -12,9 +12,8 @@ from sampler.schedule import Level, check
 
 # x (batch, 4, h, w) of unit variance, at a noise level -> (eps, x_0), the noise in x and the picture, like x in fp32
 Predict = Callable[[Tensor, Level], tuple[Tensor, Tensor]]
-Steps = Generator[
-    Tensor, Tensor | None, None
-]  # the latents after each step; what is sent in their place is gone on from
+# The latents after each step; what is sent in their place is gone on from.
+Steps = Generator[Tensor, Tensor | None, None]
 
 
 def guided(

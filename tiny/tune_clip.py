@@ -79,7 +79,7 @@ def main() -> None:
         x = x.gather(1, order[:, :, None, None].expand_as(x))
         z = drawings.clip_pixels(x)
         hidden = model.image.penultimate(z)
-        e = head(model.image, hidden)
+        e = model.image.last(hidden)
         named = normalize(e[~exchanged], dim=-1)
         scale = model.logit_scale.exp().clamp(max=100)
         told = sum(
@@ -94,12 +94,6 @@ def main() -> None:
         return told + LAYOUT * layout + PATCHES * patches
 
     train("clip-tuned", model, loss, args)
-
-
-def head(tower: nn.Module, hidden: Tensor) -> Tensor:
-    """The rest of the way from the penultimate layer to the embedding."""
-    hidden = tower.vision_model["encoder"]["layers"][-1](hidden)
-    return tower.visual_projection(tower.vision_model["post_layernorm"](hidden[:, 0]))
 
 
 def embed(towers: TwoTowers, texts: list[str]) -> Tensor:

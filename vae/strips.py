@@ -129,9 +129,8 @@ def statistics(source: Map, groups: int, rows: int) -> tuple[Tensor, Tensor]:
         variances.append((strip - mean).square_().mean((2, 3)))
     per_group = mean.shape[1] // groups
     weight = torch.tensor(weights, device=mean.device)[:, None, None, None] / per_group
-    m, v = (
-        torch.stack(x).unflatten(2, (groups, -1)) for x in (means, variances)
-    )  # (strips, batch, groups, C / groups)
+    # (strips, batch, groups, C / groups), both:
+    m, v = (torch.stack(x).unflatten(2, (groups, -1)) for x in (means, variances))
     mean = (weight * m).sum((0, 3), keepdim=True)
     variance = (weight * (v + (m - mean) ** 2)).sum((0, 3))
     return mean[0, :, :, 0].repeat_interleave(per_group, 1), variance.repeat_interleave(per_group, 1)
