@@ -19,7 +19,8 @@ from weights.control import Net, load_control
 from weights.hub import cached, fetch
 from weights.inversion import Embedding, check_embeddings, read_embeddings
 from weights.lora import LoRA, read_lora
-from weights.presets import PRESETS, Preset, check_together, find, resolve
+from weights.names import check_together, find, resolve
+from weights.presets import PRESETS, Preset
 from weights.storage import STORAGES, store
 
 ROLES = ("base", "adapter", "image_encoder", "vae")

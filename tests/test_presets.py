@@ -21,7 +21,8 @@ import pytest
 
 from weights import WeightsError, hub, load_adapter, load_image_encoder, open_base, presets
 from weights.hub import cache, cached, fetch, table
-from weights.presets import PRESETS, ROWS, Preset, check_together, find, names, resolve
+from weights.names import SUFFIXES, check_together, find, names, resolve
+from weights.presets import PRESETS, ROWS, Preset
 
 ROOT = Path(__file__).parent.parent
 CONTENT = b"weights" * 1000
@@ -64,8 +65,8 @@ def test_every_row_is_whole():
     assert len(PRESETS) == len(ROWS), "two rows of the same kind and name"
     assert set(presets.SHA256) <= {f"{row.kind} {row.name}" for row in ROWS}
     for row in PRESETS.values():
-        assert re.fullmatch(r"[a-z0-9.-]+", row.name) and not row.name.endswith(presets.SUFFIXES)
-        assert row.file.endswith(presets.SUFFIXES)
+        assert re.fullmatch(r"[a-z0-9.-]+", row.name) and not row.name.endswith(SUFFIXES)
+        assert row.file.endswith(SUFFIXES)
         assert row.repo is None or re.fullmatch(r"[\w.-]+/[\w.-]+", row.repo)
         assert row.revision is None or row.repo is not None
         assert row.revision is None or re.fullmatch(r"[0-9a-f]{40}", row.revision)

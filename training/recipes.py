@@ -13,7 +13,8 @@ from training.captions import DataError
 from training.pairs import Pairs
 from unet import UNet
 from weights.base import EMBEDDED
-from weights.presets import FACEID, Preset, resolve
+from weights.names import resolve
+from weights.presets import FACEID, Preset
 
 KINDS = {
     "base": ImageProjection,
@@ -84,7 +85,7 @@ def new_adapter(kind: str, unet: UNet, encoder: CLIPImageConfig | None) -> IPAda
 
 
 def resolve_pictures(given: dict[str, str | None]) -> dict[str, Path | Preset | None]:
-    """What the arguments of a run stand for (`weights.presets.resolve`), if the adapter reads pictures."""
+    """What the arguments of a run stand for (`weights.names.resolve`), if the adapter reads pictures."""
     found = resolve(given, image=True)
     if isinstance(found["adapter"], Preset) and found["adapter"].repo == FACEID:
         raise UserError(f"`adapter` {found['adapter'].name}: {FACES}")

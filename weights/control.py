@@ -16,7 +16,7 @@ from weights.diffusers_names import control_from_diffusers, t2i_from_diffusers
 from weights.families import drawn_by, of_width
 from weights.fill import IGNORED, fill, under
 from weights.kinds import what_is
-from weights.presets import names
+from weights.names import names
 
 Net = ControlNet | T2IAdapter
 LORA, DIFFERENCE = "lora_controlnet", "difference"  # keys without a meaning but that they are there

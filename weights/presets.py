@@ -1,19 +1,12 @@
-"""Names for published weight files (`--base sd15`, `--adapter plus-face`), and what each of them goes with.
+"""Published weight files: a row for each, with its short name and what it goes with.
 
-Here is what the names mean; `weights/hub.py` finds and fetches the files.
+`weights/names.py` tells what the names of a run mean together, `weights/hub.py` finds and fetches the files.
 """
 
-import difflib
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
-from files.tensors import WeightsError
 from weights.families import SD1, SD2, SD2_BASE, SDXL, SSD, TINY, VEGA, Family
-
-SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -237,113 +230,4 @@ PRESETS = {
     (row.kind, row.name): replace(row, revision=REVISIONS.get(row.repo), sha256=SHA256.get(f"{row.kind} {row.name}"))
     for row in ROWS
 }
-
-
-def find(kind: str, value: str) -> Path | Preset:
-    """What an argument's value means: a file or folder that exists, else the published file of that name.
-
-    A value with a separator or a suffix of weights is a path. `Plus-Face` and `plus_face` are `plus-face`; a folder
-    that happens to have a preset's name is meant by `./tiny`.
-
-    Raises:
-        WeightsError: no such file; a name that is unknown, with those near it.
-    """
-    is_path = "/" in value or os.sep in value or value.lower().endswith(SUFFIXES)
-    name = value.lower().replace("_", "-")
-    if os.path.isfile(value) or (os.path.exists(value) and (is_path or (kind, name) not in PRESETS)):
-        return Path(value)
-    if is_path:
-        same = [row.name for row in ROWS if row.kind == kind and row.repo and Path(row.file).name == Path(value).name]
-        hint = f" (`{kind}` {same[0]} is the published one)" if len(same) == 1 else ""
-        raise WeightsError(f"`{kind}` {value}: no such file{hint}")
-    if (kind, name) in PRESETS:
-        return PRESETS[kind, name]
-    near = difflib.get_close_matches(name, names(kind), n=4, cutoff=0.5)
-    hint = f", near it {', '.join(near)}" if near else ""
-    raise WeightsError(f"`{kind}` {value}: neither a file nor a name{hint} (all names: python sample.py --list)")
-
-
-def names(kind: str, family: str | None = None) -> list[str]:
-    """All names that an argument takes, or those that go with a family of bases."""
-    presets = [preset for preset in PRESETS.values() if preset.kind == kind]
-    return [preset.name for preset in presets if family is None or preset.goes_with(family)]
-
-
-Found = Path | Preset | None
 BUNDLED = PRESETS["base", "tiny"]
-
-
-def resolve(
-    given: dict[str, str | None],
-    image: bool,
-    new_adapter: bool = False,
-    faces_alone: Callable[[Path], bool] = lambda adapter: False,
-) -> dict[str, Found]:
-    """What each argument of a run stands for, with what follows from the others where one is not given.
-
-    - Neither a base nor an adapter's name: the bundled model, also around an adapter's file (what train.py made of it).
-    - An adapter's name alone brings its base and its image encoder.
-    - A base's name with an image prompt and no adapter brings the base adapter of its family, and that its encoder.
-    - Of files nothing follows: their names do not tell what they are.
-    - Without an image prompt there is no adapter and no image encoder. An autoencoder is never brought.
-
-    Args:
-        given: the values by kind ("base", "adapter", "image_encoder", "vae"); None is not given.
-        image: whether there is an image prompt.
-        faces_alone: whether an adapter's file reads face embeddings and no pictures: then no image encoder is wanted.
-        new_adapter: an adapter is to be made: none is brought, but the image encoder that the brought one would read.
-
-    Returns:
-        The same by kind; None is not wanted. Nothing is fetched yet: `weights.hub.fetch` does that.
-
-    Raises:
-        WeightsError: as `find` does; names that do not go together; one that is wanted and follows from nothing.
-    """
-    found: dict[str, Found] = {kind: find(kind, value) if value else None for kind, value in given.items()}
-    base, adapter, image_encoder = (found.get(kind) for kind in ("base", "adapter", "image_encoder"))
-    base = base or (brings(adapter, "base") if isinstance(adapter, Preset) else BUNDLED)
-    if image:
-        adapter = adapter or (None if new_adapter else brings(base, "adapter"))
-        ours = base == BUNDLED and isinstance(adapter, Path)
-        if not image_encoder and not (isinstance(adapter, Path) and faces_alone(adapter)):
-            image_encoder = brings(base if ours else adapter or base, "image_encoder")
-    else:
-        adapter = image_encoder = None
-    found |= {"base": base, "adapter": adapter, "image_encoder": image_encoder}
-    check_together(found)
-    return found
-
-
-def brings(found: Path | Preset, kind: str) -> Preset | None:
-    """What a preset needs beside it: a base its usual adapter, and what that reads; None for nothing (FaceID).
-
-    Raises:
-        WeightsError: a file, of which nothing follows; a base for which no adapter is published.
-    """
-    if isinstance(found, Path):
-        raise WeightsError(f"`{kind}` is wanted beside {found}: a file, or a name (python sample.py --list)")
-    usual = PRESETS.get(("adapter", found.adapter)) if found.kind == "base" else found
-    if usual is None:
-        raise WeightsError(f"`base` {found.name}: no adapter is published for {found.families[0].name}: `{kind}` FILE")
-    name = usual.name if kind == "adapter" else getattr(usual, kind)
-    return PRESETS[kind, name] if name else None
-
-
-def check_together(found: dict[str, Found]) -> None:
-    """Refuse two names that do not go together; what a file is, its tensors will tell.
-
-    Raises:
-        WeightsError: names both, and what would go.
-    """
-    base, adapter, image_encoder = (found.get(kind) for kind in ("base", "adapter", "image_encoder"))
-    if isinstance(base, Preset):
-        family = base.families[0].name
-        for other in found.values():
-            if isinstance(other, Preset) and other.families and not other.goes_with(family):
-                raise WeightsError(
-                    f"`{other.kind}` {other.name} is for {' and '.join(row.name for row in other.families)}, "
-                    f"`base` {base.name} is {family}; for that: {', '.join(names(other.kind, family)) or 'none is published'}"
-                )
-    read = isinstance(adapter, Preset) and isinstance(image_encoder, Preset) and adapter.image_encoder
-    if read and read != image_encoder.name:
-        raise WeightsError(f"`adapter` {adapter.name} reads `image_encoder` {read}; {image_encoder.name} is given")
