@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also under pyt
 import start  # noqa: F401, isort: skip, before what is slow to import
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ from training.recipes import (
     wants_encoder,
 )
 from training.references import RULES, SHARE, open_references
+from training.remote import fetched
 from training.run import Run, check_folder, stored_settings
 from training.trainer import RATE_SCHEDULES, Trainer
 from training.validation import SHOWN, validation, validation_pictures
@@ -72,11 +74,12 @@ def main() -> None:
     # What can be refused without the models is refused before them: they may have to be fetched.
     monitors, _ = [MONITORS[name]() for name in args.log], OPTIMIZERS[args.optimizer]()
     check_folder(args.output, args.resume)
-    pairs = open_pairs(args.data, args.data_root, uncaptioned=True)
+    how = {"uncaptioned": True, "fetch": partial(fetch, args.shards, ranks)}
+    pairs = open_pairs(args.data, args.data_root, **how)
     if args.limit:
         pairs.cut(args.limit)
     references = open_references(pairs, args.reference, args.reference_share)
-    shown = open_pairs(args.validation, args.data_root, uncaptioned=True) if args.validation else pairs
+    shown = open_pairs(args.validation, args.data_root, **how) if args.validation else pairs
     given = {name: vars(args)[name] for name in NAMED}
     expected = kind_named(given, args.kind)
     check_faces(expected, args.data, pairs)
@@ -164,6 +167,11 @@ def main() -> None:
     ranks.close()
 
 
+def fetch(folder: Path, ranks: Ranks, url: str) -> list[str]:
+    """Remote shards, and a bar while they come."""
+    return fetched(url, folder, on_shard=cli.counter("shards", "shard", ranks.first))
+
+
 def parse() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -173,7 +181,7 @@ def parse() -> argparse.Namespace:
     files = parser.add_argument_group("files, models also by name")
     cli.models(files)
     add = files.add_argument
-    forms = "tar shards (globs and {000..099} work), folders of these or of pictures with .txt, .json, .caption or "
+    forms = "tar shards (globs and {000..099} work, https:// and s3:// too), folders of these or of pictures with .txt, .json, .caption or "
     forms += "metadata.jsonl or COCO's annotations, or without captions; .json, .jsonl and .csv lists of "
     add("--data", nargs="+", metavar="D", help=f'pairs: {forms}{{"image_file", "text"}}')
     root = "where relative paths in lists start (default: each list's own folder)"
@@ -189,6 +197,8 @@ def parse() -> argparse.Namespace:
     add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
     kept = "keep what the encoders make here; for each pair they run once, also where data grow or are moved"
     add("--cache", type=cli.path, metavar="DIR", help=kept)
+    copies = "keep remote shards here, each fetched once (default: shards in --cache, else in --output)"
+    add("--shards", type=cli.path, metavar="DIR", help=copies)
     add("--output", type=cli.path, default=Path("outputs/train"), help="folder of the run (default: %(default)s)")
     add("--resume", action="store_true", help="go on with the run in --output")
 
@@ -256,6 +266,7 @@ def parse() -> argparse.Namespace:
     if args.cache and (args.random_crop or args.flip):
         named = "--random-crop" if args.random_crop else "--flip"
         raise UserError(f"{named} and --cache: one of them; a cache holds each picture as it was cropped once")
+    args.shards = args.shards or (args.cache or args.output) / "shards"
     if not args.data and not args.random_crop and not args.flip:
         args.cache = args.cache or args.output / "cache"
     for name, value in (TINY_RUN if tiny else PAPER).items():

@@ -713,7 +713,7 @@ def test_what_vanishes_after_the_index_is_a_bad_sample(tmp_path):
 
 @pytest.mark.parametrize("url", ["https://x.org/{00..99}.tar", "s3://bucket/a.tar", "pipe:aws s3 cp s3://a/b.tar -"])
 def test_remote_shards_are_refused(url):
-    with pytest.raises(DataError, match="only local shards can be read; download them") as error:
+    with pytest.raises(DataError, match="only local shards can be read here; train.py fetches remote ones$") as error:
         open_pairs(url)
     assert str(error.value).startswith(url)
 

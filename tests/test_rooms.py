@@ -28,6 +28,7 @@ ALLOWED = {  # besides Python's own library: other rooms, and public packages
     "generate": {"torch", "PIL", "unet", "control", "sampler", "weights", *GROUND},
     "training/monitors.py": {"torch", "numpy", "PIL", "wandb", *GROUND},  # the last one where it is installed
     "training/optimizers.py": {"torch", "bitsandbytes", *GROUND},  # likewise
+    "training/remote.py": {"webdataset", *GROUND},  # likewise
     "training": {"torch", "numpy", "PIL", "safetensors", "unet", "sampler", "weights", "generate", *GROUND},
 }
 ROOMS = ("clip", "control", "files", "generate", "ipadapter", "sampler", "training", "unet", "vae", "weights")

@@ -7,9 +7,8 @@ what else captions are written in is told in `captions.py`.
 import glob
 import hashlib
 import os
-import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from training.folders import add_folder, add_list
 from training.pairs import BARE, LISTED, PICTURES, Pairs
 from training.ranks import Ranks
 from training.references import References
+from training.remote import braces, is_remote
 from training.shards import SHARDS, add_shard
 
 FORMS = (
@@ -31,6 +31,7 @@ def open_pairs(
     data_root: str | Path | None = None,
     uncaptioned: bool = False,
     once: bool = False,
+    fetch: Callable[[str], list[str]] | None = None,
 ) -> Pairs:
     """Index pairs of pictures and captions; the order is that of `data`, sorted within a folder or glob.
 
@@ -45,6 +46,7 @@ def open_pairs(
         uncaptioned: whether data in which no picture at all has a caption are taken, as pictures alone. Where some have,
             the others are left out.
         once: whether an entry of a list is passed over that names a picture again, with another caption perhaps.
+        fetch: brings the shards of a URL here and returns their paths (`remote.fetched`); None: there may be none.
 
     Raises:
         DataError: something is missing, of another kind, or has no pair in it.
@@ -55,7 +57,11 @@ def open_pairs(
         raise DataError(f"no data given; {FORMS} is wanted")
     if data_root is not None and not os.path.isdir(data_root):
         raise DataError(f"`data_root` {data_root}: no such folder")
-    for item, paths in [(item, list(expand(os.path.expanduser(item)))) for item in given]:
+
+    def paths_of(item: str) -> list[str]:
+        return fetch(item) if fetch and is_remote(item) else list(expand(os.path.expanduser(item)))
+
+    for item, paths in [(item, paths_of(os.fspath(item))) for item in given]:
         count, before = len(pairs), (pairs.skipped, pairs.skipped_count, pairs.remarks)
         for bare in (False, True) if uncaptioned else (False,):
             if len(pairs) == count:
@@ -109,16 +115,13 @@ def forgo_captions(pairs: Pairs, start: int) -> None:
 
 def expand(pattern: str) -> Iterator[str]:
     """The paths that a path, a glob or braces stand for: {000..012} or {a,b}. Raises DataError for what is not there."""
-    if re.match(r"\w+://|pipe:", pattern):
-        raise DataError(f"{pattern}: only local shards can be read; download them, or train with webdataset yourself")
     if os.path.exists(pattern):
         yield pattern
-    elif braces := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern):
-        first, last, names = braces.groups()
-        width = len(first or "")  # {000..012} keeps its zeros
-        choices = names.split(",") if names else (f"{i:0{width}}" for i in range(int(first), int(last) + 1))
+    elif is_remote(pattern):
+        raise DataError(f"{pattern}: only local shards can be read here; train.py fetches remote ones")
+    elif choices := braces(pattern):
         for choice in choices:
-            yield from expand(pattern[: braces.start()] + choice + pattern[braces.end() :])
+            yield from expand(choice)
     elif found := sorted(glob.glob(pattern, recursive=True)):
         yield from found
     else:
