@@ -8,8 +8,9 @@ from typing import BinaryIO
 from PIL import Image, ImageChops
 from torch import Tensor
 
+from files.decoding import PictureError, decoded
 from files.errors import untrusted
-from files.pictures import PictureError, decoded, from_pil, open_picture
+from files.pictures import from_pil, open_picture
 
 COLOURED = 16  # of 255, by which channels differ at most in a grey picture: JPEG rounds them apart
 

@@ -2,36 +2,34 @@
 
 import io
 import json
-import math
 import os
 import re
 import stat
 import warnings
-from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from files.colours import deep, inks, levels_of, srgb, to_rgb
-from files.errors import Notice, UserError, untrusted
+from files.decoding import (
+    PictureError,
+    PictureWarning,
+    TooLarge,
+    check_profile,
+    decoded,
+    opened,
+    orientation,
+    small_rgb,
+    unknown,
+)
+from files.errors import UserError, untrusted
 from files.whole import whole
 
-# Those that are read: not EPS, for which Pillow runs a program, nor what it knows by name alone (HDF5, MPEG, ...).
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO")
-FORMATS += ("ICNS", "PSD", "QOI", "DDS", "PCX", "SGI", "SUN", "XBM", "XPM")
-HEIF = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1|avif|avis)", re.DOTALL)
-LARGE = 1 << 26  # pixels; JPEG, PNG and TIFF that have more are brought down while they are read
-LARGEST_JPEG = 1 << 28  # pixels; it is made smaller while it is decoded, where PNG and TIFF first take their memory
 MOST = 1 << 30  # bytes taken from a pipe
-END = b"\xff\xd9"  # of a JPEG
-MISSING = 0.2  # share of a picture that may be missing below
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,20 +47,6 @@ WRITTEN = {
 }
 KEY = "ipadapter"  # under which a picture holds its settings
 LONGEST = 65_000  # bytes; a JPEG's EXIF has no room for more
-
-warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags and large sizes, which are dealt with here
-
-
-class PictureError(UserError):
-    """A picture that cannot be used; the message is one line that names the file."""
-
-
-class TooLarge(Exception):
-    """More pixels than this many."""
-
-
-class PictureWarning(Notice):
-    """A picture that is used though something is wrong with it; the message is one line that names the file."""
 
 
 def open_picture(source: str | Path | BinaryIO) -> Image.Image:
@@ -139,130 +123,6 @@ def read_picture(source: BinaryIO, name: str | Path, mend: bool = False) -> Imag
     except Exception as error:  # noqa: BLE001, on damaged bytes Pillow's many readers raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PictureError(f"{name}: the picture is damaged or cut short ({reason})") from None
-
-
-def decoded(source: BinaryIO, name: str | Path, mend: bool) -> Image.Image:
-    """The picture as it is stored, in any mode; a JPEG that lacks its end is mended if that is wanted."""
-    image = opened(source)
-    try:
-        image.load()
-    except OSError:
-        if not mend or image.format not in ("JPEG", "MPO"):
-            raise
-        image = mended(source)
-        missing = grey_rows(image) / image.height
-        if missing > MISSING:
-            raise PictureError(f"{name}: damaged or cut short (the lower {missing:.0%} of it is missing)") from None
-        lost = f"the lower {missing:.1%} of it is missing" if missing else "its end is missing"
-        blurred = ", and with that detail" if image.info.get("progressive") else ""
-        warnings.warn(f"{name}: cut short, {lost}{blurred}", PictureWarning, stacklevel=2)
-    return image
-
-
-def mended(source: BinaryIO) -> Image.Image:
-    """A JPEG with a mark where its end should be: what was behind that is mid-grey."""
-    source.seek(0)
-    content = source.read()
-    try:
-        image = opened(io.BytesIO(content + END))
-        image.load()
-    except OSError:  # cut in the midst of a table, which would take the mark for more of its own
-        image = opened(io.BytesIO(content[: content.rfind(b"\xff")] + END))
-        image.load()
-    return image
-
-
-def opened(source: BinaryIO) -> Image.Image:
-    """The picture before it is decoded; a large JPEG will be decoded at a fraction of its size."""
-    source.seek(0)
-    if HEIF.match(source.read(12)) and "HEIF" not in Image.OPEN and find_spec("pillow_heif"):
-        with suppress(ImportError):  # installed, and not for this machine
-            from pillow_heif import register_heif_opener
-
-            register_heif_opener()
-    Image.init()
-    most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
-    try:
-        image = Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN])
-        if image.format not in ("JPEG", "MPO", "PNG", "TIFF"):
-            most = LARGE
-    except Image.DecompressionBombError:
-        source.seek(0)
-        if source.read(3) != b"\xff\xd8\xff":
-            raise TooLarge(most) from None
-        source.seek(0)
-        image, most = JpegImageFile(source), LARGEST_JPEG
-    if image.width * image.height > most:
-        raise TooLarge(most)
-    image.draft(None, [max(1, side // factor(image)) for side in image.size])
-    return image
-
-
-def factor(image: Image.Image) -> int:
-    """By which both sides of a large picture are divided."""
-    return math.ceil(math.sqrt(image.width * image.height / LARGE))
-
-
-def grey_rows(image: Image.Image) -> int:
-    """How many rows at the bottom of a JPEG were not in the file: those are mid-grey in every channel."""
-    rows = np.asarray(image).reshape(image.height, -1)
-    told = (rows.min(1) < 127) | (rows.max(1) > 128)
-    return int(told[::-1].argmax()) if told.any() else image.height
-
-
-def orientation(image: Image.Image) -> int | None:
-    """As EXIF tells; None where it tells nothing that can be read."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001, Pillow wraps no error here
-        return None
-
-
-def check_profile(image: Image.Image, name: str | Path) -> None:
-    """Drop a colour profile that cannot be used: the picture is then taken for sRGB."""
-    try:
-        if profile := image.info.get("icc_profile"):
-            srgb(profile, inks(image))
-    except ImageCms.PyCMSError:
-        del image.info["icc_profile"]
-        warnings.warn(f"{name}: its colour profile cannot be used, taken for sRGB", PictureWarning, stacklevel=2)
-
-
-def small_rgb(image: Image.Image) -> Image.Image:
-    """As RGB; a large picture in bands of rows, each brought down at once, for the memory's sake."""
-    if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.SampleFormat) in (None, 1, (1,)):
-        image = unsigned(image)
-    by = factor(image)
-    if by == 1:
-        return to_rgb(image)
-    levels = levels_of(image) if deep(image) else None
-    small = Image.new("RGB", [math.ceil(side / by) for side in image.size])
-    rows = by * max(1, (1 << 22) // (by * image.width))
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(image.height, top + rows)))
-        small.paste(to_rgb(band, levels).reduce(by), (0, top // by))
-    return small
-
-
-def unsigned(image: Image.Image) -> Image.Image:
-    """Pillow takes 32 bits for signed, in which great values are below zero."""
-    values = np.asarray(image)
-    return Image.fromarray(values.view(np.uint32).astype(np.float32)) if values.min() < 0 else image
-
-
-def unknown(source: BinaryIO) -> str:
-    """What to tell of bytes that Pillow does not take for a picture."""
-    source.seek(0)
-    start = source.read(12)
-    if found := HEIF.match(start):
-        if b"avi" in found[1] and "AVIF" not in Image.OPEN:
-            return "an AVIF picture, which Pillow reads from 11.3 on: pip install -U pillow, or convert it to JPEG"
-        if "HEIF" not in Image.OPEN:
-            return "a HEIC picture: pip install pillow-heif, or convert it to JPEG"
-        return "the picture is damaged or cut short"
-    if start[:4] in (b"II*\0", b"MM\0*"):
-        return "a TIFF of a kind that Pillow cannot read (floating-point colours?); save it with 8 or 16 bits a channel"
-    return "not a picture that Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

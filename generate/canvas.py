@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from files.colours import to_rgb
+from files.decoding import LARGE as MOST
 from files.errors import Notice, UserError
 from files.masks import open_mask
-from files.pictures import LARGE as MOST
 from files.pictures import from_pil, open_picture, to_pil
 from ipadapter import Prompt
 

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from files.decoding import LARGE
 from files.fonts import font_files, font_for, lettering, shows, wrapped
-from files.pictures import LARGE, PictureError, PictureWarning, open_picture, read_picture, read_settings, save_picture
+from files.pictures import PictureError, PictureWarning, open_picture, read_picture, read_settings, save_picture
 from files.sheets import sheet
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -513,7 +514,7 @@ def test_floats_in_colour_are_told(tmp_path):
 
 
 def test_heic_is_told_what_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr("files.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("files.decoding.find_spec", lambda name: None)
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     (tmp_path / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400))
     with pytest.raises(PictureError, match="HEIC: a HEIC picture: pip install pillow-heif, or convert it to JPEG$"):
@@ -530,7 +531,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
     module = types.ModuleType("pillow_heif")
     module.register_heif_opener = register_heif_opener
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
-    monkeypatch.setattr("files.pictures.find_spec", lambda name: module)
+    monkeypatch.setattr("files.decoding.find_spec", lambda name: module)
     monkeypatch.setattr(Image, "ID", [*Image.ID])
     monkeypatch.setitem(Image.OPEN, "HEIF", None)  # for it to be taken away again
     monkeypatch.delitem(Image.OPEN, "HEIF")
@@ -548,7 +549,7 @@ def test_a_large_picture_is_brought_down(tmp_path, monkeypatch, mode, suffix):
     image = two_colours(300, 200).convert(mode.replace("F", "L")).convert(mode)
     image.save(tmp_path / f"x.{suffix}", **({"quality": 100, "subsampling": 0} if suffix == "jpg" else {}))
     whole = np.asarray(open_picture(tmp_path / f"x.{suffix}"), dtype=int)
-    monkeypatch.setattr("files.pictures.LARGE", 20_000)
+    monkeypatch.setattr("files.decoding.LARGE", 20_000)
     found = np.asarray(open_picture(tmp_path / f"x.{suffix}"), dtype=int)
     assert found.shape == (100, 150, 3)
     assert np.abs(found[50, ::149] - whole[100, ::299]).max() <= 2
@@ -567,12 +568,12 @@ def test_a_jpeg_may_be_larger_than_pillow_takes(tmp_path, monkeypatch):
     """Telephones make them of 200 million pixels."""
     two_colours(320, 160).save(tmp_path / "x.jpg")
     two_colours(320, 160).save(tmp_path / "x.png")
-    monkeypatch.setattr("files.pictures.LARGE", 20_000)
+    monkeypatch.setattr("files.decoding.LARGE", 20_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
     assert open_picture(tmp_path / "x.jpg").size == (160, 80)
     with pytest.raises(PictureError, match="too large"):
         open_picture(tmp_path / "x.png")
-    monkeypatch.setattr("files.pictures.LARGEST_JPEG", 51_000)
+    monkeypatch.setattr("files.decoding.LARGEST_JPEG", 51_000)
     with pytest.raises(PictureError, match="too large"):
         open_picture(tmp_path / "x.jpg")
 
@@ -580,7 +581,7 @@ def test_a_jpeg_may_be_larger_than_pillow_takes(tmp_path, monkeypatch):
 def test_of_other_kinds_large_ones_are_refused(tmp_path, monkeypatch):
     """Their decoders take several times the memory of the picture."""
     two_colours(320, 160).save(tmp_path / "x.webp")
-    monkeypatch.setattr("files.pictures.LARGE", 20_000)
+    monkeypatch.setattr("files.decoding.LARGE", 20_000)
     with pytest.raises(PictureError, match=r"x\.webp: too large, over 20000 pixels$"):
         open_picture(tmp_path / "x.webp")
 

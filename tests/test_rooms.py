@@ -17,7 +17,7 @@ ALLOWED = {  # besides Python's own library: other rooms, and public packages
     "clip": {"torch", "numpy", "PIL", "ftfy", "regex", "files.pictures"},
     "vae": {"torch"},
     "files/faces.py": {"torch", "numpy", "PIL", "safetensors", "insightface"},  # the last one where it is installed
-    "files/pictures.py": {"torch", "numpy", "PIL", "pillow_heif"},  # likewise
+    "files/decoding.py": {"numpy", "PIL", "pillow_heif"},  # likewise
     "files": {"torch", "numpy", "PIL", "safetensors"},
     "unet": {"torch", "ipadapter"},
     "control/canny.py": {"numpy", "PIL"},
