@@ -1,11 +1,11 @@
 """Render the project's small data set (emoji drawings in seven styles) into webdataset shards.
 
     npm install @iconify-json/{noto,noto-v1,twemoji,openmoji,fluent-emoji,fluent-emoji-flat,emojione}
-    pip install resvg-py pillow numpy tqdm
+    pip install resvg-py
     python -m tiny.draw --icons node_modules/@iconify-json --output tiny/data
 
-A drawing shows a thing ("red apple") in a style ("noto"). Skin tones, flags, letters, brands and mirrored drawings
-("... facing right") are left out, and of drawings that are the same to the byte one is kept. The split is fixed by
+A drawing shows a thing ("red apple") in a style ("noto"); which are drawn, and what they are called, tells
+`tiny/things.py`. The split is fixed by
 h(s) = int(sha256(s.encode()).hexdigest()[:16], 16) / 2**64:
 
     h(thing) < 0.05             -> unseen-things    (train has the thing in no style)
@@ -24,7 +24,6 @@ import importlib.util
 import io
 import json
 import multiprocessing
-import os
 import re
 import sys
 import tarfile
@@ -34,6 +33,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from files.whole import whole, write_text
+from tiny.things import collect
 
 STYLES = {
     "noto": "noto",
@@ -46,48 +48,6 @@ STYLES = {
 }
 SHARD = 2500  # pictures per shard, about
 COLOURS = (None, 192, 128, 96, 64, 48, 32, 16)  # None: as drawn
-TONE = re.compile(r"(-medium)?-(light|dark)(-skin-tone)?(?=-|$)|-medium(-skin-tone)?(?=-|$)|-tone[1-5]")
-LEFT_OUT = re.compile(
-    r"(^|-)skin-tone|facing-right|^letter-.$|^regional-|^keycap$|^\d$|^combining-|^(curly|red|white)-hair"
-)
-# OpenMoji alone draws brands, regional symbols and flags that aren't in its category of flags
-EXTRAS_LEFT_OUT = re.compile(
-    r"(^|-)flag(-|$)|navarra|gmund|^rounded-symbol-|^(adilette|android|apple|arduino|artstation|bluesky|c|chrom.*|cplusplus|"
-    r"crocs|csharp|discord|dotnet|ecosia.*|edge|element|facebook|facetime|firefox.*|github|gitlab|golang|greta-.*|ibeacon|"
-    r"inaturalist|instagram|internet-explorer|intricate|javascript|jellyfin|kehrwoche|kotlin|linkedin|markdown|mastodon|"
-    r"musicbrainz|netscape.*|openfoodfact|openstreetmap|opera|peertube|pinterest|pixelfed|raspberry-pi|reddit|ruby|safari|"
-    r"signal|simple|spatzlepresse|svg|trump|twitter|typescript|ubuntu|ulmer-hocker|web-syndication|webassembly|wikidata|"
-    r"windows|winrar|youtube)$"
-)
-FLAG_FRAME = "M5 17h62v38H5z"  # the outline of every OpenMoji flag: the pride flags aren't named as flags
-# Where the sets' names for a thing differ by habit. What these rules leave is found by the sets' aliases (merge).
-RULES = [
-    (r"blonde", "blond"),
-    (r"^blond-haired-person$", "person-blond-hair"),
-    (r"^(man|woman|person)-deaf$", r"deaf-\1"),
-    (r"^man-merpeople$", "merman"),
-    (r"^woman-merpeople$", "mermaid"),
-    (r"^person-merpeople$", "merperson"),
-    (r"^person-(elf|fairy|genie|mage|superhero|supervillain|vampire|zombie)$", r"\1"),
-    (r"^men-(with-bunny-ears|wrestling)$", r"man-\1"),
-    (r"^women-(with-bunny-ears|wrestling)$", r"woman-\1"),
-    (r"^people-(with-bunny-ears|wrestling)$", r"person-\1"),
-    (r"^two-(wo)?men-holding", r"\1men-holding"),
-    (r"^man-and-woman-holding", "woman-and-man-holding"),
-    (r"-(exclamation|text)-(arrow|button)$", r"-\2"),
-    (r"^(a|ab|b|o)-button$", r"\1-button-blood-type"),
-    (r"^keycap-(hashtag|hash)$", "keycap-pound"),
-    (r"cat-face(?=-with)|(?<=[a-z]-)cat-face$", "cat"),
-    (r"^(robot|frog|bear|lion|panda|unicorn|hamster)-face$", r"\1"),
-    (r"^blackbird$", "black-bird"),
-    (r"^phoenix-bird$", "phoenix"),
-    (r"^piata$", "pinata"),
-    (r"^heavy-heart-exclamation$", "heart-exclamation"),
-    (r"^bride-with-veil$", "person-with-veil"),
-    (r"^man-with-chinese-cap$", "person-with-skullcap"),
-    (r"^((wo)?man)s-", r"\1's-"),
-    (r"oclock$", "o'clock"),
-]
 
 
 def h(text: str) -> float:
@@ -118,56 +78,6 @@ def load(folder: Path) -> dict[str, dict]:
     return sets
 
 
-def wanted(name: str, icon_set: dict) -> bool:
-    icon, category = icon_set["icons"][name], icon_set["category"].get(name, "")
-    plain = TONE.sub("", name)
-    toned = plain != name and plain in icon_set["icons"]  # "police-car-light" is no tone of a "police-car"
-    hidden = icon.get("hidden")  # the set has replaced it by a newer drawing
-    extra = category.startswith("Extras") and (EXTRAS_LEFT_OUT.search(name) or FLAG_FRAME in icon["body"])
-    return not (toned or hidden or extra or category in ("Flags", "Modifiers") or LEFT_OUT.search(name))
-
-
-def by_rule(name: str) -> str:
-    for pattern, replacement in RULES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def merge(sets: dict[str, dict], names: dict[str, list[str]]) -> dict[str, str]:
-    """One name per thing: two names are one thing if a set has one as the other's alias and no set draws both."""
-    drawn_in, related = defaultdict(set), defaultdict(set)
-    for style, listed in names.items():
-        for name in listed:
-            drawn_in[by_rule(name)].add(style)
-    for icon_set in sets.values():
-        for alias, target in icon_set.get("aliases", {}).items():
-            a, b = by_rule(alias), by_rule(target["parent"])
-            if a in drawn_in and b in drawn_in and not drawn_in[a] & drawn_in[b] and "hFlip" not in target:
-                related[a].add(b)
-                related[b].add(a)
-    return {name: max([name, *sorted(related[name])], key=lambda n: (len(drawn_in[n]), n)) for name in drawn_in}
-
-
-def collect(sets: dict[str, dict]) -> list[dict]:
-    """Everything to draw, one entry per drawing."""
-    names = {style: [name for name in s["icons"] if wanted(name, s)] for style, s in sets.items()}
-    thing_of, seen, jobs = merge(sets, names), set(), []
-    for style, listed in names.items():
-        # of equal drawings the least specific name stays: "person running", not "man running"
-        for name in sorted(listed, key=lambda n: (bool(re.search(r"\b(wo)?m[ae]n\b|boy|girl", n)), len(n), n)):
-            icon, thing = sets[style]["icons"][name], thing_of[by_rule(name)].replace("-", " ")
-            if seen & {icon["body"], (style, thing)}:
-                continue
-            seen |= {icon["body"], (style, thing)}
-            width, height = (icon.get(side, sets[style][side]) for side in ("width", "height"))
-            svg = (
-                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'width="{width}" height="{height}" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-            )
-            jobs.append({"set": style, "name": name, "thing": thing, "svg": svg, "aspect": width / height})
-    return jobs
-
-
 def encode(job: dict) -> tuple[bytes, float] | None:
     """The WebP and its mean squared error, or None for a drawing that is blank or doesn't render."""
     import resvg_py  # here, so that importing this module doesn't need it
@@ -192,12 +102,6 @@ def encode(job: dict) -> tuple[bytes, float] | None:
         if buffer.tell() <= job["bytes"]:
             break
     return buffer.getvalue(), float(((np.asarray(picture, np.float32) - np.asarray(reduced, np.float32)) ** 2).mean())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def shard(samples: list[tuple[str, bytes, dict]]) -> bytes:
@@ -290,14 +194,15 @@ def main() -> None:
         for i in range(shards):
             path = args.output / f"{split}-{i:05d}.tar.gz"
             data = shard(samples[i * len(samples) // shards : (i + 1) * len(samples) // shards])
-            write_whole(path, data)
+            with whole(path) as part:
+                part.write_bytes(data)
             old.discard(path)
             total += len(data)
         print(f"{split}: {len(samples)}", {style: counts[split, style] for style in STYLES.values()})
     for path in old:  # else a shard of an earlier run could bring its pictures into another split
         if re.fullmatch(r"(train|unseen-drawings|unseen-things)-\d{5}\.tar\.gz", path.name):
             path.unlink()
-    write_whole(args.output / "ATTRIBUTION.md", attribution(sets, counts, args.size).encode())
+    write_text(args.output / "ATTRIBUTION.md", attribution(sets, counts, args.size))
 
     reduced = [10 * np.log10(255**2 / error) for error in errors if error > 0]
     print(f"{len(errors)} pictures of {len(things)} things, {len(jobs) - len(errors)} skipped, {total / 1e6:.2f} MB")
