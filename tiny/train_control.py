@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from control import ControlNet, T2IAdapter, T2IConfig
 from control.canny import canny
 from ipadapter import Prompt
+from ipadapter.objective import noise_loss
 from sampler import add_noise, v_weight
 from tiny import drawings, presets
 from tiny.latents import Captions, stored, towers
 from tiny.train_unet import new_unet
-from tiny.trainer import arguments, load_ema, train
+from tiny.trainer import arguments, load_ema, plain_convolutions, train
 from unet import UNet
-from unet.unet import Conv3x3
 
 HINT = (3, 8, 16, 32, 64)  # narrower than usual, as the model is: at 128x128 pixels the usual one would cost the most
 SHADOW = 64  # steps of grey between white paper and what counts as drawn
@@ -64,7 +64,6 @@ def hints(args: argparse.Namespace, data: drawings.Drawings) -> Tensor:
     """(n, 1, 128, 128) uint8, from a file in `args.runs` if it is there."""
     path = args.runs / f"{args.kind}-hints.pt"
     if not path.exists():
-        args.runs.mkdir(parents=True, exist_ok=True)
         torch.save(torch.stack([HINTS[args.kind](pixels) for pixels in data.pixels]), path)
     return torch.load(path, weights_only=True)[: len(data)].to(args.device)
 
@@ -83,10 +82,8 @@ def main() -> None:
         captions = Captions(towers(args).text, data, args.device)
     unet = load_ema(new_unet(), "unet", args).to(memory_format=torch.channels_last)
     net = new_control(unet, args.kind).to(args.device, memory_format=torch.channels_last)
-    if args.device == "cpu":  # for the way back oneDNN's convolution is quicker than the product in its stead
-        for layer in (*unet.modules(), *net.modules()):
-            if isinstance(layer, Conv3x3):
-                layer.__class__ = nn.Conv2d
+    plain_convolutions(unet)
+    plain_convolutions(net)
     batch = args.batch_size
 
     def loss() -> Tensor:
@@ -98,9 +95,8 @@ def main() -> None:
         hint = shown[i].float() / 255
         hint = hint.expand(-1, 3, -1, -1) if args.kind == "edges" else hint
         added = net(noisy, t, prompt, *net.encode(hint))
-        error = (unet(noisy, t, prompt, added=added).float() - noise) ** 2
-        weight = v_weight(t) if args.loss == "v" else torch.ones_like(t)
-        return (weight * error.mean(dim=(1, 2, 3))).mean()
+        weight = v_weight(t) if args.loss == "v" else 1.0
+        return noise_loss(unet(noisy, t, prompt, added=added), noise, weight)
 
     train(f"control-{args.kind}", net, loss, args)
 
