@@ -107,6 +107,7 @@ def main() -> None:
             embeddings=args.embedding,
             controls=[net.control for net in args.nets],
             image=bool(groups),
+            groups=[group for variant in variants for group in variant],
             encode=[any(i.encodes for i in images if i.adapter == n) for n in range(len(adapters))] or True,
             faceid_v2=[version_2 for _, version_2, _ in adapters] or False,
             prediction=args.prediction,

@@ -15,14 +15,14 @@ from files.errors import Notice, UserError
 from files.faces import find_faces, read_embedding
 from files.features import Features, is_features, read_features, write_features
 from files.pictures import open_picture
+from generate.fit import check_base, check_read, encoders
 from generate.framing import tiles
-from generate.group import ImageGroup, Picture, check_weights
-from generate.models import Adapter, Models
+from generate.group import ImageGroup, Picture
+from generate.models import Models
 from ipadapter import IPAdapter
 from ipadapter.adapter import image_features, null_features
 from weights.clip import load_clip
 from weights.diffusers import model_sha256, read_part
-from weights.presets import PRESETS
 
 
 @torch.no_grad()
@@ -32,40 +32,42 @@ def features(models: Models, group: ImageGroup) -> Features:
     Raises:
         UserError: a picture or embedding that cannot be used, or that the adapter does not read.
     """
-    opened = models.adapters[group.adapter]
-    projection = opened.kind.image_proj
-    if group.faces and not projection.faces:
-        raise UserError(f"`face_embedding`: for FaceID adapters; {opened.file} reads pictures (`image`)")
-    if group.structure_scale is not None and not opened.faceid_v2:
-        raise UserError(f"`structure_scale`: for FaceID-plus version 2; {opened.file} is another kind")
-    for name in ("negative_image", "negative_noise", "less"):
-        if getattr(group, name) and (not opened.kind.reads_clip or (name == "less" and projection.patches)):
-            what = "faces" if not opened.kind.reads_clip else "patches of the picture, from which no text can be taken"
-            raise UserError(f"`{name}`: {opened.file} reads {what}")
-    seen = [opened_as(image) for image in group.images]
+    check_group(models, group)
+    return read(models, group)
+
+
+def check_group(models: Models, group: ImageGroup) -> None:
+    """Raises UserError: what does not fit the adapter that is to read it, or the base."""
+    if not 0 <= group.adapter < len(models.adapters):
+        count = len(models.adapters)
+        raise UserError(
+            f"`adapter` {group.adapter}: {count} adapters were opened, the first is 0"
+            if count
+            else "`image`: no adapter was opened, which an image prompt wants"
+        )
+    if not (group.images or group.faces):
+        raise UserError("`image`: a group without a picture; a file or a face embedding is wanted")
+    reader = models.adapters[group.adapter].reader
+    check_read(group, reader)
+    check_base(group, reader, models.base)
+
+
+def read(models: Models, group: ImageGroup) -> Features:
+    """As `features`, of a group that was checked."""
+    reader = models.adapters[group.adapter].reader
+    seen, faces, masks = [opened_as(image) for image in group.images], None, None
     for one in seen:
-        if isinstance(one, Features):
-            check_fits(one, models, group.adapter)
-    faces, masks = None, None
-    pictures = sum(len(one) if isinstance(one, Features) and one.masks is None else 1 for one in seen)
-    if projection.faces:
-        faces, seen = faces_of(models, group, seen)
+        if isinstance(one, Features) and None in encoders(one, reader):
+            told = "is of another adapter; its widths fit, whether its image encoder is the same cannot be told"
+            warnings.warn(Notice(f"{one.name}: {told}"), stacklevel=4)
+    if reader.projection.faces:
+        faces, seen = faces_of(group, seen)
+        faces = faces.to(models.device, models.dtype)
     elif group.framing == "tile":
         seen, masks = tiled(seen)
-    elif any(isinstance(one, Features) and one.masks is not None for one in seen):
-        if len(seen) > 1:
-            raise UserError(
-                "`image`: an embedding of tiles is an image prompt by itself; others want a group of their own"
-            )
+    elif seen and isinstance(seen[0], Features):
         masks = seen[0].masks
-    check_weights(group.weights, pictures if faces is None else len(faces))
-    image = negative = None
-    if opened.kind.reads_clip:
-        if faces is not None and len(faces) != pictures:
-            raise UserError(
-                f"`face_embedding`: {len(faces)} faces, `image`: {pictures} pictures of them; this adapter reads both"
-            )
-        image, negative = clip_features(models, group, seen)
+    image, negative = clip_features(models, group, seen) if reader.clip else (None, None)
     return Features(image, negative, faces, masks)
 
 
@@ -96,7 +98,7 @@ def tokens(models: Models, adapter: IPAdapter, group: ImageGroup) -> tuple[Tenso
 
     And the masks of tiles (n, 1, height, width), each of an image prompt of its own; None where there are none.
     """
-    found = features(models, group)
+    found = read(models, group)
     scale = 1.0 if group.structure_scale is None else group.structure_scale
     version_2 = scale if models.adapters[group.adapter].faceid_v2 else None
     nobody = None if found.faces is None else torch.zeros_like(found.faces)
@@ -105,28 +107,13 @@ def tokens(models: Models, adapter: IPAdapter, group: ImageGroup) -> tuple[Tenso
     return here, away, found.masks
 
 
-def faces_of(
-    models: Models, group: ImageGroup, seen: list[Image.Image | Features]
-) -> tuple[Tensor, list[Image.Image | Features]]:
+def faces_of(group: ImageGroup, seen: list[Image.Image | Features]) -> tuple[Tensor, list[Image.Image | Features]]:
     """The faces of a group, and the pictures of them that CLIP sees."""
-    opened = models.adapters[group.adapter]
-    if group.framing == "tile":
-        raise UserError(f"`framing` tile: {opened.file} reads faces")
-    known = [one.faces for one in seen if isinstance(one, Features) and one.faces is not None]
     if group.faces:
-        if seen and not opened.kind.reads_clip:
-            raise UserError(f"`image`: {opened.file} reads the face alone, which `face_embedding` gives")
-        faces = torch.cat([x if isinstance(x, Tensor) else read_embedding(x) for x in group.faces])
-    elif known and len(known) == len(seen):
-        faces = torch.cat(known)
-    elif len(lone := [one for one in seen if isinstance(one, Features)]) > len(known):
-        name = next(one.name for one in lone if one.faces is None)
-        raise UserError(f"{name}: holds no faces, which {opened.file} reads; `face_embedding` gives them")
-    elif known:
-        raise UserError("`image`: embeddings of faces and pictures in one group; give each a group of its own")
-    else:
-        faces, seen = find_faces(seen, [str(image) for image in group.images])
-    return faces.to(models.device, models.dtype), seen
+        return torch.cat([x if isinstance(x, Tensor) else read_embedding(x) for x in group.faces]), seen
+    if isinstance(seen[0], Features):
+        return torch.cat([one.faces for one in seen]), seen
+    return find_faces(seen, [str(image) for image in group.images])
 
 
 def clip_features(models: Models, group: ImageGroup, seen: Sequence[Image.Image | Features]) -> tuple[Tensor, Tensor]:
@@ -138,14 +125,7 @@ def clip_features(models: Models, group: ImageGroup, seen: Sequence[Image.Image 
         image = image - strength * text_features(models, group.adapter, text)
     if group.negative_image:
         against = [opened_as(one) for one in group.negative_image]
-        for one in against:
-            if isinstance(one, Features):
-                check_fits(one, models, group.adapter)
         absent, _ = encoded(models, group, against, patches, "crop" if group.framing == "tile" else group.framing)
-        if len(absent) not in (1, len(image)):
-            raise UserError(
-                f"`negative_image`: {len(absent)} given for {len(image)} pictures: one for all, or one for each"
-            )
         absent = absent.expand_as(image)
     elif absent is None:
         absent = nothing(models, group.adapter, image)
@@ -207,29 +187,18 @@ def text_features(models: Models, number: int, text: str) -> Tensor:
     second text tower is of the same CLIP (ViT-bigG).
 
     Raises:
-        UserError: there is neither.
+        UserError: another tower than the image encoder's.
     """
     file, width = models.adapters[number].image_encoder, models.adapters[number].kind.image_proj.feature_dim
     theirs = models.base.texts[-1] if len(models.base.texts) == 2 else None
     if theirs and theirs.projection == width:
         tower = models.text_encoder()
         return second_embedding(tower, text).to(models.dtype)
-    if file is None:
-        raise UserError("`less`: the text tower of the image encoder's CLIP is wanted; no image encoder was opened")
     state = read_part(file)
     projection = state.get("text_projection.weight")
-    if (
-        projection is not None
-        and not any(key.startswith("text_model.") for key in state)
-        and len(models.base.texts) == 1
-    ):
+    if projection is not None and theirs is None and not any(key.startswith("text_model.") for key in state):
         return projected_base(models, text, projection)
-    try:
-        _, tower = load_clip(file, models.loaded, models.device)
-    except UserError:
-        raise UserError(
-            f"`less`: {file} has no text tower beside the image encoder; a whole CLIP as `image_encoder` has one"
-        ) from None
+    _, tower = load_clip(file, models.loaded, models.device)
     return tower.to(models.dtype).embed(tokenize(text).to(models.device))
 
 
@@ -252,39 +221,3 @@ def tiled(seen: Sequence[Image.Image | Features]) -> tuple[list[Image.Image], Te
         raise UserError("`framing` tile: one picture to a group; others want an `image` of their own")
     squares, masks = zip(*tiles(seen[0]), strict=True)
     return list(squares), torch.cat(masks)
-
-
-def check_fits(found: Features, models: Models, number: int) -> None:
-    """Refuse an embedding that the adapter does not read, or that another image encoder has made."""
-    opened = models.adapters[number]
-    projection, has = opened.kind.image_proj, found.image
-    if opened.kind.reads_clip or has is not None:
-        wants = f"{'patches' if projection.patches else 'embeddings'} of {projection.feature_dim}"
-        wants = wants if opened.kind.reads_clip else "faces alone"
-        axes = 3 if projection.patches else 2
-        if has is None or has.ndim != axes or has.shape[-1] != projection.feature_dim or not opened.kind.reads_clip:
-            holds = (
-                "faces alone" if has is None else f"{'patches' if has.ndim == 3 else 'embeddings'} of {has.shape[-1]}"
-            )
-            raise UserError(f"{found.name}: holds {holds}; {opened.file} reads {wants}")
-    if found.faces is not None and (not projection.faces or found.faces.shape[-1] != projection.face_dim):
-        raise UserError(f"{found.name}: holds faces of {found.faces.shape[-1]}; {opened.file} reads others, or none")
-    if not found.sha256 or found.sha256.get("adapter") == (adapter := model_sha256(opened.file)):
-        return
-    made, here = found.sha256.get("image_encoder"), encoder_sha256(opened, adapter)
-    if made is None or here is None:
-        told = "is of another adapter; its widths fit, whether its image encoder is the same cannot be told"
-        warnings.warn(Notice(f"{found.name}: {told}"), stacklevel=4)
-    elif made != here:
-        raise UserError(
-            f"{found.name}: made by the image encoder with SHA-256 {made[:10]}... for another adapter; "
-            f"{opened.file} reads that with {here[:10]}..."
-        )
-
-
-def encoder_sha256(opened: Adapter, sha256: str) -> str | None:
-    """Of the image encoder that an adapter reads: the opened one, or of a published adapter the published one."""
-    if opened.image_encoder:
-        return model_sha256(opened.image_encoder)
-    published = next((p for p in PRESETS.values() if p.kind == "adapter" and p.sha256 == sha256), None)
-    return PRESETS["image_encoder", published.image_encoder].sha256 if published and published.image_encoder else None

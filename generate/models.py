@@ -10,6 +10,8 @@ from torch import nn
 from clip import CLIPImage, TextEncoder, TwoTowerEncoder
 from files.errors import UserError
 from generate import threads
+from generate.fit import Reader, check_base, check_read
+from generate.group import ImageGroup
 from generate.memory import check_adapters
 from ipadapter import IPAdapter
 from unet import UNet
@@ -36,6 +38,10 @@ class Adapter:
     kind: IPAdapter  # without its weights (on `meta`)
     image_encoder: Path | None  # None: it reads face embeddings alone, or no picture is to be encoded
     faceid_v2: bool = False
+
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.file, self.kind.image_proj, self.image_encoder, self.faceid_v2)
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,8 @@ def open_models(
     image: bool = True,
     # Whether pictures are to be encoded, or whether for each adapter; embeddings of them want no image encoder.
     encode: bool | Sequence[bool] = True,
+    # The image prompts that are to be made with them: what does not fit is refused before anything is fetched.
+    groups: Sequence[ImageGroup] = (),
     # Whether an adapter is to be made: then none is brought, only the image encoder that it will read.
     new_adapter: bool = False,
     # Whether the adapter's file is FaceID-plus version 2, or whether each is: no tensor tells.
@@ -194,7 +202,16 @@ def open_models(
     nets = [find("control", str(name)) for name in controls]
     for kind, row in (*(("lora", lora) for lora, _ in wanted), *(("control", net) for net in nets)):
         check_together({"base": found["base"], kind: row})
-    files = {role: file(value, tell) for role, value in found.items() if value}
+    readers = [
+        Reader.named(one["adapter"], one["image_encoder"], version_2)
+        for one, (*_, version_2, _) in zip((found, *others), each, strict=True)
+        if groups and one["adapter"]
+    ]
+    for group in groups:
+        check_read(group, readers[group.adapter])
+        if isinstance(found["base"], Preset):
+            check_base(group, readers[group.adapter], found["base"])
+    files = {role: file(found[role], tell) for role in ("base", "vae") if found[role]}
     merged = tuple((ready.get(lora) or read_lora(file(lora, tell)), weight) for lora, weight in wanted)
     storage = storage or ("float16" if low_memory else None)
     opened = open_base(
@@ -204,6 +221,8 @@ def open_models(
         raise UserError(
             f"{files['base']}: its UNet reads {opened.channels} channels; adapters are trained on those of 4"
         )
+    for group in groups:
+        check_base(group, readers[group.adapter], opened)
     check_embeddings(inversions, [text.width for text in opened.texts])
     followed = tuple(file(net, tell) for net in nets)
     kinds = {net: load_control(net, opened, device="meta") for net in dict.fromkeys(followed)}
@@ -213,12 +232,14 @@ def open_models(
         for one, (*_, version_2, _) in zip((found, *others), each, strict=True)
         if one["adapter"]
     )
-    if read and read[0].image_encoder is None:
-        files.pop("image_encoder", None)
+    if read:
+        files |= {"adapter": read[0].file, "image_encoder": read[0].image_encoder}
+    elif found["image_encoder"]:
+        files |= {"image_encoder": file(found["image_encoder"], tell)}
     if keep:  # else they are read in turn, each in the place of the one before
         check_adapters({adapter.file: adapter.kind for adapter in read}.values(), read_in(dtype, storage), device)
     return Models(
-        files=files,
+        files={role: path for role, path in files.items() if path},
         base=opened,
         loras=merged,
         adapters=read,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from files.errors import UserError
 from files.features import Features
-from generate.embeddings import tokens
+from generate.embeddings import check_group, tokens
 from generate.framing import within
 from generate.group import ImageGroup, Picture, mask_tensor, swap, weighed
 from generate.layers import factors
@@ -49,12 +49,14 @@ def prompts(
     Raises:
         UserError: a picture or embedding that cannot be used, or that the adapter does not read.
     """
-    texts = encoded(models, text, negative, prompt_syntax, long_prompt, clip_skip)
-    pair = [sized(Prompt(x, vector=pooled), models, models.side, models.side, pooled) for x, pooled in texts]
     groups = [image for image in images if isinstance(image, ImageGroup)]
     alone = [image for image in images if not isinstance(image, ImageGroup)]
     if alone or faces:
         groups.insert(0, ImageGroup(alone, faces=faces, structure_scale=structure_scale))
+    for group in groups:  # before anything is read
+        check_group(models, group)
+    texts = encoded(models, text, negative, prompt_syntax, long_prompt, clip_skip)
+    pair = [sized(Prompt(x, vector=pooled), models, models.side, models.side, pooled) for x, pooled in texts]
     if groups:
         found = image_prompts(models, groups, default_scale(text) if scale is None else scale)
         pair = [replace(p, images=side) for p, side in zip(pair, zip(*found, strict=True), strict=True)]
@@ -100,19 +102,9 @@ def image_prompts(
     Raises:
         UserError: as `prompts` does.
     """
-    heard, found = [], {}
-    for group in groups:  # before anything is read
-        if not 0 <= group.adapter < len(models.adapters):
-            count = len(models.adapters)
-            raise UserError(
-                f"`adapter` {group.adapter}: {count} adapters were opened, the first is 0"
-                if count
-                else "`image`: no adapter was opened, which an image prompt wants"
-            )
-        if not (group.images or group.faces):
-            raise UserError("`image`: a group without a picture; a file or a face embedding is wanted")
-        family = drawn_by(models.base.family, models.base.config.channels)
-        layers = factors(group.layers, layer_names(models.base.config), family)
+    heard, found, names = [], {}, layer_names(models.base.config)
+    for group in groups:
+        layers = factors(group.layers, names, drawn_by(models.base.family, models.base.config.channels))
         mask = None if group.mask is None else mask_tensor(group.mask).to(models.device)
         heard.append((layers, *group.heard(scale, layers), mask))
     several = replace(models, keep=True, held=models.held if models.keep else {})

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 from clip.tokenizer import END
 from sampler import SD, Schedule
+from unet import SD15, SD21, UNetConfig
+from unet import SDXL as UNET_XL
 from vae import SD_VAE
 
 
@@ -32,14 +34,15 @@ class Family:
     # In which layers of the UNet (`unet.layer_names`) an image prompt brings its style, and where its layout; InvokeAI's.
     style: str = "up.block_1"
     layout: str = "down.block_2+middle"
+    unet: UNetConfig | None = None  # whose layers are called as its own are; None: that, its file tells
     channels: tuple[int, ...] = ()  # of a narrower UNet, per level: its tokens alone do not tell it
 
 
 CLIP_L = Tower(("cond_stage_model.transformer.",), True, END)
-SD1 = Family("SD 1.x", "sd15", 768, (CLIP_L,), 512)
+SD1 = Family("SD 1.x", "sd15", 768, (CLIP_L,), 512, unet=SD15)
 TURBO = "conditioner.embedders.0.model."  # SD-Turbo's text tower, and nobody else's
 VIT_H = Tower(("cond_stage_model.model.", "cond_stage_model.transformer.", TURBO), False, 0, penultimate=True)
-SD2 = Family("SD 2.x", "sd21", 1024, (VIT_H,), 768, schedule=Schedule(prediction="v"))
+SD2 = Family("SD 2.x", "sd21", 1024, (VIT_H,), 768, schedule=Schedule(prediction="v"), unet=SD21)
 SD2_BASE = replace(SD2, base="sd21-base", side=512, schedule=SD)  # the same tensors, but for one bias
 SDXL_TEXT = (
     Tower(("conditioner.embedders.0.transformer.",), True, END),
@@ -55,6 +58,7 @@ SDXL = Family(
     half_vae=False,
     style="up.block_0.1",  # InstantStyle's (arXiv 2404.02733, section 3.2)
     layout="down.block_2.1",
+    unet=UNET_XL,
 )
 FAMILIES = {row.name: row for row in (SD1, SD2, SDXL)}
 
@@ -69,8 +73,8 @@ TINY = replace(
     layout="down.block_1",
     channels=(64, 96, 96, 96),
 )
-SSD = replace(SDXL, name="SSD-1B", base="ssd-1b")
-VEGA = replace(SDXL, name="Vega", base="segmind-vega")
+SSD = replace(SDXL, name="SSD-1B", base="ssd-1b", unet=None)
+VEGA = replace(SDXL, name="Vega", base="segmind-vega", unet=None)
 
 
 def drawn_by(family: Family, channels: tuple[int, ...]) -> Family:

@@ -6,7 +6,7 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
-from weights.families import SD1, SD2, SD2_BASE, SDXL, SSD, TINY, VEGA, Family
+from weights.families import ENCODERS, SD1, SD2, SD2_BASE, SDXL, SSD, TINY, VEGA, Family
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,21 @@ class Preset:
     base: str | None = None  # what an adapter brings where none is given
     image_encoder: str | None = None  # what an adapter reads; None: face embeddings alone
     adapter: str | None = None  # what a base brings where there is an image prompt and no adapter is given
+    patches: bool = False  # what an adapter reads: all patches of the picture, not one embedding of it
+    faces: bool = False  # or a face embedding; both: FaceID-plus
     faceid_v2: bool = False  # of a FaceID-plus adapter: v1 and v2 have the same tensors
+    alone: bool = False  # of an image encoder: its file has no text tower beside it
 
     @property
     def side(self) -> int | None:
         """Of a base: pixels along the side of the pictures that it was trained on."""
         return self.families[0].side if self.kind == "base" else None
+
+    @property
+    def feature_dim(self) -> int:
+        """Of an adapter: how wide is what it reads of its image encoder; 0: it reads none."""
+        encoder = next((row for row in ENCODERS if row.preset == self.image_encoder), None)
+        return 0 if encoder is None else encoder.width if self.patches else encoder.projection
 
     def goes_with(self, family: str) -> bool:
         return family in (row.name for row in self.families)
@@ -43,8 +52,8 @@ base_1 = partial(base, families=(SD1,), adapter="base")
 base_xl = partial(base, families=(SDXL,), adapter="sdxl-vit-h")  # one encoder for SD 1.x and SDXL
 adapter_1 = partial(Preset, "adapter", repo=IP, families=(SD1,), base="sd15", image_encoder="vit-h")
 adapter_xl = partial(Preset, "adapter", repo=IP, families=(SDXL,), base="sdxl", image_encoder="vit-h")
-face_1 = partial(Preset, "adapter", repo=FACEID, families=(SD1,), base="sd15")
-face_xl = partial(Preset, "adapter", repo=FACEID, families=(SDXL,), base="sdxl")
+face_1 = partial(Preset, "adapter", repo=FACEID, families=(SD1,), base="sd15", faces=True)
+face_xl = partial(Preset, "adapter", repo=FACEID, families=(SDXL,), base="sdxl", faces=True)
 tiny_adapter = partial(Preset, "adapter", families=(TINY,), base="tiny", image_encoder="tiny")
 encoder = partial(Preset, "image_encoder")
 vae = partial(Preset, "vae")
@@ -88,18 +97,22 @@ ROWS = [
     base("ssd-1b", "SSD-1B-A1111.safetensors", 4466, repo="segmind/SSD-1B", families=(SSD,)),
     base("segmind-vega", "segmind-vega.safetensors", 3293, repo="segmind/Segmind-Vega", families=(VEGA,)),
     tiny_adapter("tiny", "tiny/weights/ip-adapter-tiny.safetensors", 0.4),
-    tiny_adapter("tiny-full-face", "tiny/weights/ip-adapter-full-face-tiny.safetensors", 0.4),
+    tiny_adapter("tiny-full-face", "tiny/weights/ip-adapter-full-face-tiny.safetensors", 0.4, patches=True),
     adapter_1("base", "models/ip-adapter_sd15.safetensors", 45),
     adapter_1("light", "models/ip-adapter_sd15_light.safetensors", 45, "more room for the text"),
     adapter_1("light-v11", "models/ip-adapter_sd15_light_v11.bin", 45, "more room for the text"),
     adapter_1("vit-g", "models/ip-adapter_sd15_vit-G.safetensors", 46, image_encoder="vit-bigg"),
-    adapter_1("plus", "models/ip-adapter-plus_sd15.safetensors", 98, "closer to the picture"),
-    adapter_1("plus-face", "models/ip-adapter-plus-face_sd15.safetensors", 98, "cropped faces"),
-    adapter_1("full-face", "models/ip-adapter-full-face_sd15.safetensors", 44, "cropped faces"),
+    adapter_1("plus", "models/ip-adapter-plus_sd15.safetensors", 98, "closer to the picture", patches=True),
+    adapter_1("plus-face", "models/ip-adapter-plus-face_sd15.safetensors", 98, "cropped faces", patches=True),
+    adapter_1("full-face", "models/ip-adapter-full-face_sd15.safetensors", 44, "cropped faces", patches=True),
     adapter_xl("sdxl", "sdxl_models/ip-adapter_sdxl.safetensors", 703, image_encoder="vit-bigg"),
     adapter_xl("sdxl-vit-h", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", 698),
-    adapter_xl("sdxl-plus", "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", 848, "closer to the picture"),
-    adapter_xl("sdxl-plus-face", "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors", 848, "cropped faces"),
+    adapter_xl(
+        "sdxl-plus", "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", 848, "closer to the picture", patches=True
+    ),
+    adapter_xl(
+        "sdxl-plus-face", "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors", 848, "cropped faces", patches=True
+    ),
     adapter_xl(
         *("noob-ipa-mark1", "model_G/noobIPAMARK1_mark1.safetensors", 1405),
         repo="r3gm/noob-ipa",
@@ -107,16 +120,25 @@ ROWS = [
         image_encoder="vit-bigg",
     ),
     face_1("faceid", "ip-adapter-faceid_sd15.bin", 97),
-    face_1("faceid-plus", "ip-adapter-faceid-plus_sd15.bin", 157, image_encoder="vit-h"),
-    face_1("faceid-plusv2", "ip-adapter-faceid-plusv2_sd15.bin", 157, image_encoder="vit-h", faceid_v2=True),
+    face_1("faceid-plus", "ip-adapter-faceid-plus_sd15.bin", 157, image_encoder="vit-h", patches=True),
+    face_1(
+        "faceid-plusv2", "ip-adapter-faceid-plusv2_sd15.bin", 157, image_encoder="vit-h", patches=True, faceid_v2=True
+    ),
     face_1("faceid-portrait", "ip-adapter-faceid-portrait_sd15.bin", 65),
     face_1("faceid-portrait-v11", "ip-adapter-faceid-portrait-v11_sd15.bin", 65),
     face_xl("sdxl-faceid", "ip-adapter-faceid_sdxl.bin", 1071),
-    face_xl("sdxl-faceid-plusv2", "ip-adapter-faceid-plusv2_sdxl.bin", 1488, image_encoder="vit-h", faceid_v2=True),
+    face_xl(
+        "sdxl-faceid-plusv2",
+        "ip-adapter-faceid-plusv2_sdxl.bin",
+        1488,
+        image_encoder="vit-h",
+        patches=True,
+        faceid_v2=True,
+    ),
     face_xl("sdxl-faceid-portrait", "ip-adapter-faceid-portrait_sdxl.bin", 750),
     encoder("tiny", "tiny/weights/clip-tiny.safetensors", 2),
-    encoder("vit-h", "models/image_encoder/model.safetensors", 2528, repo=IP),
-    encoder("vit-bigg", "sdxl_models/image_encoder/model.safetensors", 3690, repo=IP),
+    encoder("vit-h", "models/image_encoder/model.safetensors", 2528, repo=IP, alone=True),
+    encoder("vit-bigg", "sdxl_models/image_encoder/model.safetensors", 3690, repo=IP, alone=True),
     encoder("vit-l", "model.safetensors", 1711, repo="openai/clip-vit-large-patch14"),
     vae(
         *("sd-vae-ft-mse", "vae-ft-mse-840000-ema-pruned.safetensors", 335),

@@ -1,0 +1,171 @@
+"""Whether an image prompt fits the adapter and the base that it is for: told by their names or files, before they are read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from files.errors import UserError
+from files.faces import FACE_DIM, read_embedding
+from files.features import Features, is_features, read_features
+from generate.group import ImageGroup, check_weights
+from generate.layers import factors
+from ipadapter.adapter import Projection
+from unet import layer_names
+from weights import Base, load_adapter
+from weights.diffusers import model_sha256, read_part
+from weights.families import ENCODERS, drawn_by
+from weights.hub import cached
+from weights.presets import PRESETS, Preset
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An adapter, as far as is known what it reads: of one that is not fetched yet, by its name."""
+
+    adapter: Path | Preset
+    projection: Projection | Preset  # both tell `patches`, `faces` and `feature_dim`
+    image_encoder: Path | Preset | None
+    faceid_v2: bool = False
+
+    @classmethod
+    def named(cls, adapter: Path | Preset, image_encoder: Path | Preset | None, faceid_v2: bool) -> "Reader":
+        preset = isinstance(adapter, Preset)
+        here = cached(adapter) if preset else adapter
+        projection = load_adapter(here, device="meta").image_proj if here else adapter
+        return cls(here or adapter, projection, image_encoder, faceid_v2 or (preset and adapter.faceid_v2))
+
+    @property
+    def clip(self) -> str | None:
+        """What it reads of CLIP; None: the face alone."""
+        patches, faces = self.projection.patches, self.projection.faces
+        return "patches" if patches else None if faces else "embeddings"
+
+    def __str__(self) -> str:
+        return f"`adapter` {self.adapter.name}" if isinstance(self.adapter, Preset) else str(self.adapter)
+
+
+def check_read(group: ImageGroup, reader: Reader) -> None:
+    """Refuse what an adapter does not read.
+
+    Raises:
+        UserError: names the argument; embeddings that are not for this adapter, or damaged.
+    """
+    if group.faces and not reader.projection.faces:
+        raise UserError(f"`face_embedding`: for FaceID adapters; {reader} reads pictures (`image`)")
+    if group.structure_scale is not None and not reader.faceid_v2:
+        raise UserError(f"`structure_scale`: for FaceID-plus version 2; {reader} is another kind")
+    for name in ("negative_image", "negative_noise", "less"):
+        if getattr(group, name) and (not reader.clip or (name == "less" and reader.clip == "patches")):
+            what = f"{reader.clip} of the picture, from which no text can be taken" if reader.clip else "faces"
+            raise UserError(f"`{name}`: {reader} reads {what}")
+    seen, against = ([known(one) for one in side] for side in (group.images, group.negative_image))
+    embeddings = [one for one in seen if isinstance(one, Features)]
+    for one in (*embeddings, *(one for one in against if isinstance(one, Features))):
+        check_embedding(one, reader)
+    if len(seen) > 1 and any(one.masks is not None for one in embeddings):
+        raise UserError("`image`: an embedding of tiles is an image prompt by itself; others want a group of their own")
+    pictures, opposed = (sum(map(count, side)) for side in (seen, against))
+    shown = check_faces(group, reader, embeddings, pictures) if reader.projection.faces else pictures
+    check_weights(group.weights, shown)
+    if opposed not in (0, 1, pictures) and group.framing != "tile":
+        raise UserError(f"`negative_image`: {opposed} given for {pictures} pictures: one for all, or one for each")
+
+
+def check_faces(group: ImageGroup, reader: Reader, embeddings: list[Features], pictures: int) -> int:
+    """Likewise of an adapter that reads faces. How many there are."""
+    if group.framing == "tile":
+        raise UserError(f"`framing` tile: {reader} reads faces")
+    lone = next((one for one in embeddings if one.faces is None), None)
+    if group.faces:
+        if group.images and not reader.clip:
+            raise UserError(f"`image`: {reader} reads the face alone, which `face_embedding` gives")
+        faces = sum(len(read_embedding(x) if isinstance(x, (str, Path)) else x) for x in group.faces)
+        if reader.clip and faces != pictures:
+            raise UserError(
+                f"`face_embedding`: {faces} faces, `image`: {pictures} pictures of them; this adapter reads both"
+            )
+        return faces
+    if lone:
+        raise UserError(f"{lone.name}: holds no faces, which {reader} reads; `face_embedding` gives them")
+    if 0 < len(embeddings) < len(group.images):
+        raise UserError("`image`: embeddings of faces and pictures in one group; give each a group of its own")
+    return pictures
+
+
+def check_base(group: ImageGroup, reader: Reader, base: Base | Preset) -> None:
+    """Refuse what a base has not, as far as its name tells.
+
+    Raises:
+        UserError: names the argument.
+    """
+    if isinstance(base, Preset):
+        family, config = base.families[0], base.families[0].unet
+        second = ENCODERS[1].projection if len(family.text) == 2 else None
+    else:
+        family, config = drawn_by(base.family, base.config.channels), base.config
+        second = base.texts[-1].projection if len(base.texts) == 2 else None
+    if config:
+        factors(group.layers, layer_names(config), family)
+    if group.less and second != reader.projection.feature_dim:
+        check_text_tower(reader.image_encoder)
+
+
+def check_text_tower(encoder: Path | Preset | None) -> None:
+    """Refuse an image encoder without the text tower of the same CLIP, which `less` wants; SDXL may have it in the base."""
+    if encoder is None:
+        raise UserError("`less`: the text tower of the image encoder's CLIP is wanted; no image encoder was opened")
+    if (
+        encoder.alone
+        if isinstance(encoder, Preset)
+        else not any("text_projection" in key for key in read_part(encoder))
+    ):
+        name = f"`image_encoder` {encoder.name}" if isinstance(encoder, Preset) else encoder
+        raise UserError(
+            f"`less`: {name} has no text tower beside the image encoder; a whole CLIP as `image_encoder` has one"
+        )
+
+
+def known(image: object) -> object:
+    """Embeddings as what they hold; pictures are not opened."""
+    return read_features(image) if not isinstance(image, Features) and is_features(image) else image
+
+
+def count(seen: object) -> int:
+    """How many pictures one is; the tiles of an embedding are those of one."""
+    return len(seen) if isinstance(seen, Features) and seen.masks is None else 1
+
+
+def check_embedding(found: Features, reader: Reader) -> None:
+    """Refuse an embedding that the adapter does not read, or that another image encoder has made."""
+    projection, has = reader.projection, found.image
+    holds = None if has is None else ("embeddings", "patches")[has.ndim - 2]
+    if holds != reader.clip or (has is not None and has.shape[-1] != projection.feature_dim):
+        it, wants = f"{holds} of {has.shape[-1]}" if holds else "faces alone", "faces alone"
+        wants = f"{reader.clip} of {projection.feature_dim}" if reader.clip else wants
+        raise UserError(f"{found.name}: holds {it}; {reader} reads {wants}")
+    width = getattr(projection, "face_dim", FACE_DIM)
+    if found.faces is not None and (not projection.faces or found.faces.shape[-1] != width):
+        raise UserError(f"{found.name}: holds faces of {found.faces.shape[-1]}; {reader} reads others, or none")
+    made, here = encoders(found, reader)
+    if made and here and made != here:
+        raise UserError(
+            f"{found.name}: made by the image encoder with SHA-256 {made[:10]}... for another adapter; "
+            f"{reader} reads that with {here[:10]}..."
+        )
+
+
+def encoders(found: Features, reader: Reader) -> tuple[str | None, str | None]:
+    """The SHA-256 of the image encoder that made an embedding, and of that which the adapter reads; None: nobody tells.
+
+    Of an embedding of the very adapter they are alike.
+    """
+    adapter, made = digest(reader.adapter), found.sha256.get("image_encoder")
+    if not found.sha256 or found.sha256.get("adapter") == adapter:
+        return "", ""
+    named = reader.adapter if isinstance(reader.adapter, Preset) else None
+    published = named or next((p for p in PRESETS.values() if p.kind == "adapter" and p.sha256 == adapter), None)
+    brought = published and published.image_encoder and PRESETS["image_encoder", published.image_encoder]
+    return made, digest(reader.image_encoder or brought)
+
+
+def digest(file: Path | Preset | None) -> str | None:
+    return file.sha256 if isinstance(file, Preset) else file and model_sha256(file)
