@@ -33,7 +33,7 @@ def features(models: Models, group: ImageGroup) -> Features:
         UserError: a picture or embedding that cannot be used, or that the adapter does not read.
     """
     check_group(models, group)
-    return read(models, group)
+    return read_of(models, group)
 
 
 def check_group(models: Models, group: ImageGroup) -> None:
@@ -47,14 +47,14 @@ def check_group(models: Models, group: ImageGroup) -> None:
         )
     if not (group.images or group.faces):
         raise UserError("`image`: a group without a picture; a file or a face embedding is wanted")
-    reader = models.adapters[group.adapter].reader
+    reader = models.adapters[group.adapter]
     check_read(group, reader)
     check_base(group, reader, models.base)
 
 
-def read(models: Models, group: ImageGroup) -> Features:
+def read_of(models: Models, group: ImageGroup) -> Features:
     """As `features`, of a group that was checked."""
-    reader = models.adapters[group.adapter].reader
+    reader = models.adapters[group.adapter]
     seen, faces, masks = [opened_as(image) for image in group.images], None, None
     for one in seen:
         if isinstance(one, Features) and None in encoders(one, reader):
@@ -98,7 +98,7 @@ def tokens(models: Models, adapter: IPAdapter, group: ImageGroup) -> tuple[Tenso
 
     And the masks of tiles (n, 1, height, width), each of an image prompt of its own; None where there are none.
     """
-    found = read(models, group)
+    found = read_of(models, group)
     scale = 1.0 if group.structure_scale is None else group.structure_scale
     version_2 = scale if models.adapters[group.adapter].faceid_v2 else None
     nobody = None if found.faces is None else torch.zeros_like(found.faces)

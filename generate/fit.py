@@ -1,5 +1,6 @@
 """Whether an image prompt fits the adapter and the base that it is for: told by their names or files, before they are read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from files.faces import FACE_DIM, read_embedding
 from files.features import Features, is_features, read_features
 from generate.group import ImageGroup, check_weights
 from generate.layers import factors
+from ipadapter import IPAdapter
 from ipadapter.adapter import Projection
 from unet import layer_names
 from weights import Base, load_adapter
@@ -18,32 +20,54 @@ from weights.presets import PRESETS, Preset
 
 
 @dataclass(frozen=True)
-class Reader:
-    """An adapter, as far as is known what it reads: of one that is not fetched yet, by its name."""
+class Adapter:
+    """An adapter of a run: what it is read from, and what it reads; before it is fetched, what its name tells of that."""
 
-    adapter: Path | Preset
-    projection: Projection | Preset  # both tell `patches`, `faces` and `feature_dim`
-    image_encoder: Path | Preset | None
+    file: Path | Preset
+    kind: IPAdapter | Preset  # without its weights (on `meta`)
+    image_encoder: Path | Preset | None  # None: it reads face embeddings alone, or no picture is to be encoded
     faceid_v2: bool = False
 
-    @classmethod
-    def named(cls, adapter: Path | Preset, image_encoder: Path | Preset | None, faceid_v2: bool) -> "Reader":
-        preset = isinstance(adapter, Preset)
-        here = cached(adapter) if preset else adapter
-        projection = load_adapter(here, device="meta").image_proj if here else adapter
-        return cls(here or adapter, projection, image_encoder, faceid_v2 or (preset and adapter.faceid_v2))
+    @property
+    def projection(self) -> Projection | Preset:
+        """Both tell `patches`, `faces` and `feature_dim`."""
+        return self.kind if isinstance(self.kind, Preset) else self.kind.image_proj
 
     @property
     def clip(self) -> str | None:
         """What it reads of CLIP; None: the face alone."""
-        patches, faces = self.projection.patches, self.projection.faces
-        return "patches" if patches else None if faces else "embeddings"
+        return "patches" if self.projection.patches else None if self.projection.faces else "embeddings"
 
     def __str__(self) -> str:
-        return f"`adapter` {self.adapter.name}" if isinstance(self.adapter, Preset) else str(self.adapter)
+        return f"`adapter` {self.file.name}" if isinstance(self.file, Preset) else str(self.file)
 
 
-def check_read(group: ImageGroup, reader: Reader) -> None:
+def check_named(
+    groups: Sequence[ImageGroup],
+    adapters: Sequence[tuple[Path | Preset, Path | Preset | None, bool]],
+    base: Path | Preset,
+) -> list[Adapter]:
+    """Refuse what does not fit before anything is fetched.
+
+    Args:
+        adapters: (file, image encoder, whether it is FaceID-plus version 2) of each.
+
+    Returns:
+        What is known of them.
+    """
+    known = []
+    for file, image_encoder, faceid_v2 in adapters if groups else ():
+        named, here = isinstance(file, Preset), cached(file) if isinstance(file, Preset) else file
+        kind = load_adapter(here, device="meta") if here else file
+        known.append(Adapter(here or file, kind, image_encoder, faceid_v2 or (named and file.faceid_v2)))
+    for group in groups:
+        check_read(group, known[group.adapter])
+        if isinstance(base, Preset):
+            check_base(group, known[group.adapter], base)
+    return known
+
+
+def check_read(group: ImageGroup, reader: Adapter) -> None:
     """Refuse what an adapter does not read.
 
     Raises:
@@ -70,7 +94,7 @@ def check_read(group: ImageGroup, reader: Reader) -> None:
         raise UserError(f"`negative_image`: {opposed} given for {pictures} pictures: one for all, or one for each")
 
 
-def check_faces(group: ImageGroup, reader: Reader, embeddings: list[Features], pictures: int) -> int:
+def check_faces(group: ImageGroup, reader: Adapter, embeddings: list[Features], pictures: int) -> int:
     """Likewise of an adapter that reads faces. How many there are."""
     if group.framing == "tile":
         raise UserError(f"`framing` tile: {reader} reads faces")
@@ -91,7 +115,7 @@ def check_faces(group: ImageGroup, reader: Reader, embeddings: list[Features], p
     return pictures
 
 
-def check_base(group: ImageGroup, reader: Reader, base: Base | Preset) -> None:
+def check_base(group: ImageGroup, reader: Adapter, base: Base | Preset) -> None:
     """Refuse what a base has not, as far as its name tells.
 
     Raises:
@@ -134,7 +158,7 @@ def count(seen: object) -> int:
     return len(seen) if isinstance(seen, Features) and seen.masks is None else 1
 
 
-def check_embedding(found: Features, reader: Reader) -> None:
+def check_embedding(found: Features, reader: Adapter) -> None:
     """Refuse an embedding that the adapter does not read, or that another image encoder has made."""
     projection, has = reader.projection, found.image
     holds = None if has is None else ("embeddings", "patches")[has.ndim - 2]
@@ -153,18 +177,18 @@ def check_embedding(found: Features, reader: Reader) -> None:
         )
 
 
-def encoders(found: Features, reader: Reader) -> tuple[str | None, str | None]:
+def encoders(found: Features, reader: Adapter) -> tuple[str | None, str | None]:
     """The SHA-256 of the image encoder that made an embedding, and of that which the adapter reads; None: nobody tells.
 
     Of an embedding of the very adapter they are alike.
     """
-    adapter, made = digest(reader.adapter), found.sha256.get("image_encoder")
-    if not found.sha256 or found.sha256.get("adapter") == adapter:
+    adapter = digest(reader.file) if found.sha256 else None
+    if found.sha256.get("adapter") == adapter:
         return "", ""
-    named = reader.adapter if isinstance(reader.adapter, Preset) else None
+    named = reader.file if isinstance(reader.file, Preset) else None
     published = named or next((p for p in PRESETS.values() if p.kind == "adapter" and p.sha256 == adapter), None)
     brought = published and published.image_encoder and PRESETS["image_encoder", published.image_encoder]
-    return made, digest(reader.image_encoder or brought)
+    return found.sha256.get("image_encoder"), digest(reader.image_encoder or brought)
 
 
 def digest(file: Path | Preset | None) -> str | None:

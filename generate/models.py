@@ -10,7 +10,7 @@ from torch import nn
 from clip import CLIPImage, TextEncoder, TwoTowerEncoder
 from files.errors import UserError
 from generate import threads
-from generate.fit import Reader, check_base, check_read
+from generate.fit import Adapter, check_base, check_named
 from generate.group import ImageGroup
 from generate.memory import check_adapters
 from ipadapter import IPAdapter
@@ -28,20 +28,6 @@ from weights.storage import STORAGES, store
 ROLES = ("base", "adapter", "image_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Named = str | Path  # a file, or the name of a published one
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter of a run: what it is read from, and what it reads."""
-
-    file: Path
-    kind: IPAdapter  # without its weights (on `meta`)
-    image_encoder: Path | None  # None: it reads face embeddings alone, or no picture is to be encoded
-    faceid_v2: bool = False
-
-    @property
-    def reader(self) -> Reader:
-        return Reader(self.file, self.kind.image_proj, self.image_encoder, self.faceid_v2)
 
 
 @dataclass(frozen=True)
@@ -202,15 +188,11 @@ def open_models(
     nets = [find("control", str(name)) for name in controls]
     for kind, row in (*(("lora", lora) for lora, _ in wanted), *(("control", net) for net in nets)):
         check_together({"base": found["base"], kind: row})
-    readers = [
-        Reader.named(one["adapter"], one["image_encoder"], version_2)
+    named = [
+        (one["adapter"], one["image_encoder"], version_2)
         for one, (*_, version_2, _) in zip((found, *others), each, strict=True)
-        if groups and one["adapter"]
     ]
-    for group in groups:
-        check_read(group, readers[group.adapter])
-        if isinstance(found["base"], Preset):
-            check_base(group, readers[group.adapter], found["base"])
+    known = check_named(groups, named, found["base"])
     files = {role: file(found[role], tell) for role in ("base", "vae") if found[role]}
     merged = tuple((ready.get(lora) or read_lora(file(lora, tell)), weight) for lora, weight in wanted)
     storage = storage or ("float16" if low_memory else None)
@@ -222,7 +204,7 @@ def open_models(
             f"{files['base']}: its UNet reads {opened.channels} channels; adapters are trained on those of 4"
         )
     for group in groups:
-        check_base(group, readers[group.adapter], opened)
+        check_base(group, known[group.adapter], opened)
     check_embeddings(inversions, [text.width for text in opened.texts])
     followed = tuple(file(net, tell) for net in nets)
     kinds = {net: load_control(net, opened, device="meta") for net in dict.fromkeys(followed)}

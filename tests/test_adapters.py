@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,7 @@ from weights import Base, WeightsError, check_fit, load_adapter, load_image_enco
 from weights.adapter import build_adapter
 from weights.families import FAMILIES
 from weights.fill import on_meta
+from weights.presets import PRESETS
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +75,22 @@ RELEASED = {  # file: family, image projection, rank of the LoRA, the number of 
     "faceid-plusv2_sdxl": ("SDXL", lambda: FacePlusProjection(512, 1280, 4, 32, 4, 2048), 128, 743_707_648),
     "faceid-portrait_sdxl": ("SDXL", lambda: FaceProjection(512, 2048, 16), 0, 374_903_808),
 }
+
+
+def test_what_an_adapter_reads_is_told_by_its_name():
+    """Before it is fetched: as its file's tensors will."""
+    alike = {"_light_v11": "", "_light": "", "plus-face": "plus", "faceid-plus_": "faceid-plusv2_", "-v11": ""}
+    found = {}
+    for preset in PRESETS.values():
+        if preset.kind == "adapter" and preset.repo in ("h94/IP-Adapter", "h94/IP-Adapter-FaceID"):
+            stem = Path(preset.file).stem
+            for this, that in alike.items():
+                stem = stem.replace(this, that)
+            projection = RELEASED[stem.replace("ip-adapter-faceid", "faceid")][1]()
+            told = [(one.patches, one.faces, one.feature_dim) for one in (preset, projection)]
+            assert told[0] == told[1], preset.name
+            found[preset.name] = told[0]
+    assert len(found) == 18 and len(set(found.values())) == 5
 
 
 @cache

@@ -230,7 +230,7 @@ def test_embeddings_that_do_not_fit_are_refused(narrow, models, monkeypatch):
         features(alone, ImageGroup([replace(found, sha256=other)]))
     with monkeypatch.context() as patched:  # the published one is known, fetched or not
         plus = PRESETS["adapter", "plus"]
-        patched.setattr("generate.embeddings.model_sha256", lambda path: plus.sha256)
+        patched.setattr("generate.fit.model_sha256", lambda path: plus.sha256)
         features(
             alone,
             ImageGroup([replace(found, sha256=other | {"image_encoder": PRESETS["image_encoder", "vit-h"].sha256})]),
@@ -373,3 +373,65 @@ def test_a_mistake_gets_one_line(name, folder, monkeypatch):
     result = sample(*given, *([] if "--output" in given else ["--output", "out.png"]))
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert message in result.stderr and sorted(folder.rglob("*")) == before
+
+
+NAMED = {  # what is wrong with names alone, whose files are not here
+    "patches": (
+        ["--adapter", "plus", "--less", "a"],
+        "--less: --adapter plus reads patches of the picture, from which",
+    ),
+    "no text tower": (["--adapter", "base", "--less", "a"], "--less: --image-encoder vit-h has no text tower beside"),
+    "no text tower in a file": (
+        ["--base", "sdxl", "--image-encoder", "image.safetensors", "--adapter", "sdxl-vit-h", "--less", "a"],
+        "--less: image.safetensors has no text tower beside the image encoder",
+    ),
+    "layers": (
+        ["--base", "sd15", "--layers", "up.block_0.1"],
+        "at character 1: this base has no such layers; there are",
+    ),
+    "embeddings": (
+        ["--image", "a.safetensors", "--adapter", "plus"],
+        "holds embeddings of 64; --adapter plus reads patches of 1280",
+    ),
+    "of another encoder": (
+        ["--image", "wide.safetensors", "--adapter", "base"],
+        "made by the image encoder with SHA-256 bbbbbbbbbb... for another adapter; --adapter base reads that with 6ca9667da1",
+    ),
+    "weights": (
+        ["--image", "wide.safetensors", "--adapter", "vit-g", "--weights", 1, 1],
+        "holds embeddings of 1024; --adapter vit-g",
+    ),
+    "many weights": (
+        ["--image", "wide.safetensors", "--adapter", "sdxl-vit-h", "--weights", 1, 2, 3],
+        "3 given, 2 wanted",
+    ),
+    "negatives": (
+        ["--adapter", "plus", "--negative-image", *["a.png"] * 3],
+        "--negative-image: 3 given for 1 pictures",
+    ),
+    "a face": (
+        ["--adapter", "plus", "--face-embedding", "face.npy"],
+        "--face-embedding: for FaceID adapters; --adapter plus",
+    ),
+    "faces": (["--adapter", "faceid", "--negative-noise", 0.5], "--negative-noise: --adapter faceid reads faces"),
+    "structure": (["--adapter", "plus-face", "--structure-scale", 1], "for FaceID-plus version 2; --adapter plus-face"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_names_tell_is_refused_before_anything_is_fetched(name, tmp_path, image_tower, monkeypatch):
+    def fetched(*given: object) -> Path:
+        raise AssertionError("fetched")
+
+    given, message = NAMED[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("generate.models.fetch", fetched)
+    drawn(1).save("a.png")
+    np.save("face.npy", np.ones(512, np.float32))
+    save_file(image_tower.state_dict(), "image.safetensors")
+    write_features(Path("a.safetensors"), Features(torch.ones(1, 64)))
+    other = {"adapter": "a" * 64, "image_encoder": "b" * 64 if name == "of another encoder" else ""}
+    write_features(Path("wide.safetensors"), Features(torch.ones(2, 1024), sha256=other))
+    result = sample(*(given if "--image" in given else ["--image", "a.png", *given]), "--output", "out.png")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
