@@ -67,11 +67,7 @@ class CLIPText(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, 77) -> (batch, 77, width): last hidden states, behind the final LayerNorm."""
-        return self.last(self.penultimate(tokens))
-
-    def penultimate(self, tokens: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """tokens (batch, 77) -> (batch, 77, width): the output of the last layer but one, without a LayerNorm."""
-        return self.hidden(tokens, 1, vectors)
+        return self.last(self.hidden(tokens, 1))
 
     def hidden(self, tokens: Tensor, skip: int, vectors: Tensor | None = None) -> Tensor:
         """tokens (batch, 77) -> (batch, 77, width): the output of the last layer but `skip`, without a LayerNorm.
@@ -89,7 +85,7 @@ class CLIPText(nn.Module):
         return x
 
     def last(self, x: Tensor) -> Tensor:
-        """The rest of the way, from `penultimate` to the last hidden states."""
+        """The rest of the way, from the last layer but one to the last hidden states."""
         x = self.text_model["encoder"]["layers"][-1](x, causal=True)
         return self.text_model["final_layer_norm"](x)
 

@@ -45,6 +45,7 @@ WRITTEN = {
     ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"},
     ".webp": {"format": "WEBP", "lossless": True},
 }
+Picture = str | Path | Image.Image  # a file, or opened
 KEY = "ipadapter"  # under which a picture holds its settings
 LONGEST = 65_000  # bytes; a JPEG's EXIF has no room for more
 

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
@@ -14,10 +13,9 @@ from files.colours import to_rgb
 from files.decoding import LARGE as MOST
 from files.errors import Notice, UserError
 from files.masks import open_mask
-from files.pictures import from_pil, open_picture, to_pil
+from files.pictures import Picture, from_pil, open_picture, to_pil
 from ipadapter import Prompt
 
-Picture = str | Path | Image.Image
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
 STRENGTH = 0.8  # of image to image, where none is asked for; to make a part anew it is 1
 LARGE = 4  # times the area that a base was made for: a picture that has more is brought down

@@ -13,12 +13,10 @@ from control import Control, T2IAdapter
 from control.canny import canny
 from files.errors import Notice, UserError
 from files.masks import open_mask, values
-from files.pictures import from_pil, open_picture
+from files.pictures import Picture, from_pil, open_picture
 from generate.canvas import Canvas
 from generate.models import Models
 from weights.control import INPAINT, SHUFFLE, Net, task_of
-
-Picture = str | Path | Image.Image
 
 
 @dataclass(frozen=True)

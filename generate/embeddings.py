@@ -14,10 +14,10 @@ from clip import CLIPImage, TwoTowerEncoder, preprocess, tokenize
 from files.errors import Notice, UserError
 from files.faces import find_faces, read_embedding
 from files.features import Features, is_features, read_features, write_features
-from files.pictures import open_picture
+from files.pictures import Picture, open_picture
 from generate.fit import check_base, check_read, encoders
 from generate.framing import tiles
-from generate.group import ImageGroup, Picture
+from generate.group import ImageGroup
 from generate.models import Models
 from ipadapter import IPAdapter
 from ipadapter.adapter import image_features, null_features

@@ -6,17 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from files.errors import Notice, UserError
 from files.features import Features, is_features
 from files.masks import open_mask, values
+from files.pictures import Picture
 from generate.framing import check_framing
 from generate.layers import Factors
 from ipadapter import ImagePrompt, Prompt, Scale
-
-Picture = str | Path | Image.Image
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from control import attentions, controlled
 from files.errors import UserError
-from files.pictures import to_pil
-from generate.canvas import Picture, canvas_of, size_of
+from files.pictures import Picture, to_pil
+from generate.canvas import canvas_of, size_of
 from generate.control import Hint, follow
 from generate.editing import IMAGE_GUIDANCE, ROWS, beginning, check_reads, steps_that_run
 from generate.group import tell_effects

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from files.errors import UserError
 from files.features import Features
+from files.pictures import Picture
 from generate.embeddings import check_group, tokens
 from generate.framing import within
-from generate.group import ImageGroup, Picture, mask_tensor, swap, weighed
+from generate.group import ImageGroup, mask_tensor, swap, weighed
 from generate.layers import factors
 from generate.models import Models
 from generate.text import encoded

@@ -87,9 +87,12 @@ class Base:
             return TwoTowerEncoder(self.text(), self.part("second text tower"))
         return TextEncoder(self.text(), self.family.text[0].pad)
 
+    def parts(self) -> dict[str, Part]:
+        """By their names. Read anew each time: a mapped file costs nothing to open, its pages can go once a model is built."""
+        return parts(gather(self.path, self.vae_file, self.text_files), self.family)
+
     def part(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
-        # Read anew each time: a mapped file costs nothing to open, and its pages can go when the model is built.
-        part = parts(gather(self.path, self.vae_file, self.text_files), self.family)[name]
+        part = self.parts()[name]
         file = files_of(self.path, self.vae_file, self.text_files)[name]
         model = fill(part.make, part.state, file, dtype or self.dtype, self.device)
         if self.loras and name in LORA_PARTS:

@@ -9,7 +9,7 @@ from control import ControlNet, ControlNetUnion, T2IAdapter
 from files.tensors import State, WeightsError
 from ipadapter.low_rank import LowRank, total
 from unet import UNetConfig
-from weights.base import Base, gather, parts
+from weights.base import Base
 from weights.configs import encoder_config, hint_widths, t2i_config
 from weights.diffusers import read_part
 from weights.diffusers_names import control_from_diffusers, t2i_from_diffusers
@@ -86,7 +86,7 @@ def build_control(state: State) -> Net:
 
 def expanded(path: str | Path, state: State, base: Base, device: torch.device | str) -> State:
     """A Control-LoRA (Stability AI): what it changes is a product of two thin matrices, what it lacks is the base's own."""
-    unet = parts(gather(base.path, base.vae_file, base.text_files), base.family)["UNet"].state
+    unet = base.parts()["UNet"].state
     whole = {key: w for key, w in unet.items() if key.startswith(ENCODER)}
     if str(device) == "meta":
         state, whole = ({key: w.to("meta") for key, w in one.items()} for one in (state, whole))
