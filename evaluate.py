@@ -19,7 +19,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also under python -P
-import start  # noqa: F401, isort: skip, before what is slow to import
+from cli import start  # noqa: F401, isort: skip, before what is slow to import
 
 import argparse
 import json
@@ -29,14 +29,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
+from cli import flags, terminal
 from files.errors import UserError
 from files.pictures import save_picture
 from files.whole import write_text
 from generate import Models, open_models, pictures, prompts
 from ipadapter import Prompt
-from measures import SCORES, batches, best_and_worst, open_judge, scores, shown, summary
 from training.data import open_pairs
+from training.measures import SCORES, batches, best_and_worst, open_judge, scores, shown, summary
 from training.pairs import Pair
 from training.recipes import TINY, check_reads_pictures, resolve_pictures
 from training.results import find_results, made_results, made_with, open_folder, readable, result_names, to_make
@@ -132,30 +132,30 @@ def report(result: dict, judge: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     bundled = str(TINY / "data/unseen-drawings-*.tar.gz")
     add("--data", nargs="+", default=[bundled], help="pairs: folder, shards or list (default: bundled unseen drawings)")
     root = "where relative paths in lists start (default: each list's own folder)"
-    add("--data-root", type=cli.path, metavar="DIR", help=root)
-    add("--limit", type=cli.whole(1), metavar="N", help="the first N pairs (default: all)")
-    add("--results", type=cli.path, metavar="R", help="score the pictures in this folder; make none")
-    add("--pictures", type=cli.path, metavar="P", help="where the made pictures go (default: --output without .json)")
-    add("--output", type=cli.path, default=Path("outputs/evaluate.json"), help="a .json (default: %(default)s)")
+    add("--data-root", type=flags.path, metavar="DIR", help=root)
+    add("--limit", type=flags.whole(1), metavar="N", help="the first N pairs (default: all)")
+    add("--results", type=flags.path, metavar="R", help="score the pictures in this folder; make none")
+    add("--pictures", type=flags.path, metavar="P", help="where the made pictures go (default: --output without .json)")
+    add("--output", type=flags.path, default=Path("outputs/evaluate.json"), help="a .json (default: %(default)s)")
     add("--clip", metavar="C", help="the judge: a CLIP file, or MODEL/PRETRAINED of open_clip (default: the tiny CLIP)")
     add("--clip-gelu", choices=("quick", "erf"), help="of a CLIP file (default: quick for ViT-B and ViT-L, else erf)")
     add("--caption-prefix", default="", help='before captions when scoring, as "A photo depicts " (default: nothing)')
-    add("--num-samples", type=cli.whole(1), metavar="N", help="for each pair (default: 4; of --results: all)")
+    add("--num-samples", type=flags.whole(1), metavar="N", help="for each pair (default: 4; of --results: all)")
     add("--text", action="store_true", help="each pair's caption as text prompt (default: empty text)")
-    add("--scale", type=cli.number(0), default=1.0, metavar="S", help="of the image prompt (default: %(default)s)")
-    add("--steps", type=cli.whole(1, 1000), default=50, help="DDIM steps (default: %(default)s)")
-    add("--guidance-scale", type=cli.number(0), default=7.5, metavar="G", help="1 is off (default: %(default)s)")
-    add("--seed", type=cli.whole(0, 2**62), default=0, help="sample j: noise of seed + j (default: %(default)s)")
-    add("--height", type=cli.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
-    add("--width", type=cli.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
-    add("--batch-size", type=cli.whole(1), default=8, metavar="B", help="pictures at a time (default: %(default)s)")
-    cli.models(parser)
-    cli.machine(parser, what="when making")
+    add("--scale", type=flags.number(0), default=1.0, metavar="S", help="of the image prompt (default: %(default)s)")
+    add("--steps", type=flags.whole(1, 1000), default=50, help="DDIM steps (default: %(default)s)")
+    add("--guidance-scale", type=flags.number(0), default=7.5, metavar="G", help="1 is off (default: %(default)s)")
+    add("--seed", type=flags.whole(0, 2**62), default=0, help="sample j: noise of seed + j (default: %(default)s)")
+    add("--height", type=flags.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
+    add("--width", type=flags.side, help="pixels, a multiple of 8 (default: the base's; tiny 128)")
+    add("--batch-size", type=flags.whole(1), default=8, metavar="B", help="pictures at a time (default: %(default)s)")
+    flags.models(parser)
+    flags.machine(parser, what="when making")
     args = parser.parse_args()
 
     if args.output.suffix != ".json" or args.output.is_dir():
@@ -175,9 +175,9 @@ def parse() -> argparse.Namespace:
         args.num_samples = args.num_samples or 4
         args.dtype_name = args.dtype_name or ("float16" if args.device.type == "cuda" else "float32")
     for flag, path in (("--output", args.output), ("--pictures", args.pictures or args.output)):
-        cli.check_writable(flag, path, path.absolute().parent)
+        flags.check_writable(flag, path, path.absolute().parent)
     return args
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    terminal.run(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-import cli
+from cli import flags, terminal
 from files.pictures import save_picture, to_pil
 from files.sheets import sheet
 from generate import Models, open_models, pictures, prompts
@@ -23,9 +23,9 @@ SIDE = 76  # pixels of a picture in the sheet
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=cli.path, default=Path("outputs"), help="a folder (default: %(default)s)")
-    parser.add_argument("--rows", type=cli.whole(1, 100), default=4, help="of each sheet (default: %(default)s)")
-    parser.add_argument("--seed", type=cli.seed(2**63 - 1), default=0, help="(default: %(default)s)")
+    parser.add_argument("--output", type=flags.path, default=Path("outputs"), help="a folder (default: %(default)s)")
+    parser.add_argument("--rows", type=flags.whole(1, 100), default=4, help="of each sheet (default: %(default)s)")
+    parser.add_argument("--seed", type=flags.seed(2**63 - 1), default=0, help="(default: %(default)s)")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     models = open_models()
@@ -54,4 +54,4 @@ def half(picture: Image.Image, below: bool) -> Image.Image:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    terminal.run(main)

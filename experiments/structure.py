@@ -9,7 +9,7 @@ image prompt each; there is no text. The drawings are unseen ones.
 import argparse
 from pathlib import Path
 
-import cli
+from cli import flags, terminal
 from control.canny import canny
 from files.pictures import save_picture, to_pil
 from files.sheets import sheet
@@ -25,8 +25,8 @@ HINTS, PROMPTS = (2, 3, 4, 8), (1, 7, 10, 11, 13)  # of the unseen drawings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=cli.path, default=Path("outputs"), help="a folder (default: %(default)s)")
-    parser.add_argument("--seed", type=cli.seed(2**63 - 1), default=0, help="(default: %(default)s)")
+    parser.add_argument("--output", type=flags.path, default=Path("outputs"), help="a folder (default: %(default)s)")
+    parser.add_argument("--seed", type=flags.seed(2**63 - 1), default=0, help="(default: %(default)s)")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     models = open_models(controls=["tiny-edges", "tiny-silhouette"])
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    terminal.run(main)

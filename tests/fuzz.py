@@ -45,7 +45,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-import cli
+from cli import flags
 from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
 from control import ControlNet, T2IAdapter, T2IConfig
 from files.errors import UserError
@@ -558,7 +558,7 @@ def prompt_file(rng: Random, folder: Path) -> Path:
 
 def read_prompts(path: Path) -> None:
     """In every syntax; each that can be read makes chunks of at most 75 tokens."""
-    text = cli.text(os.fsdecode(path.read_bytes()))
+    text = flags.text(os.fsdecode(path.read_bytes()))
     opened = [Embedding(path, (name,), (torch.ones(2, 8),)) for name in ("sks", "<sks-2>")]
     refused = None
     for syntax in SYNTAXES:
@@ -769,19 +769,19 @@ def read_texts(path: Path) -> None:
     """As every kind of flag, by the parser that the scripts have."""
     text = os.fsdecode(path.read_bytes()).replace("\0", "")  # no argument of a process can have one
     kinds = (
-        cli.whole(0),
-        cli.whole(1, 9),
-        cli.number(),
-        cli.share,
-        cli.seed(9),
-        cli.text,
-        cli.weighted,
-        cli.called,
-        cli.side,
-        cli.device,
+        flags.whole(0),
+        flags.whole(1, 9),
+        flags.number(),
+        flags.share,
+        flags.seed(9),
+        flags.text,
+        flags.weighted,
+        flags.called,
+        flags.side,
+        flags.device,
     )
-    for kind in (*kinds, cli.path):
-        parser = cli.Parser(exit_on_error=True)
+    for kind in (*kinds, flags.path):
+        parser = flags.Parser(exit_on_error=True)
         parser.add_argument("--x", type=kind)
         with contextlib.suppress(SystemExit):
             parser.parse_args([f"--x={text}"])

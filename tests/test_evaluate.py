@@ -25,9 +25,9 @@ from transformers import CLIPConfig, CLIPModel
 
 from clip import preprocess
 from files.errors import UserError
-from measures import centre, open_judge
 from sampler import SAMPLERS
 from training.data import open_pairs
+from training.measures import centre, open_judge
 from training.results import find_results, open_folder, result_names
 from weights import WeightsError
 from weights.clip import load_clip

@@ -30,9 +30,7 @@ ROOMS = (
     "files",
     "generate",
     "training",
-    "cli.py",
-    "flags.py",
-    "flags_control.py",
+    "cli",
     "sample.py",
 )  # not a virtual environment beside them
 
@@ -135,7 +133,7 @@ entered = set()
 def watch(frame, event, arg):
     if event == "call":
         entered.add(frame.f_code)
-import sample, cli
+import sample
 sys.setprofile(watch)
 try:
     sample.main()

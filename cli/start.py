@@ -1,9 +1,9 @@
 """What a script needs before its slow imports. Every script imports this first; it takes Python's own library alone.
 
 - An old Python is told in one line, not by a traceback out of syntax that it does not know.
-- Ctrl-C while packages are imported ends the script in one line, too; `cli.run` takes over from there.
+- Ctrl-C while packages are imported ends the script in one line, too; `cli.terminal.run` takes over from there.
 - Python looks for garbage again and again among the million objects that importing PyTorch makes, and when they go: a
-  third of that time. Not here: `cli` ends with `gc.freeze`, which sets them apart for good.
+  third of that time. Not here: `cli.terminal` ends with `gc.freeze`, which sets them apart for good.
 """
 
 import gc

@@ -1,0 +1,1 @@
+"""What the scripts share at the command line: the terminal, flags, and what those of sample.py come to."""
