@@ -90,7 +90,7 @@ def test_what_an_adapter_reads_is_told_by_its_name():
             told = [(one.patches, one.faces, one.feature_dim) for one in (preset, projection)]
             assert told[0] == told[1], preset.name
             found[preset.name] = told[0]
-    assert len(found) == 18 and len(set(found.values())) == 5
+    assert len(found) == 19 and len(set(found.values())) == 5
 
 
 @cache
