@@ -12,7 +12,7 @@ from cli.flags import called
 from cli.terminal import warn
 from files.errors import UserError
 from files.features import SUFFIXES
-from generate.layers import check_layers, read_curve
+from generate.layers import read_curve
 
 # What belongs to an image prompt, and what it is where nothing is said
 OF_IMAGE = {
@@ -62,8 +62,8 @@ def image_groups(
             is opened, all of them.
 
     Raises:
-        UserError: what belongs to an image prompt, and there is none; several scales for more than one; layers or a
-            curve that say nothing.
+        UserError: what belongs to an image prompt, and there is none; several scales for more than one; a curve
+            that says nothing.
     """
     given = [vars(group) for group in opened if hasattr(group, "image")]
     common = {name: common[name] for name in OF_IMAGE if common.get(name) is not None}
@@ -85,11 +85,9 @@ def image_groups(
 
 
 def complete(group: Group) -> None:
-    """Read what is written in one word: weights behind pictures, layers, a curve, a folder. Raises UserError."""
+    """Read what is written in one word: weights behind pictures, a curve, a folder. Raises UserError."""
     if any(":" in name for name in group.image):
         group.image, group.weights = weights_of(group.image, group.weights)
-    if group.layers != OF_IMAGE["layers"]:
-        check_layers(group.layers)
     if isinstance(group.curve, str) and group.curve != OF_IMAGE["curve"]:
         group.curve = read_curve(group.curve)
     if group.each:

@@ -83,7 +83,7 @@ def image_group(group: Group, adapter: int) -> ImageGroup:
         crop_position=group.crop_position,
         negative_image=[prompting(name) for name in group.negative_image],
         negative_noise=group.negative_noise,
-        less=group.less and less(group.less),
+        less=None if group.less is None else less(group.less),
         faces=group.face_embedding,
         structure_scale=group.structure_scale,
     )
@@ -91,11 +91,15 @@ def image_group(group: Group, adapter: int) -> ImageGroup:
 
 def prompting(name: str) -> Image.Image | Features:
     """A picture, or an embedding of pictures. Raises UserError."""
+    if os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f"{name}: a folder, not a picture; with `each` there is a result for each picture in it")
     return read_features(name) if is_features(name) else picture(name)
 
 
 def less(text: str) -> tuple[str, float]:
     """A text and its weight. Raises UserError."""
+    if not text:
+        raise UserError("`less`: a text is wanted, which is taken off the picture's embedding")
     try:
         return weighted(text)
     except argparse.ArgumentTypeError as error:

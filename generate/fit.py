@@ -8,7 +8,7 @@ from files.errors import UserError
 from files.faces import FACE_DIM, read_embedding
 from files.features import Features, is_features, read_features
 from generate.group import ImageGroup, check_weights
-from generate.layers import factors
+from generate.layers import check_layers, factors
 from ipadapter import IPAdapter
 from ipadapter.adapter import Projection
 from unet import layer_names
@@ -127,8 +127,7 @@ def check_base(group: ImageGroup, reader: Adapter, base: Base | Preset) -> None:
     else:
         family, config = drawn_by(base.family, base.config.channels), base.config
         second = base.texts[-1].projection if len(base.texts) == 2 else None
-    if config:
-        factors(group.layers, layer_names(config), family)
+    factors(group.layers, layer_names(config), family) if config else check_layers(group.layers)
     if group.less and second != reader.projection.feature_dim:
         check_text_tower(reader.image_encoder)
 

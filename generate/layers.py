@@ -117,8 +117,9 @@ def parts(spec: str) -> list[tuple[str, float, int]]:
 
 
 def covered(name: str, names: Sequence[str]) -> list[int]:
-    """The numbers of the layers that a name means."""
-    name = "mid" if name == "middle" else name
+    """The numbers of the layers that a name means; `up_blocks.0.attentions.1` is `up.block_0.1`."""
+    name = re.sub(r"^(down|up)_blocks\.(\d+)(\.attentions(?=\.))?", r"\1.block_\2", name)
+    name = "mid" if name in ("middle", "mid_block", "mid_block.attentions.0") else name
     return [i for i, one in enumerate(names) if name == "all" or one == name or one.startswith(f"{name}.")]
 
 
@@ -133,13 +134,12 @@ def refusal(spec: str, part: str, at: int, names: Sequence[str]) -> UserError:
     return UserError(f"`layers` {spec!r}: {part!r} at character {at}: {what}{hint}; there are {', '.join(allowed)}")
 
 
-def check_layers(spec: str) -> str:
-    """A line as it is; refused is what means nothing in any base, before one is opened. Raises UserError."""
+def check_layers(spec: str) -> None:
+    """Refuse what means nothing in any base. Raises UserError."""
     try:
         factors(spec, layer_names(SD15), SD1)
     except UserError:
         factors(spec, layer_names(SDXL), SDXL_FAMILY)
-    return spec
 
 
 def read_curve(text: str) -> str | tuple[float, ...]:

@@ -140,6 +140,8 @@ def test_lines_of_layers():
         "up.block_1.1": -1,
     }
     assert told("all,down=0") == told("up,middle")
+    theirs = "up_blocks.0.attentions.1, down_blocks.2=0.5, mid_block"
+    assert told(theirs, True) == told("up.block_0.1,down.block_2=0.5,mid", True)
     for everywhere in ("all", "linear", "strong-style-and-composition", "down,middle,up"):
         assert factors(everywhere, layer_names(SD15), SD1) is None
 

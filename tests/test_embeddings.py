@@ -356,6 +356,8 @@ MISTAKES = {
     "kind": (["--image", WEIGHTS / "clip-tiny.safetensors"], "an embedding of pictures is wanted here"),
     "save": (["--image", "a.png", "--save-embedding", "x.bin"], "--save-embedding x.bin: a name that ends in"),
     "saves": (["--save-embedding", "x.safetensors", *["--image", "a.png"] * 2], "given for 2 image prompts"),
+    "less of nothing": (["--image", "a.png", "--less", ""], "--less: a text is wanted"),
+    "a folder": (["--image", "."], ".: a folder, not a picture; with --each there is a result for each picture in it"),
     "each": ([*["--image", ".", "--each"] * 2], "--each: for one image prompt, not for more"),
     "each with a grid": (["--image", ".", "--each", "--grid"], "--each: is without --grid"),
     "no pictures": (["--image", "nothing", "--each"], "nothing: no pictures in this folder"),
