@@ -74,7 +74,7 @@ class Canvas:
 
 
 def canvas_of(
-    init: Picture | None = None,
+    init: Picture | Canvas | None = None,
     inpaint: Picture | None = None,
     strength: float | None = None,
     outpaint: Sequence[int] | None = None,
@@ -85,11 +85,22 @@ def canvas_of(
     Raises:
         UserError: what does not go together or is out of its range; a picture that cannot be used, a mask that is none.
     """
-    if init is None:
-        given = {"inpaint": inpaint, "strength": strength, "outpaint": outpaint, "only_masked": only_masked}
-        if lone := next((name for name, value in given.items() if value is not None), None):
-            raise UserError(f"`{lone}`: goes with `init`, the picture to begin with")
-        return None
+    if init is not None and not isinstance(init, Canvas):
+        return begun(init, inpaint, strength, outpaint, only_masked)
+    given = {"inpaint": inpaint, "strength": strength, "outpaint": outpaint, "only_masked": only_masked}
+    if init is None and (lone := next((name for name, value in given.items() if value is not None), None)):
+        raise UserError(f"`{lone}`: goes with `init`, the picture to begin with")
+    return init
+
+
+def begun(
+    init: Picture,
+    inpaint: Picture | None,
+    strength: float | None,
+    outpaint: Sequence[int] | None,
+    only_masked: int | None,
+) -> Canvas:
+    """As `canvas_of`, where there is a picture."""
     if strength is not None and not 0 <= strength <= 1:
         raise UserError(f"`strength`: {strength:g} given, a number from 0 to 1 is wanted")
     if only_masked is not None and only_masked < 0:
@@ -121,8 +132,11 @@ def size_of(canvas: Canvas | None, side: int, height: int | None = None, width: 
         height, width: as asked for. One alone brings the other by the picture's aspect. None: the picture's own, or,
             where that is too large or only a part is worked on, its aspect in the area that the base was made for.
     """
-    if canvas is None:
-        return height or side, width or side
+    return size_with(canvas, side, height, width) if canvas else (height or side, width or side)
+
+
+def size_with(canvas: Canvas, side: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """As `size_of`, where there is a picture."""
     across, down = canvas.picture.size
     if height and width:
         off = min(abs(height * across / down - width), abs(width * down / across - height))

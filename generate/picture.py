@@ -11,9 +11,9 @@ from torch import Tensor
 from control import attentions, controlled
 from files.errors import UserError
 from files.pictures import Picture, to_pil
-from generate.canvas import canvas_of, size_of
+from generate.canvas import Canvas, canvas_of, size_of
 from generate.control import Hint, follow
-from generate.editing import IMAGE_GUIDANCE, ROWS, beginning, check_reads, steps_that_run
+from generate.editing import IMAGE_GUIDANCE, ROWS, Beginning, beginning, check_reads, steps_that_run
 from generate.group import tell_effects
 from generate.models import Models
 from generate.prompt import sized
@@ -50,8 +50,8 @@ def pictures(
     # Pixels, multiples of 8; None: what the base was made for, or the size of `init` (see `size_of`).
     height: int | None = None,
     width: int | None = None,
-    # A picture to begin with, a file or a picture, in the place of pure noise.
-    init: Picture | None = None,
+    # A picture to begin with, a file or a picture, in the place of pure noise; or one with its mask and all (`canvas_of`).
+    init: Picture | Canvas | None = None,
     # How far from `init` to go: the last int(steps * strength) steps run. None: 0.8; with a mask 1, all, from pure noise.
     strength: float | None = None,
     # A mask over `init`: white is made anew, black stays; grey is between, where the base is none for inpainting.
@@ -78,7 +78,8 @@ def pictures(
     if sampler not in SAMPLERS:
         raise UserError(f"`sampler`: {sampler!r} given, one of {', '.join(SAMPLERS)} is wanted")
     canvas = canvas_of(init, inpaint, strength, outpaint, only_masked)
-    check_reads(models.base, canvas)
+    if models.base.channels != 4:
+        check_reads(models.base, canvas)
     height, width = size_of(canvas, models.side, height, width)
     if height % 8 or width % 8:
         raise UserError(f"`height` and `width`: {height} and {width} given, multiples of 8 are wanted")
@@ -92,7 +93,8 @@ def pictures(
     guidance_scale = usual_guidance(models, sampler) if guidance_scale is None else max(1.0, guidance_scale)
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
-    image_guidance_scale = half_guidance(models.base, prompts, image_guidance_scale)
+    if image_guidance_scale is not None or models.base.channels == INSTRUCTED:
+        image_guidance_scale = half_guidance(models.base, prompts, image_guidance_scale)
     across, down = canvas.picture.size if canvas and canvas.padding is not None else (width, height)
     tell_effects(prompts, len(levels) - 1, down, across)
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
@@ -104,9 +106,10 @@ def pictures(
     ]
     if canvas:
         parts = [(*(canvas.framed(one, height, width) for one in pair), some) for *pair, some in parts]
-    first = beginning(models, canvas, height, width)
+    like = torch.empty(1, 4, height // 8, width // 8, device=models.device)
+    first = beginning(models, canvas, like) if canvas else Beginning(like)
     unet = models.unet(face=any(p.images for p in prompts))
-    nets = follow(models, controls, height, width, canvas)
+    nets = follow(models, controls, height, width, canvas) if controls else []
     layers = list(attentions(unet, nets))
     model = controlled(unet, nets) if nets else unet
     model = model if models.base.channels == 4 else widened(model)
