@@ -23,14 +23,10 @@ def main() -> None:
         projection = ImageProjection(128, 64, num_tokens=4)
         return Variant("simple", lab.base.unet(), projection, simple, list(projection.parameters()))
 
-    makers = {
-        "decoupled": lambda: lab.adapter("decoupled", ImageProjection(128, 64, num_tokens=4)),
-        "simple": concatenated,
-    }
-    rows, columns = {}, {}
-    for name, make in makers.items():
-        rows[name], columns[name] = lab.trial(make)
-    lab.report("decoupled", rows, columns)
+    def decoupled() -> Variant:
+        return lab.adapter("decoupled", lambda: ImageProjection(128, 64, num_tokens=4))
+
+    lab.compare("decoupled", {"decoupled": decoupled, "simple": concatenated})
 
 
 if __name__ == "__main__":

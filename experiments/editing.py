@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     models = open_models()
-    some = to_pil(drawings.load("unseen-drawings", limit=2 * args.rows).pixels / 127.5 - 1)
+    some = to_pil(drawings.to_unit(drawings.load("unseen-drawings", limit=2 * args.rows).pixels))
     drawn, painted = [], []
     for i, (begin, prompt) in enumerate(zip(some[::2], some[1::2], strict=True)):
         mask = half(begin, below=i % 2 == 1)

@@ -20,18 +20,14 @@ def main() -> None:
     lab = Lab(arguments(__doc__))
 
     def adapter() -> Variant:
-        return lab.adapter("adapter, base frozen", ImageProjection(128, 64, num_tokens=4))
+        return lab.adapter("adapter, base frozen", lambda: ImageProjection(128, 64, num_tokens=4))
 
     def fine_tuned() -> Variant:
         projection, unet = ImageProjection(128, 64, num_tokens=4), lab.base.unet().requires_grad_()
         trained = [*unet.parameters(), *projection.parameters()]
-        return Variant("UNet fine-tuned", unet, projection, instead_of_text, trained)
+        return Variant("UNet fine-tuned", unet, projection, instead_of_text, trained, lab.args.learning_rate / 10)
 
-    rows, columns = {}, {}
-    for make, rate in ((adapter, lab.args.learning_rate), (fine_tuned, lab.args.learning_rate / 10)):
-        name = make().name
-        rows[name], columns[name] = lab.trial(make, rate)
-    lab.report("finetune", rows, columns)
+    lab.compare("finetune", {"adapter, base frozen": adapter, "UNet fine-tuned": fine_tuned})
 
 
 if __name__ == "__main__":

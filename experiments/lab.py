@@ -6,7 +6,7 @@ own image encoder, and 16x16 colour thumbnails, which took no part in any traini
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from files.sheets import sheet
 from files.whole import write_text
 from generate.picture import denoise
 from ipadapter import IPAdapter, Prompt
-from ipadapter.adapter import image_features, null_features
+from ipadapter.adapter import null_features
 from ipadapter.objective import drops, noise_loss
 from sampler import SAMPLERS, add_noise, guided, noise, v_weight
 from tiny import drawings
 from tiny.measure import image_embeds, text_embeds, thumbnail
+from tiny.trainer import BASE, ENCODER
 from training.cache import Cache
 from training.chance import draws
 from training.data import open_pairs
@@ -37,7 +38,6 @@ from weights.diffusers import model_sha256
 from weights.hub import cached
 from weights.presets import PRESETS
 
-BASE, ENCODER = cached(PRESETS["base", "tiny"]), cached(PRESETS["image_encoder", "tiny"])
 BASE_ADAPTER = cached(PRESETS["adapter", "tiny"])  # the paper's kind; the default is full-face
 DATA = Path(drawings.__file__).parent / "data"
 SIDE = 128
@@ -99,6 +99,7 @@ class Variant:
     projection: nn.Module  # CLIP features to tokens
     prompt: Callable[[Tensor, Tensor], Prompt]  # text features and tokens to what the UNet reads
     trained: list[nn.Parameter] = field(default_factory=list)
+    learning_rate: float | None = None  # None: that of the flags
 
 
 def decoupled(adapter: IPAdapter, scale: float = 1.0) -> Callable[[Tensor, Tensor], Prompt]:
@@ -131,9 +132,7 @@ class Lab:
         self.x = drawings.to_unit(unseen.pixels)
         self.captions = [unseen.styled(i) for i in range(len(unseen))]
         with torch.no_grad():
-            self.patches = torch.cat(
-                [image_features(self.image, p, True) for p in drawings.clip_pixels(self.x).split(8)]
-            )
+            self.patches = torch.cat([self.image.penultimate(p) for p in drawings.clip_pixels(self.x).split(8)])
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Features of these training drawings."""
@@ -147,35 +146,42 @@ class Lab:
     def no_image(self, variant: Variant) -> Tensor:
         return null_features(self.image, torch.zeros(1, 3, SIDE, SIDE), variant.projection.patches)
 
-    def adapter(self, name: str, projection: nn.Module) -> Variant:
-        """A new adapter on the frozen base."""
-        unet = self.base.unet()
+    def adapter(self, name: str, make: Callable[[], nn.Module]) -> Variant:
+        """A new adapter, with a new image projection, on the frozen base."""
+        projection, unet = make(), self.base.unet()
         adapter = IPAdapter.for_unet(unet, projection)
         return Variant(name, unet, projection, decoupled(adapter), list(adapter.parameters()))
 
-    def trial(self, make: Callable[[], Variant], learning_rate: float | None = None) -> tuple[Scores, Tensor]:
+    def compare(self, name: str, makers: Mapping[str, Callable[[], Variant]]) -> None:
+        """Train the variants, each made anew for each training, and report."""
+        rows, columns = {}, {}
+        for title, make in makers.items():
+            rows[title], columns[title] = self.trial(make)
+        self.report(name, rows, columns)
+
+    def trial(self, make: Callable[[], Variant]) -> tuple[Scores, Tensor]:
         """Train a variant some times: its scores, one line for each training, and the first one's pictures."""
         rows, shown = [], None
         for seed in range(self.args.seed, self.args.seed + self.args.trainings):
             torch.manual_seed(seed)
             variant = make()
-            self.fit(variant, seed, learning_rate=learning_rate)
+            self.fit(variant, seed)
             y = self.pictures(variant)
             shown = y[0] if shown is None else shown
             rows.append(self.scores(y))
         trained = {"trained": sum(p.numel() for p in variant.trained)}
         return trained | {key: torch.cat([row[key] for row in rows]) for key in rows[0]}, shown
 
-    def fit(self, variant: Variant, seed: int, drop_text: float = 0.5, learning_rate: float | None = None) -> None:
+    def fit(self, variant: Variant, seed: int, drop_text: float = 0.5) -> None:
         """Train by the recipe of `train.py` for the tiny model: v loss, text dropped in half of the steps."""
-        args = self.args
-        optimizer = torch.optim.AdamW(variant.trained, learning_rate or args.learning_rate, weight_decay=0.01)
+        args, rate = self.args, variant.learning_rate or self.args.learning_rate
+        optimizer = torch.optim.AdamW(variant.trained, rate, weight_decay=0.01)
         averages = [p.detach().clone() for p in variant.trained]
         null = {"text": self.null["text"], "image": self.no_image(variant)[0]}
         bar = tqdm(range(args.steps), desc=variant.name, unit="step")
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = (learning_rate or args.learning_rate) * min(1.0, (step + 1) / 20)
+                group["lr"] = rate * min(1.0, (step + 1) / 20)
             places = list(range(step * args.batch_size, (step + 1) * args.batch_size))
             batch = self.batch([pair_at(seed, place, len(self.data)) for place in places])
             batch["image"] = self.features(variant, batch["image"])

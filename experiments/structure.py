@@ -31,11 +31,11 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     models = open_models(controls=["tiny-edges", "tiny-silhouette"])
     data = drawings.load("unseen-drawings", limit=max(HINTS + PROMPTS) + 1)
-    seen = to_pil(data.pixels / 127.5 - 1)
+    seen = to_pil(drawings.to_unit(data.pixels))
     pairs = [prompts(models, images=[seen[i]], scale=SCALE) for i in PROMPTS]
     rows = [[None, None, *(seen[i] for i in PROMPTS)]]
     for row, i in enumerate(HINTS):
-        filled = to_pil(silhouette(data.pixels[i])[None].expand(-1, 3, -1, -1) / 127.5 - 1)[0]
+        filled = to_pil(drawings.to_unit(silhouette(data.pixels[i])[None].expand(-1, 3, -1, -1)))[0]
         net = row % 2
         hint = Hint([canny(seen[i]), filled][net], net)
         made = [next(pictures(models, *pair, args.seed, steps=STEPS, controls=[hint])) for pair in pairs]

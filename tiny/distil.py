@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from clip import tokenize
+from files.whole import whole
 from ipadapter import IPAdapter, Prompt
 from sampler import add_noise
 from tiny import drawings
@@ -84,7 +85,8 @@ def main() -> None:
             tokens = torch.cat([teacher.image_proj(clip.image.penultimate(p)).half() for p in pixels])
             nothing = teacher.image_proj(clip.image.penultimate(torch.zeros_like(pixels[0][:1])))
             empty = clip.text(tokenize(""))
-            torch.save(ask(unet, teacher, empty, latents, tokens, nothing, args.answers), path)
+            with whole(path) as part:
+                torch.save(ask(unet, teacher, empty, latents, tokens, nothing, args.answers), part)
     drawn, kept = torch.load(path)
     adapter = new_adapter(unet, "base").requires_grad_()
     nn.init.normal_(adapter.image_proj.proj.weight, std=0.7 / embeds.shape[1] ** 0.5)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clip import CLIPText, tokenize
+from files.whole import whole
 from tiny import drawings, presets
 from tiny.train_clip import TwoTowers
 from tiny.trainer import load_ema
@@ -69,8 +70,8 @@ def stored(args: argparse.Namespace, data: drawings.Drawings) -> Tensor:
     while len(done) < len(data):
         some = data.pixels[len(done) : len(done) + 500].to(args.device)
         done = torch.cat([done, *(vae.encode(drawings.to_unit(p)).float() for p in some.split(8))])
-        torch.save(done, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        with whole(path) as part:
+            torch.save(done, part)
     return done[: len(data)]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from control import ControlNet, T2IAdapter, T2IConfig
 from control.canny import canny
+from files.whole import whole
 from ipadapter import Prompt
 from ipadapter.objective import noise_loss
 from sampler import add_noise, v_weight
@@ -64,7 +65,8 @@ def hints(args: argparse.Namespace, data: drawings.Drawings) -> Tensor:
     """(n, 1, 128, 128) uint8, from a file in `args.runs` if it is there."""
     path = args.runs / f"{args.kind}-hints.pt"
     if not path.exists():
-        torch.save(torch.stack([HINTS[args.kind](pixels) for pixels in data.pixels]), path)
+        with whole(path) as part:
+            torch.save(torch.stack([HINTS[args.kind](pixels) for pixels in data.pixels]), part)
     return torch.load(path, weights_only=True)[: len(data)].to(args.device)
 
 

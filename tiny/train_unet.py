@@ -6,8 +6,9 @@ python -m tiny.train_unet
 import torch
 from torch import Tensor, nn
 
-from ipadapter.attention import Prompt
-from sampler import SD, add_noise
+from ipadapter import Prompt
+from ipadapter.objective import adapter_loss
+from sampler import add_noise, loss_weight
 from tiny import drawings, presets
 from tiny.latents import Captions, scaled_vae, towers, views
 from tiny.trainer import arguments, train
@@ -31,8 +32,6 @@ def main() -> None:
         latents = torch.stack([view[0] for view in views(scaled_vae(args, data), data, args.device)])
         captions = Captions(towers(args).text, data, args.device)
     model = new_unet().to(args.device, memory_format=torch.channels_last)
-    snr = (a := SD.alphas_cumprod.to(args.device)) / (1 - a)
-    weights = (5 / snr).clamp(max=1)
     batch = args.batch_size
 
     def loss() -> Tensor:
@@ -42,8 +41,7 @@ def main() -> None:
         noise = torch.randn_like(x)
         prompt = Prompt(captions.draw(i, torch.rand(batch, device=args.device) < 0.1))
         noisy = add_noise(x, noise, t).contiguous(memory_format=torch.channels_last)
-        error = (model(noisy, t, prompt).float() - noise) ** 2
-        return (weights[t] * error.mean(dim=(1, 2, 3))).mean()
+        return adapter_loss(model, noisy, noise, t, prompt, loss_weight(t, "min-snr"))
 
     train("unet", model, loss, args)
 

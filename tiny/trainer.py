@@ -6,7 +6,6 @@ On a GPU one whole training step is captured as a CUDA graph, because steps this
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from files.whole import whole
 from unet.unet import Conv3x3
 from weights import load_image_encoder, open_base, read
 from weights.hub import cached
@@ -84,8 +84,8 @@ def train(name: str, model: nn.Module, loss_of_batch: Callable[[], Tensor], args
 
     def save() -> None:
         state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
-        torch.save(state | {"step": done, "seconds": seconds}, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        with whole(path) as part:
+            torch.save(state | {"step": done, "seconds": seconds}, part)
 
     def progress() -> float:
         return seconds / (60 * args.minutes) if args.minutes else done / args.steps
