@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import reference
-from benchmarks.reference import FULL, NARROW, Files
+from benchmarks.reference import FULL, NARROW, Files, ratio
 
 ROOT = Path(__file__).parents[1]
 TEXT, SCALE, STEPS, SIDE, SEED = "a red fox in the snow", 0.6, 4, 256, 7
@@ -128,9 +128,7 @@ def main() -> None:
     print("              ours    theirs  ours/theirs")
     for field in fields(Cost):
         our, their = ([getattr(turn[side], field.name) for turn in turns[1:]] for side in (0, 1))
-        ratios = [x / y for x, y in zip(our, their, strict=True)]
-        ratio = f"{median(our) / median(their):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
-        print(f"{field.name:12} {median(our):7.2f} {median(their):9.2f}  {ratio}")
+        print(f"{field.name:12} {median(our):7.2f} {median(their):9.2f}  {ratio(our, their)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks import controlled, reference
-from benchmarks.reference import FULL, NARROW, Files, Sizes
+from benchmarks.reference import FULL, NARROW, Files, Sizes, distance
 from clip import CLIPImage, CLIPText, preprocess, tokenize
 from control import ControlNet, t2i
 from files.pictures import from_pil, open_picture, to_pil
@@ -280,11 +280,6 @@ def random(*shape: int) -> Tensor:
 
 def module(item: str, ours: Tensor, theirs: Tensor) -> Row:
     return Row(item, distance(ours, theirs), MODULE)
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative L2."""
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 def steps_apart(ours: object, theirs: object) -> float:

@@ -16,35 +16,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.reference import diffusers_unet, distance
 from ipadapter import ImageProjection, IPAdapter, Prompt
 from unet import SD15, UNet
 
 SCALE, EMBED_DIM, NUM_TOKENS, SIZES = 0.6, 1024, 4, (256, 512)
 WARM_UP, TIMED, DEVICE = 3, 10, "cuda"
 COLUMNS = ("dtype", "size", "variant", "ms", "ours/theirs", "peak_gib", "vs_diffusers", "vs_ours_fp32")
-
-
-def diffusers_unet(unet: UNet, adapter: IPAdapter) -> nn.Module:
-    """The same weights in diffusers' UNet2DConditionModel, with its own IP-Adapter loaded."""
-    try:
-        from diffusers import UNet2DConditionModel
-        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-    except Exception as error:
-        raise SystemExit(f"diffusers cannot be imported here: {type(error).__name__}: {error}") from error
-    with torch.device(DEVICE):
-        other = UNet2DConditionModel(
-            block_out_channels=SD15.channels, cross_attention_dim=SD15.context_dim, attention_head_dim=SD15.heads
-        )
-    weights = {f"model.diffusion_model.{key}": value for key, value in unet.state_dict().items()}
-    other.load_state_dict(convert_ldm_unet_checkpoint(weights, other.config))
-    parts = {name: getattr(adapter, name).state_dict() for name in ("image_proj", "ip_adapter")}
-    other._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
-    for processor in other.attn_processors.values():
-        if hasattr(processor, "scale"):
-            processor.scale = [SCALE]
-    return other.to(DEVICE).requires_grad_(False).eval()
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -64,10 +44,6 @@ def peak_gib(call: Callable[[], object], modules: list[nn.Module]) -> float:
     return (torch.cuda.max_memory_allocated() - before + sum(p.nbytes for m in modules for p in m.parameters())) / 2**30
 
 
-def relative_l2(a: Tensor, b: Tensor) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
-
-
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -81,7 +57,7 @@ def main() -> None:
         adapter.requires_grad_(False)
         text, embeds, t = torch.randn(2, 77, SD15.context_dim), torch.randn(2, EMBED_DIM), torch.tensor(500)
         latents = {size: torch.randn(2, 4, size // 8, size // 8) for size in SIZES}
-    other = diffusers_unet(unet, adapter)
+    other = diffusers_unet(unet, adapter, SCALE)
 
     rows, exact = [], {}
     print("dtype size  variant         ms  ours/theirs  peak GiB  vs diffusers  vs ours fp32", flush=True)
@@ -108,7 +84,7 @@ def main() -> None:
             for name, (model, ip, _) in models.items():
                 ratio = ms[name] / ms[name.replace("ours", "diffusers")]
                 gib = peak_gib(calls[name], [model, ip] if ip else [model])
-                apart, lost = relative_l2(outs[name], outs["diffusers"]), relative_l2(outs[name], exact[size])
+                apart, lost = distance(outs[name], outs["diffusers"]), distance(outs[name], exact[size])
                 row = (str(dtype).removeprefix("torch."), size, name, ms[name], ratio, gib, apart, lost)
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
                 print("{:9}{:4}  {:12}{:8.2f}{:13.3f}{:10.2f}{:14.2e}{:14.2e}".format(*row), flush=True)

@@ -26,7 +26,7 @@ from unet import SDXL, UNet, UNetConfig
 from vae import SD_VAE, VAE, VAEConfig
 
 BIGG = CLIPTextConfig(width=1280, layers=32, heads=20, mlp=5120, quick_gelu=False, projection=1280)
-COMPUTE, GUIDANCE, SCALE, TEXT = torch.float32, 7.5, 0.6, "a red fox in the snow"
+GUIDANCE, SCALE, TEXT = 7.5, 0.6, "a red fox in the snow"
 
 
 SETTINGS = {  # of open_models

@@ -5,9 +5,10 @@ its tokenizer too, is written here. Every weight is random, norms and biases too
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from PIL import Image
@@ -253,3 +254,14 @@ def drawn(
     """The picture of a pipeline of theirs; `more` is what only some take."""
     how = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": torch.Generator().manual_seed(seed)}
     return theirs(text, negative_prompt=negative, ip_adapter_image=images, **how, **more).images[0]
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Relative L2."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Of the medians, and the least and the greatest of a single turn."""
+    turns = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{median(ours) / median(theirs):.3f} ({min(turns):.3f}-{max(turns):.3f})"

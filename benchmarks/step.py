@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.reference import diffusers_controlnet, diffusers_unet, randomize
+from benchmarks.reference import diffusers_controlnet, diffusers_unet, distance, randomize, ratio
 from control import Control, ControlNet, attentions, controlled
 from ipadapter import ImageProjection, IPAdapter, Prompt, prepared
 from sampler import SD, guided
@@ -36,11 +36,6 @@ def seconds(call: Callable[[], Tensor]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    turns = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return f"{median(ours) / median(theirs):.3f} ({min(turns):.3f}-{max(turns):.3f})"
 
 
 @torch.no_grad()
@@ -104,9 +99,9 @@ def main() -> None:
                     times[name].append(seconds(call))
             for name, other in times.items():
                 (wall, cpu), (our_wall, our_cpu) = zip(*other, strict=True), zip(*times["ours cl"], strict=True)
-                distance = ((outs["ours cl"] - outs[name]).norm() / outs[name].norm()).item()
+                apart = distance(outs["ours cl"], outs[name])
                 cells = f"{str(dtype).removeprefix('torch.'):9} {size:4}  {name:12} {median(wall):9.3f}"
-                print(f"{cells}  {ratio(our_wall, wall):21}  {ratio(our_cpu, cpu):21}  {distance:.1e}", flush=True)
+                print(f"{cells}  {ratio(our_wall, wall):21}  {ratio(our_cpu, cpu):21}  {apart:.1e}", flush=True)
 
 
 if __name__ == "__main__":
