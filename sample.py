@@ -23,8 +23,6 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from PIL import Image
-
 from cli import flags, groups, opened, sampling, terminal
 from files.errors import UserError
 from files.outputs import reserved
@@ -34,13 +32,13 @@ from generate.control import check_hints
 from generate.editing import steps_that_run
 from generate.prompt import default_scale
 from generate.record import Hashes, again, record
-from generate.seeing import named
 from generate.sweep import sweep_sheet, swept
 from generate.syntax import parts
 from generate.text import words_of
 from sampler import SAMPLERS
 from weights.hub import table
 
+MOST_ROWS = 200  # of a sheet
 EXAMPLE = Path(__file__).parent / "tiny/example.png"  # one of the unseen drawings
 NEXT = """That was a bundled drawing as image prompt, and the bundled tiny model. Now with a picture of yours:
   python sample.py --image FILE --prompt "a rocket" --scale 0 0.5 1 --grid
@@ -61,15 +59,14 @@ def main() -> None:
         drawing, reading = opened.drawing(asked, models, canvas), {name: asked[name] for name in opened.READING}
         check_hints(models, hints, drawing["height"], drawing["width"])
         # One prompt, or one for each picture of a folder; the first is read before the bar appears.
-        variants = opened.variants(args.images, opened.saved(models, args.images, images))
-        texts = args.prompt, args.negative_prompt
-        pairs = (prompts(models, *texts, some, **reading) for _, some in variants)
+        variants, texts = opened.variants(args.images, images), (args.prompt, args.negative_prompt)
+        kept = opened.saved(models, args.images, (some for _, some in variants))
+        pairs = (prompts(models, *texts, some, **reading) for some in kept)
         first = next(pairs)
         told = opened.recorded(asked, folder) | drawing
-        run, made = steps_that_run(models.base, canvas, args.steps), []
+        run, made = steps_that_run(models.base, canvas, args.steps), {}
         if args.attention:
             words = words_of(models, *texts, args.prompt_syntax, args.long_prompt)
-            legend = words, named(first[0], list(map(opened.shown, args.images)))
         with terminal.steps(run * sweep.batches(args.low_memory), "denoising") as step:
             drawing |= {"init": canvas, "controls": hints, "on_step": step}
             for job, picture in swept(models, sweep, chain([first], pairs), args.attention, **drawing):
@@ -77,16 +74,17 @@ def main() -> None:
                 settings = record(models, hashes, heard, **told, seed=job.seed)
                 save_picture(picture, names[job.number], settings)
                 if args.attention:
-                    page = attention_sheet(picture, job.seen, *legend)
-                    save_picture(page, names[sweep.each + job.number], settings)
+                    page = attention_sheet(picture, job.seen, words, list(map(opened.shown, heard)))
+                    save_picture(page, names[len(sweep) + job.number], settings)
                 if args.grid:
-                    made.append(picture)
+                    made[job.number] = picture
         if args.grid:
-            shown = [picture for image in images for picture in image.images if isinstance(picture, Image.Image)]
             titles = [f"scale {scale:g}" for scale in sweep.scales] if images else [args.prompt]
-            heard = sweep.told(variants[0][0], sweep.scales)
+            shown = opened.beside(args.images, images, args.num_images)
             page = sweep_sheet(sweep, made, titles, shown, canvas and canvas.picture)
-            save_picture(page, names[-1], record(models, hashes, heard, **told, seed=args.seed))
+            heard = sweep.told(variants[0][0], sweep.scales)
+            settings = None if folder else record(models, hashes, heard, **told, seed=args.seed)
+            save_picture(page, names[-1], settings)
     some = args.steps if run == args.steps else f"the last {run} of {args.steps}"
     how = f"{some} steps of {args.sampler}, seed {args.seed}, {time.time() - began:.1f} s"
     terminal.say(f"{opened.said(asked)}: {how}")
@@ -121,8 +119,8 @@ def parse() -> argparse.Namespace:
     args.images = groups.image_groups(args.groups, vars(args), before)
     for group in args.images:
         group.scale = group.scale or [default_scale(args.prompt)]
-    if any(group.each for group in args.images) and (args.grid or args.attention):
-        raise UserError("--each: is without --grid and --attention, which show one prompt")
+    if args.grid and len(opened.folder(args.images)) * args.num_images > MOST_ROWS:
+        raise UserError(f"--grid: a sheet has at most {MOST_ROWS} rows, one for each picture of the folder")
     opened.check_saves(args.images, args.overwrite)
     for name in ("prompt", "negative_prompt"):  # before anything is opened
         parts(getattr(args, name), args.prompt_syntax, name)

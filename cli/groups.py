@@ -113,12 +113,14 @@ def spread(group: Group) -> list[str]:
     """With --each: the pictures of the group's folder, in order of name.
 
     Raises:
-        UserError: no folder of pictures; face embeddings, which would be of all of them.
+        UserError: no folder of pictures; what says something of one picture beside others.
     """
-    if group.face_embedding or group.save_embedding or group.weights:
+    if group.weights:
         raise UserError(
-            "`each`: is for pictures; with `face_embedding`, `weights` or `save_embedding` give them one by one"
+            "`each`: every picture prompts alone, so that there is nothing for `weights` to weigh; `scale` is"
         )
+    if group.face_embedding:
+        raise UserError("`each`: a `face_embedding` is of one picture; without it the faces are read off each of them")
     if len(group.image) != 1 or not os.path.isdir(os.path.expanduser(group.image[0])):
         return group.image
     folder = Path(os.path.expanduser(group.image[0]))

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -64,8 +64,6 @@ def image_group(group: Group, adapter: int) -> ImageGroup:
     """One of them; `adapter` is the place of its adapter among those that are opened."""
     for name in group.face_embedding:
         read_embedding(name)
-    if group.save_embedding and group.save_embedding.suffix != ".safetensors":
-        raise UserError(f"`save_embedding` {group.save_embedding}: a name that ends in .safetensors is wanted")
     if group.each:  # the pictures of a folder are looked at, and not all held
         for name in group.image:
             prompting(name)
@@ -184,7 +182,15 @@ def stems(names: Sequence[str]) -> list[str]:
 
 def check_saves(groups: Iterable[Group], overwrite: bool) -> None:
     """Raises UserError: an embedding is to be written where there is a file already, or where another one will be."""
-    paths = [group.save_embedding for group in groups if group.save_embedding]
+    for group in (group for group in groups if group.save_embedding):
+        if (group.save_embedding.suffix == ".safetensors") == group.each:
+            wanted = (
+                "a folder is wanted, for one of each picture"
+                if group.each
+                else "a name that ends in .safetensors is wanted"
+            )
+            raise UserError(f"`save_embedding` {group.save_embedding}: {wanted}")
+    paths = [path for group in groups for path in saves(group)]
     for path in paths:
         if os.path.exists(path) and not overwrite:
             raise UserError(f"`save_embedding` {path}: exists; another name is wanted, or `overwrite`")
@@ -195,18 +201,37 @@ def check_saves(groups: Iterable[Group], overwrite: bool) -> None:
         check_writable("--save-embedding", path, path.absolute().parent)
 
 
-def saved(models: Models, groups: Sequence[Group], images: Sequence[ImageGroup]) -> list[ImageGroup]:
-    """Image prompts, of which some are written as embeddings, which then stand in the place of their pictures."""
-    return [
-        save_features(models, image, group.save_embedding) if group.save_embedding else image
-        for group, image in zip(groups, images, strict=True)
-    ]
+def saves(group: Group) -> list[Path]:
+    """Where embeddings are written: of its pictures together, or of each."""
+    if not (group.save_embedding and group.each):
+        return [group.save_embedding] if group.save_embedding else []
+    return [group.save_embedding / f"{stem}.safetensors" for stem in stems(group.image)]
 
 
-def shown(group: Group) -> list[str]:
+def saved(
+    models: Models, groups: Sequence[Group], prompts: Iterable[Sequence[ImageGroup]]
+) -> Iterator[list[ImageGroup]]:
+    """Of each prompt its image prompts; those that are to be kept are written as embeddings, which then stand for them."""
+    kept = {}
+    for number, images in enumerate(prompts):
+        for i, group in enumerate(groups):
+            if group.save_embedding and (group.each or i not in kept):
+                kept[i] = save_features(models, images[i], saves(group)[number if group.each else 0])
+        yield [kept.get(i, image) for i, image in enumerate(images)]
+
+
+def shown(group: Mapping[str, object]) -> list[str]:
     """The names of an image prompt's pictures, for a sheet; those of weight 0 are left out."""
-    each = zip_longest(group.image or group.face_embedding, group.weights, fillvalue=1.0)
+    each = zip_longest(group["image"] or group["face_embedding"], group["weights"], fillvalue=1.0)
     return [Path(name).name for name, weight in each if weight]
+
+
+def beside(groups: Sequence[Group], images: Sequence[ImageGroup], count: int) -> list[Image.Image | None]:
+    """What stands on a sheet beside the results: the pictures that prompt, or of a folder each in the first of its rows."""
+    found = [picture for image in images for picture in image.images]
+    if names := folder(groups):
+        found = [one for name in names for one in (prompting(name), *[None] * (count - 1))]
+    return [one if isinstance(one, Image.Image) else None for one in found if names or isinstance(one, Image.Image)]
 
 
 def said(asked: Mapping[str, object]) -> str:

@@ -38,7 +38,7 @@ def reserved(
     Args:
         output: `cat.png` (.jpg, .jpeg, .webp), of several cat_0.png, cat_1.png, ...; or a folder, made if need be: the
             next free number, 00000.png, of several 00000_0.png, ...
-        grid: one more name at the end of the list, cat_grid.png.
+        grid: one more name at the end of the list, cat_grid.png, of several stems grid.png.
         overwrite: an existing file may be replaced, once its successor is whole.
         inputs: files that are never replaced.
         attention: as many names more, behind the pictures' own: cat_attention.png, cat_0_attention.png, ...
@@ -61,10 +61,10 @@ def reserved(
         with tempfile.TemporaryFile(dir=folder):
             pass
         if stems:
-            names = [name for stem in stems for name in spread(folder / f"{stem}.png", count, False)]
-            made = take(names, overwrite, inputs)
+            firsts = [folder / f"{stem}.png" for stem in stems]
+            made = take(names := spread(firsts, count, grid, attention), overwrite, inputs)
         elif named:
-            made = take(names := spread(output, count, grid, attention), overwrite, inputs)
+            made = take(names := spread([output], count, grid, attention), overwrite, inputs)
         else:
             made = names = take_number(folder, count, grid, attention)
     except OSError as error:
@@ -75,16 +75,17 @@ def reserved(
         release(made)
 
 
-def spread(first: Path, count: int, grid: bool, attention: bool = False) -> list[Path]:
-    names = [first.with_stem(f"{first.stem}_{i}") for i in range(count)] if count > 1 else [first]
-    names += [name.with_stem(f"{name.stem}_attention") for name in names] * attention
-    return names + [first.with_stem(f"{first.stem}_grid")] * grid
+def spread(firsts: list[Path], count: int, grid: bool, attention: bool = False) -> list[Path]:
+    one = firsts[0].with_stem("grid" if len(firsts) > 1 else f"{firsts[0].stem}_grid")
+    names = [name.with_stem(f"{name.stem}_{i}") for name in firsts for i in range(count)] if count > 1 else firsts
+    names = names + [name.with_stem(f"{name.stem}_attention") for name in names] * attention
+    return names + [one] * grid
 
 
 def take_number(folder: Path, count: int, grid: bool, attention: bool = False) -> list[Path]:
     """The names under the first number that is free, and higher than all that were used."""
     for number in itertools.count(max(used(folder), default=-1) + 1):
-        names = spread(folder / f"{number:05d}.png", count, grid, attention)
+        names = spread([folder / f"{number:05d}.png"], count, grid, attention)
         with suppress(Taken):
             made = take(names)
             if used(folder).count(number) == len(names):

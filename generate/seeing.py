@@ -9,7 +9,7 @@ from clip import tokenize
 from clip.tokenizer import words
 from files.heat import heated
 from files.sheets import sheet, stacked
-from ipadapter import Prompt, Seen
+from ipadapter import Seen
 
 SIDE = 176  # pixels of a picture on the sheet
 COLUMNS = 6
@@ -22,7 +22,7 @@ def attention_sheet(
     seen: Seen,
     # The text prompt; its words get a map each. One that is not plain: as `words_of` has it.
     text: str | Sequence[tuple[str, Sequence[int]]] = "",
-    # The image prompts, in order: the names of the pictures of each.
+    # The image prompts that were asked for, in order: the names of the pictures of each.
     names: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
     """The picture; beside it how large the text's term and each image prompt's are at each place; below, the words.
@@ -32,6 +32,7 @@ def attention_sheet(
     mean over its tokens, from its own least to its own largest value.
     """
     picture, top = picture.crop(seen.box) if seen.box else picture, seen.shares.max()
+    names = named(seen.groups, names)
     share = [f"{share:.0%}" for share in seen.shares.mean(dim=(1, 2)).tolist()]
     cells = [("the picture", picture)]
     if names:
@@ -48,12 +49,12 @@ def attention_sheet(
     return stacked([sheet([[image for _, image in row]], [title for title, _ in row], SIDE) for row in rows])
 
 
-def named(prompt: Prompt, names: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+def named(groups: Sequence[int], names: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     """The names of each group's pictures as those of each image prompt; of a group that makes several they are counted."""
-    groups = [image.group for image in prompt.images]
     return [
         [f"{', '.join(names[group])} {groups[:i].count(group) + 1}"] if groups.count(group) > 1 else names[group]
         for i, group in enumerate(groups)
+        if group < len(names)
     ]
 
 

@@ -42,6 +42,9 @@ class Sweep:
     # How many prompts go through the UNet as one batch; more than one only where `count` is 1.
     together: int = 1
 
+    def __len__(self) -> int:
+        return self.prompts * self.each
+
     @property
     def each(self) -> int:
         """Pictures of one prompt."""
@@ -99,16 +102,18 @@ def swept(
 
 def sweep_sheet(
     sweep: Sweep,
-    # Of one prompt, in their order.
-    made: Sequence[Image.Image],
+    # All of them, by their numbers.
+    made: Mapping[int, Image.Image],
     # What stands above each column of them, a column for each scale.
     titles: Sequence[str],
-    # Shown on the left: the image prompts, and the picture that all begin with.
-    images: Sequence[Image.Image] = (),
+    # Shown on the left, from the top: the image prompts, and the picture that all begin with.
+    images: Sequence[Image.Image | None] = (),
     begun: Image.Image | None = None,
 ) -> Image.Image:
-    """A column for each scale, a row for each seed."""
-    columns = [list(made[i : i + sweep.count]) for i in range(0, len(made), sweep.count)]
+    """A column for each scale, a row for each prompt and seed."""
+    columns = [[] for _ in sweep.scales]
+    for number in range(len(sweep)):
+        columns[number % sweep.each // sweep.count].append(made[number])
     for brought, title in ((images, "image prompt"), ([begun] if begun else [], "to begin with")):
         if brought:
             columns, titles = [brought, *columns], [title, *titles]

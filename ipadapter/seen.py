@@ -28,12 +28,14 @@ class Seen:
         shares: (1 + image prompts, H, W): how large the terms of equation 5 are beside each other, the text's first.
             The norm of gain * Attention(Q, K', V') at a place over the sum of all terms' norms, the mean over layers and
             steps: where an image prompt is silent its share is 0.
+        groups: which of the image prompts that were asked for each of them is of (`ImagePrompt.group`).
         box: the part of the picture that all this speaks of, (left, upper, right, lower) in pixels; None: the whole.
     """
 
     text: Tensor
     images: tuple[Tensor, ...]
     shares: Tensor
+    groups: tuple[int, ...] = ()
     box: tuple[int, int, int, int] | None = None
 
 
@@ -87,7 +89,8 @@ class Watch:
             self.mean(i, size) if i in spoke else text.new_zeros(len(text), length, *size)
             for i, length in enumerate(lengths)
         ]
-        return [Seen(text[j], tuple(image[j] for image in images), shares[j]) for j in range(len(text))]
+        groups = tuple(image.group for image in self.prompt.images)
+        return [Seen(text[j], tuple(image[j] for image in images), shares[j], groups) for j in range(len(text))]
 
     def mean(self, what: Hashable, size: tuple[int, int]) -> Tensor:
         """Over layers and steps, each layer's maps brought to one size: (batch, maps, *size)."""

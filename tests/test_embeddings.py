@@ -332,6 +332,31 @@ def test_each_picture_of_a_folder_has_a_result(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_each_picture_has_its_sheet_its_embedding_and_a_row_on_a_sheet(folder, tmp_path):
+    """All as of the picture alone, though four go through the UNet together."""
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    flags = ["--prompt", "red apple", "--attention", *SMALL]
+    all_of_it = ["--image", folder, "--each", "--scale", 0.3, 1, "--save-embedding", kept, "--grid", "--output", out]
+    result = sample(*all_of_it, *flags)
+    assert result.returncode == 0, result.stderr
+    made = [f"{name}_{i}{end}.png" for name in ("a", "b", "c", "wide") for i in (0, 1) for end in ("", "_attention")]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*made, "grid.png"])
+    assert result.stdout.split() == [str(out / name) for name in (*made[::2], *made[1::2], "grid.png")]
+    wide = "--image", folder / "wide.png", "--scale", 1
+    assert sample(*wide, *flags, "--output", tmp_path / "wide.png").returncode == 0
+    for end in ("", "_attention"):
+        assert abs(pixels(tmp_path / f"wide{end}.png") - pixels(out / f"wide_1{end}.png")).max() <= 1
+    assert sorted(path.name for path in kept.iterdir()) == [f"{x}.safetensors" for x in ("a", "b", "c", "wide")]
+    page, gap = Image.open(out / "grid.png"), 4  # a row for each: the picture beside its results
+    rows = [page.crop((2 * gap + 64, page.height - (4 - i) * (64 + gap), page.width, page.height)) for i in range(4)]
+    assert all(
+        (np.asarray(row)[:64, :64] == pixels(out / f"{x}_0.png")).all() for row, x in zip(rows, ("a", "b", "c", "wide"))
+    )
+    again = sample("--again", out / "grid.png")
+    assert again.returncode == 2 and "holds no settings" in again.stderr
+
+
+@pytest.mark.slow
 def test_each_with_tiles_and_seeds(folder, tmp_path):
     tiled = ["--image", folder, "--each", "--framing", "tile", "--num-images", 2, "--output", tmp_path / "out"]
     assert sample(*tiled, *SMALL).returncode == 0
@@ -359,7 +384,19 @@ MISTAKES = {
     "less of nothing": (["--image", "a.png", "--less", ""], "--less: a text is wanted"),
     "a folder": (["--image", "."], ".: a folder, not a picture; with --each there is a result for each picture in it"),
     "each": ([*["--image", ".", "--each"] * 2], "--each: for one image prompt, not for more"),
-    "each with a grid": (["--image", ".", "--each", "--grid"], "--each: is without --grid"),
+    "each with weights": (["--image", ".", "--each", "--weights", 1], "--each: every picture prompts alone, so that"),
+    "each with a face": (
+        ["--image", ".", "--each", "--face-embedding", "f.npy"],
+        "--each: a --face-embedding is of one",
+    ),
+    "each in one file": (
+        ["--image", ".", "--each", "--save-embedding", "x.safetensors"],
+        "a folder is wanted, for one of each",
+    ),
+    "each on a long sheet": (
+        ["--image", ".", "--each", "--grid", "--num-images", 51],
+        "--grid: a sheet has at most 200 rows",
+    ),
     "no pictures": (["--image", "nothing", "--each"], "nothing: no pictures in this folder"),
     "a file": (["--image", ".", "--each", "--output", "x.png"], "--output x.png: a folder is wanted"),
     "text": (["--prompt", "a", "--less", "b"], "--less belongs to an image prompt"),
