@@ -74,12 +74,12 @@ def main() -> None:
     # What can be refused without the models is refused before them: they may have to be fetched.
     monitors, _ = [MONITORS[name]() for name in args.log], OPTIMIZERS[args.optimizer]()
     check_folder(args.output, args.resume)
-    how = {"uncaptioned": True, "fetch": partial(fetch, args.shards, ranks)}
-    pairs = open_pairs(args.data, args.data_root, **how)
+    keep = {"fetch": partial(fetch, args.shards, ranks), "index": (args.cache or args.output) / "index"}
+    pairs = open_pairs(args.data, args.data_root, uncaptioned=True, **keep)
     if args.limit:
         pairs.cut(args.limit)
     references = open_references(pairs, args.reference, args.reference_share)
-    shown = open_pairs(args.validation, args.data_root, **how) if args.validation else pairs
+    shown = open_pairs(args.validation, args.data_root, uncaptioned=True, **keep) if args.validation else pairs
     given = {name: vars(args)[name] for name in NAMED}
     expected = kind_named(given, args.kind)
     check_faces(expected, args.data, pairs)

@@ -4,13 +4,13 @@ The size of a pair follows from its picture and the sizes there are; the order o
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from training.chance import generator_at
+from files.whole import whole
+from training.chance import shuffled_at
+from training.columns import BLOCK
 from training.pairs import Pairs
 from training.ranks import Ranks
 
@@ -47,9 +47,12 @@ class Buckets:
         self.sizes = sizes = sorted(
             {size for group in groups for size in group}, key=lambda size: (size[1] / size[0], size)
         )
-        chosen = (fitting(int(height), int(width), groups) for width, height in shown)
-        self.of = np.array([sizes.index(size) for size in chosen], dtype=np.int64)
-        counts = Counter(self.of.tolist())
+        self.of = np.empty(len(shown), dtype=np.int16)
+        for begin in range(0, len(shown), BLOCK):
+            some, which = np.unique(shown[begin : begin + BLOCK], axis=0, return_inverse=True)
+            numbers = [sizes.index(fitting(int(height), int(width), groups)) for width, height in some]
+            self.of[begin : begin + BLOCK] = np.array(numbers, dtype=np.int16)[which.ravel()]
+        counts = {i: int(count) for i, count in enumerate(np.bincount(self.of)) if count}
         while len(counts) > 1 and min(counts.values()) < batch:
             few = min(counts, key=lambda i: (counts[i], sizes[i]))
             count, others = counts.pop(few), sorted(counts)
@@ -60,8 +63,9 @@ class Buckets:
             counts[near] += count
             self.moved.append((count, sizes[few], sizes[near]))
         self.counts = {i: counts[i] for i in sorted(counts)}
-        self.length = sum(-(-count // batch) for count in self.counts.values()) * batch  # places to an epoch
-        self.epochs: dict[tuple[int, int], list[np.ndarray]] = {}
+        self.members = [np.flatnonzero(self.of == i).astype(np.int32) for i in self.counts]  # the pairs of each size
+        self.begins = np.cumsum([0, *(-(-len(some) // batch) for some in self.members)])  # of each size's batches
+        self.length = int(self.begins[-1]) * batch  # places to an epoch
 
     def size(self, number: int) -> Size:
         return self.sizes[self.of[number]]
@@ -73,20 +77,12 @@ class Buckets:
     def pair_at(self, seed: int, place: int, retry: int = 0) -> int:
         """The number of the pair at a place of the run, or of the one to take instead when so many could not be read."""
         epoch, i = divmod(place, self.length)
-        shuffled, start = self.order(seed, epoch)[i // self.batch]
-        return int(shuffled[(start + i % self.batch + retry) % len(shuffled)])
-
-    def order(self, seed: int, epoch: int) -> list[tuple[np.ndarray, int]]:
-        """The batches of an epoch: the pairs of a size, shuffled, and where among these a batch begins."""
-        if (seed, epoch) not in self.epochs:
-            generator, batches = generator_at(seed, -1 - epoch), []
-            for i, count in self.counts.items():
-                members = np.flatnonzero(self.of == i)
-                shuffled = members[torch.randperm(count, generator=generator).numpy()]
-                batches += [(shuffled, start) for start in range(0, count, self.batch)]
-            shuffled = torch.randperm(len(batches), generator=generator).tolist()
-            self.epochs = dict([*self.epochs.items()][-1:]) | {(seed, epoch): [batches[i] for i in shuffled]}
-        return self.epochs[seed, epoch]
+        number, within = divmod(i, self.batch)
+        number = shuffled_at(seed, epoch, number, self.length // self.batch, "batches")
+        size = int(np.searchsorted(self.begins, number, side="right")) - 1
+        members = self.members[size]
+        among = ((number - int(self.begins[size])) * self.batch + within + retry) % len(members)
+        return int(members[shuffled_at(seed, epoch, among, len(members), f"size {size}")])
 
     def told(self) -> str:
         """What the screen should say of them."""
@@ -110,16 +106,19 @@ def open_buckets(
     batch: int,
     ranks: Ranks,
 ) -> Buckets:
-    """Look at the first bytes of each picture, each process at its share, for its size."""
-    mine = [
-        f"{i} {width} {height}"
-        for i in range(ranks.rank, count, ranks.size)
-        for width, height in [pairs.picture_size(i)]
-    ]
-    shown = np.zeros((count, 2), dtype=np.int64)
-    for line in ranks.gather(mine):
-        i, *size = map(int, line.split())
-        shown[i] = size
+    """Look at the first bytes of each picture, each process at its share, for its size; or in the index, where it is kept."""
+    kept = pairs.folder / f"{count}.sizes" if pairs.folder else None
+    if "" in ranks.gather(["there" if kept and kept.exists() else ""]):
+        sizes = [pairs.picture_size(i) for i in range(ranks.rank, count, ranks.size)]
+        share = np.array(sizes, dtype=np.int64).reshape(-1, 2).clip(max=1 << 30).astype(np.int32)
+        shown = np.empty((count, 2), dtype=np.int32)
+        for rank, found in enumerate(ranks.gather([share.tobytes().hex()])):
+            shown[rank :: ranks.size] = np.frombuffer(bytes.fromhex(found), dtype=np.int32).reshape(-1, 2)
+        if kept and ranks.first:
+            with whole(kept) as part:
+                shown.tofile(part)
+    else:
+        shown = np.memmap(kept, dtype=np.int32, mode="r", shape=(count, 2))
     return Buckets(shown, groups_of(given, resolution), batch)
 
 

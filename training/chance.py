@@ -5,14 +5,40 @@ nor a resumed run, nor, at the same global batch, the number of processes change
 """
 
 import hashlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+LISTED = 1 << 18  # things whose order is held as a list
+
 
 def generator_at(seed: int, place: int) -> torch.Generator:
-    """The randomness of one place of the run (negative places: of an epoch's shuffle)."""
+    """The randomness of one place of the run."""
     return torch.Generator().manual_seed(mixed(f"{seed} {place}"))
+
+
+def shuffled_at(seed: int, epoch: int, i: int, count: int, what: str = "") -> int:
+    """Which of `count` things comes as number i of an epoch that has each once; `what`: of which kind they are.
+
+    Of many no list is made: their places are permuted by a Feistel network of four rounds, again where it leads beyond them.
+    """
+    key = f"{seed} {-1 - epoch} {what}".rstrip()
+    if count <= LISTED:
+        return int(_shuffled(key, count)[i])
+    bits = (count - 1).bit_length() + 1 >> 1
+    while True:
+        left, right = i >> bits, i & (1 << bits) - 1
+        for turn in range(4):
+            left, right = right, left ^ mixed(f"{key} {turn} {right}") >> 56 - bits
+        i = left << bits | right
+        if i < count:
+            return i
+
+
+@lru_cache(maxsize=32)
+def _shuffled(key: str, count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed(key)))
 
 
 def caption_at(seed: int, place: int) -> int:

@@ -10,10 +10,12 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 from training.captions import LISTS, DataError, caption
 from training.folders import add_folder, add_list
+from training.index import kept
 from training.pairs import BARE, LISTED, PICTURES, Pairs
 from training.ranks import Ranks
 from training.references import References
@@ -32,6 +34,7 @@ def open_pairs(
     uncaptioned: bool = False,
     once: bool = False,
     fetch: Callable[[str], list[str]] | None = None,
+    index: Path | None = None,
 ) -> Pairs:
     """Index pairs of pictures and captions; the order is that of `data`, sorted within a folder or glob.
 
@@ -47,11 +50,11 @@ def open_pairs(
             the others are left out.
         once: whether an entry of a list is passed over that names a picture again, with another caption perhaps.
         fetch: brings the shards of a URL here and returns their paths (`remote.fetched`); None: there may be none.
+        index: a folder that keeps the index of large shards, which is made once; None: it is made anew.
 
     Raises:
         DataError: something is missing, of another kind, or has no pair in it.
     """
-    pairs, seen = Pairs(), set() if once else None
     given = [data] if isinstance(data, (str, Path)) else list(data)
     if not given:
         raise DataError(f"no data given; {FORMS} is wanted")
@@ -61,7 +64,19 @@ def open_pairs(
     def paths_of(item: str) -> list[str]:
         return fetch(item) if fetch and is_remote(item) else list(expand(os.path.expanduser(item)))
 
-    for item, paths in [(item, paths_of(os.fspath(item))) for item in given]:
+    items = [(item, paths_of(os.fspath(item))) for item in given]
+    paths = [path for _, some in items for path in some]
+    make = partial(gathered, items, data_root, uncaptioned, once)
+    shards = all(path.lower().endswith(SHARDS) and os.path.isfile(path) for path in paths)
+    return kept(make, paths, index, uncaptioned) if index and shards else make()
+
+
+def gathered(
+    items: Sequence[tuple[str, Sequence[str]]], data_root: str | Path | None, uncaptioned: bool, once: bool
+) -> Pairs:
+    """The pairs of what was given, each with the paths that it stands for."""
+    pairs, seen = Pairs(), set() if once else None
+    for item, paths in items:
         count, before = len(pairs), (pairs.skipped, pairs.skipped_count, pairs.remarks)
         for bare in (False, True) if uncaptioned else (False,):
             if len(pairs) == count:
@@ -110,7 +125,7 @@ def forgo_captions(pairs: Pairs, start: int) -> None:
         row = pairs.row(i)
         pairs.remark(BARE, pairs.label(i))
         row = row._replace(text_offset=0, text_size=0, suffix=pairs.suffix(LISTED))
-        pairs.rows[i * len(row) : (i + 1) * len(row)] = array("q", row)
+        pairs.rows.replace(i * len(row), array("q", row))
 
 
 def expand(pattern: str) -> Iterator[str]:

@@ -1,15 +1,12 @@
 """The order of a run: which pair stands at a place of it, from the seed and the place alone (see `chance.py`)."""
 
 from collections.abc import Iterator
-from functools import lru_cache
 
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from training.buckets import Buckets
 from training.captions import DataError
-from training.chance import caption_at, crop_at, generator_at, reference_at
+from training.chance import caption_at, crop_at, reference_at, shuffled_at
 from training.features import Crop, Features
 from training.pairs import BadSample
 from training.references import References
@@ -21,12 +18,7 @@ def pair_at(seed: int, place: int, pairs: int, retry: int = 0) -> int:
     With `retry`, the pair to take instead when so many before it could not be read.
     """
     epoch, i = divmod(place, pairs)
-    return int(_shuffled(seed, epoch, pairs)[(i + retry) % pairs])
-
-
-@lru_cache(maxsize=2)  # two: a batch may lie across the border of two epochs
-def _shuffled(seed: int, epoch: int, pairs: int) -> Tensor:
-    return torch.randperm(pairs, generator=generator_at(seed, -1 - epoch))
+    return shuffled_at(seed, epoch, (i + retry) % pairs, pairs)
 
 
 class Places(Dataset):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from files.errors import UserError, printable
 from files.pictures import PictureError, picture_size, read_picture
 from training.captions import GUESS, caption, encoding_of
+from training.columns import BLOCK, Column, Strings
 from training.tars import unpack
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif", "jpe", "heic", "heif")
@@ -55,35 +57,16 @@ class Row(NamedTuple):
     suffix: int  # in `suffixes`
 
 
-class Strings:
-    """Many strings without an object for each: UTF-8, end to end."""
-
-    def __init__(self):
-        self.content, self.ends = bytearray(), array("q", [0])
-
-    def append(self, string: str) -> int:
-        """Returns the index at which it can be found again."""
-        self.content += string.encode("utf-8", "surrogatepass")  # file names may hold lone surrogates
-        self.ends.append(len(self.content))
-        return len(self.ends) - 2
-
-    def cut(self, count: int) -> None:
-        """Keep the first so many."""
-        del self.ends[count + 1 :], self.content[self.ends[-1] :]
-
-    def __getitem__(self, i: int) -> str:
-        return self.content[self.ends[i] : self.ends[i + 1]].decode("utf-8", "surrogatepass")
-
-
 class Pairs(Sequence[Pair]):
-    """Pairs by number. An index of about 50 bytes and the name for each; pictures and captions are read when asked for.
+    """Pairs by number. The index, about 60 bytes and the name for each, lies on disk; pictures and captions are read when
+    asked for.
 
     Safe in threads, after a fork, and when pickled for DataLoader workers.
     """
 
     def __init__(self):
         self.names, self.strings = Strings(), Strings()
-        self.rows = array("q")  # a Row for each
+        self.rows = Column()  # a Row for each
         self.references = array("q")  # of lists: a pair, the first of its references in `strings`, how many
         self.suffixes = [LISTED]  # of files with captions, as they are spelt
         self.packed: dict[str, tuple[int, int]] = {}  # gzip shards: where they lie in `unpacked`
@@ -91,7 +74,8 @@ class Pairs(Sequence[Pair]):
         self.skipped_count = 0
         self.remarks: dict[str, list] = {}  # what is to be told of pairs that are used: of how many, and of which first
         self.faces: dict[int, int] = {}  # of some pairs: their face embedding's file, in `strings`
-        self.hashes = array("q")  # of the first pairs, as far as they were asked for
+        self.hashes = Column()  # of the first pairs, as far as they were asked for
+        self.folder: Path | None = None  # where the index is kept, if it is
 
     def __len__(self) -> int:
         return len(self.rows) // len(Row._fields)
@@ -134,7 +118,7 @@ class Pairs(Sequence[Pair]):
 
     def row(self, i: int) -> Row:
         start = range(len(self))[i] * len(Row._fields)
-        return Row(*self.rows[start : start + len(Row._fields)])
+        return Row(*self.rows.read(start, start + len(Row._fields)))
 
     def label(self, i: int) -> str:
         """How a pair is called in a message: by its file, or its shard and key."""
@@ -176,7 +160,10 @@ class Pairs(Sequence[Pair]):
 
     def digest(self, limit: int | None = None) -> str:
         """SHA-256 of what the first `limit` pairs are, in their order: of their `identities`."""
-        return hashlib.sha256(self.identities(limit).tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for block in self.blocks(limit):
+            digest.update(block)
+        return digest.hexdigest()
 
     def identities(self, limit: int | None = None) -> np.ndarray:
         """What each of the first `limit` pairs is, as (n,) int64: a hash of its name, captions, face and picture's size.
@@ -185,19 +172,33 @@ class Pairs(Sequence[Pair]):
         same size to the byte, under the same caption, is not told from it, for pictures are not read; but where two pairs
         of the data would be taken for one, these are.
         """
+        return np.concatenate([np.empty(0, dtype=np.int64), *self.blocks(limit)])
+
+    def blocks(self, limit: int | None = None) -> Iterator[np.ndarray]:
+        """`identities`, some at a time."""
         limit = len(self) if limit is None else min(limit, len(self))
-        for i in range(len(self.hashes), limit):
-            self.hashes.append(self.identity(i))
-        found = np.array(self.hashes[:limit], dtype=np.int64)
-        _, group, counts = np.unique(found, return_inverse=True, return_counts=True)
-        twins: dict[int, set[tuple]] = {}
-        for i in np.flatnonzero(counts[group] > 1):
-            row = self.row(i)
-            twins.setdefault(int(group[i]), set()).add((self.strings[row.path], row.offset))
-        for i in np.flatnonzero(counts[group] > 1):
-            if len(twins[int(group[i])]) > 1:  # else it is one pair, given more than once
-                found[i] = self.identity(i, whole=True)
-        return found
+        self.hash(limit)
+        doubled = []
+        for part in range(-8, 8):  # by their first four bits: so a sixteenth is in memory at once
+            some = np.sort(np.concatenate([block[block >> 60 == part] for block in self.hashes.blocks(limit)]))
+            doubled.append(np.unique(some[1:][some[1:] == some[:-1]]))
+        doubled = np.concatenate(doubled)
+        twins: dict[int, set[tuple]] = {}  # under the hash of several pairs: where their pictures lie
+        for number, block in enumerate(self.hashes.blocks(limit)):
+            for i in np.flatnonzero(np.isin(block, doubled)):
+                row = self.row(number * BLOCK + int(i))
+                twins.setdefault(int(block[i]), set()).add((self.strings[row.path], row.offset))
+        # Under one with a single place it is one pair, given more than once.
+        several = np.array([found for found, places in twins.items() if len(places) > 1], dtype=np.int64)
+        for number, block in enumerate(self.hashes.blocks(limit)):
+            for i in np.flatnonzero(np.isin(block, several)):
+                block[i] = self.identity(number * BLOCK + int(i), whole=True)
+            yield block
+
+    def hash(self, count: int) -> None:
+        """Find out what the first so many pairs are."""
+        for i in range(len(self.hashes), count):
+            self.hashes.extend([self.identity(i)])
 
     def identity(self, i: int, whole: bool = False) -> int:
         """Of one pair; with `whole`, of what its picture holds too. What cannot be read is told when the pair is used."""
@@ -235,12 +236,13 @@ class Pairs(Sequence[Pair]):
     def cut(self, count: int) -> None:
         """Keep the first so many."""
         self.names.cut(count)
-        del self.rows[count * len(Row._fields) :], self.hashes[count:]
+        self.rows.cut(count * len(Row._fields))
+        self.hashes.cut(count)
         self.faces = {i: face for i, face in self.faces.items() if i < count}
 
     def keep(self, texts: Sequence[str]) -> tuple[int, int]:
         """Captions or references of a list; returns where they are and how many."""
-        first = len(self.strings.ends) - 1
+        first = len(self.strings)
         for text in texts:
             self.strings.append(text)
         return first, len(texts)
