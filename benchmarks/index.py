@@ -1,6 +1,6 @@
 """Time and memory of opening shards of many pairs: the first time, again, to the first batch, and in the middle of a run.
 
-python -m benchmarks.index --pairs 1000000 --folder /tmp/made     # makes 2 GB of shards there, and keeps them
+python -m benchmarks.index --pairs 1000000 --folder made     # makes 2 GB of shards there, and keeps them
 
 Each pair is a picture of 8 x 8 and a caption. Each line is a process of its own; its memory is what it takes beyond the imports.
 """
@@ -89,7 +89,7 @@ def peak() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/made-shards"))
+    parser.add_argument("--folder", type=Path, default=Path("made"))
     parser.add_argument("--buckets", action="store_true", help="read the sizes of all pictures, too")
     args = parser.parse_args()
     make(args.folder, args.pairs)
