@@ -159,9 +159,9 @@ class UNet(Encoder):
 
         guidance_scale: only for a model that is told it (`UNetConfig.guidance_dim`).
         """
-        emb = self.embed(x, t, prompt, guidance_scale)
-        x = self.input_blocks[0][0](x)
-        skips = [x]
+        emb = self.embed(x, t, prompt, guidance_scale)  # (batch, 1280) in SD 1.x, as all that follows
+        x = self.input_blocks[0][0](x)  # (batch, 320, H/8, W/8)
+        skips = [x]  # twelve, down to (batch, 1280, H/64, W/64)
         for i, block in enumerate(self.input_blocks[1:], 1):
             for layer in block:
                 x = layer(x, emb, prompt)
@@ -174,7 +174,7 @@ class UNet(Encoder):
             x = x + added.features.get(len(skips), 0) + added.skips.get(len(skips), 0)
             skips = [skip + added.skips.get(i, 0) for i, skip in enumerate(skips)]
         for block in self.output_blocks:
-            x = torch.cat([x, skips.pop()], dim=1)
+            x = torch.cat([x, skips.pop()], dim=1)  # (batch, 2560, H/64, W/64) at first, (batch, 640, H/8, W/8) at last
             for layer in block:
                 if isinstance(layer, Upsample):  # to the size of the skip that comes next: it may be odd
                     x = interpolate(x, size=skips[-1].shape[2:], mode="nearest")

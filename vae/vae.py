@@ -23,13 +23,11 @@ class VAEConfig:
 
 
 SD_VAE = VAEConfig(channels=(128, 256, 512, 512), res_blocks=2, latent_channels=4)
-
-
 SCORES = 2**27  # of the attention, held at once at most; reached beyond 850x850 pixels
 
 
 class VAE(nn.Module):
-    """Pictures to latents and back. The latent scale is applied here and nowhere else."""
+    """Pictures to latents and back. The latent scale is applied here (InstructPix2Pix's bases have it taken off again)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
