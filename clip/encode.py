@@ -73,9 +73,9 @@ class TextEncoder(nn.Module):
         """The features of plain texts as tokens (batch, 77), filled up with end-of-text (`tokenize`)."""
         return self.tower(padded(tokens, self.pad, self.tower)), None
 
-    def null(self, text: str | Text, skip: int = 0) -> tuple[Tensor, Tensor | None]:
+    def null(self, text: str | Text) -> tuple[Tensor, Tensor | None]:
         """The same for the negative prompt, or for no text."""
-        return self(text, skip)
+        return self(text)
 
 
 class TwoTowerEncoder(nn.Module):
@@ -109,9 +109,9 @@ class TwoTowerEncoder(nn.Module):
         features = torch.cat([self.first.hidden(first, 1), x], dim=-1)
         return features, self.second.pool(self.second.last(x), second)
 
-    def null(self, text: str | Text, skip: int = 0) -> tuple[Tensor, Tensor]:
+    def null(self, text: str | Text) -> tuple[Tensor, Tensor]:
         """The same for the negative prompt; zeros where there is none, as the model was trained."""
-        features, pooled = self(text, skip)
+        features, pooled = self(text)
         return (features, pooled) if text else (torch.zeros_like(features), torch.zeros_like(pooled))
 
 

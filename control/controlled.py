@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from control.controlnet import ControlNet
 from control.t2i import T2IAdapter
-from ipadapter.attention import Prompt, number
+from ipadapter import Prompt, number
 from ipadapter.scale import within
 from unet import Added, UNet
 

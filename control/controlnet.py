@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from ipadapter.attention import Prompt, number
+from ipadapter import Prompt, number
 from unet import Added, Encoder, UNetConfig, skip_channels
 from unet.unet import timestep_embedding
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, relu
 
-from ipadapter.attention import Prompt
+from ipadapter import Prompt
 from unet import Added
 
 

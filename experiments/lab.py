@@ -172,7 +172,7 @@ class Lab:
         trained = {"trained": sum(p.numel() for p in variant.trained)}
         return trained | {key: torch.cat([row[key] for row in rows]) for key in rows[0]}, shown
 
-    def fit(self, variant: Variant, seed: int, drop_text: float = 0.5) -> None:
+    def fit(self, variant: Variant, seed: int) -> None:
         """Train by the recipe of `train.py` for the tiny model: v loss, text dropped in half of the steps."""
         args, rate = self.args, variant.learning_rate or self.args.learning_rate
         optimizer = torch.optim.AdamW(variant.trained, rate, weight_decay=0.01)
@@ -185,7 +185,7 @@ class Lab:
             places = list(range(step * args.batch_size, (step + 1) * args.batch_size))
             batch = self.batch([pair_at(seed, place, len(self.data)) for place in places])
             batch["image"] = self.features(variant, batch["image"])
-            x, eps, t, text, image = noised(batch, null, seed, places, (drop_text, 0.05, 0.05))
+            x, eps, t, text, image = noised(batch, null, seed, places, (0.5, 0.05, 0.05))
             found = variant.unet(x, t, variant.prompt(text, variant.projection(image)))
             loss = noise_loss(found, eps, v_weight(t))
             optimizer.zero_grad()

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ipadapter.attention import Prompt
+from ipadapter import Prompt
 from sampler.schedule import Level, check
 
 # x (batch, 4, h, w) of unit variance, at a noise level -> (eps, x_0), the noise in x and the picture, like x in fp32

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ipadapter.attention import Prompt
+from ipadapter import Prompt
 from sampler.guidance import Predict, Steps
 from sampler.schedule import Level
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import gelu, interpolate, linear, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from ipadapter.attention import DecoupledCrossAttention, Prompt, number
+from ipadapter import DecoupledCrossAttention, Prompt, number
 
 
 @dataclass(frozen=True)
