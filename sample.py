@@ -28,10 +28,11 @@ from files.errors import UserError
 from files.outputs import reserved
 from files.pictures import save_picture
 from generate import attention_sheet, open_models, prompts
+from generate.again import again
 from generate.control import check_hints
 from generate.editing import steps_that_run
 from generate.prompt import default_scale
-from generate.record import Hashes, again, record
+from generate.record import Hashes, record
 from generate.sweep import sweep_sheet, swept
 from generate.syntax import parts
 from generate.text import words_of
@@ -57,7 +58,8 @@ def main() -> None:
         models = open_models(**opened.opening(asked, images), tell=terminal.say)
         began, hashes = time.time(), Hashes(models, brought, terminal.PIPED)
         drawing, reading = opened.drawing(asked, models, canvas), {name: asked[name] for name in opened.READING}
-        check_hints(models, hints, drawing["height"], drawing["width"])
+        if hints:
+            check_hints(models, hints, drawing["height"], drawing["width"])
         # One prompt, or one for each picture of a folder; the first is read before the bar appears.
         variants, texts = opened.variants(args.images, images), (args.prompt, args.negative_prompt)
         kept = opened.saved(models, args.images, (some for _, some in variants))
@@ -121,9 +123,11 @@ def parse() -> argparse.Namespace:
         group.scale = group.scale or [default_scale(args.prompt)]
     if args.grid and len(opened.folder(args.images)) * args.num_images > MOST_ROWS:
         raise UserError(f"--grid: a sheet has at most {MOST_ROWS} rows, one for each picture of the folder")
-    opened.check_saves(args.images, args.overwrite)
-    for name in ("prompt", "negative_prompt"):  # before anything is opened
-        parts(getattr(args, name), args.prompt_syntax, name)
+    if any(group.save_embedding for group in args.images):
+        opened.check_saves(args.images, args.overwrite)
+    if args.prompt_syntax != "plain":  # before anything is opened
+        for name in ("prompt", "negative_prompt"):
+            parts(getattr(args, name), args.prompt_syntax, name)
     sampler = SAMPLERS[args.sampler]
     args.steps = args.steps or sampler.steps
     if args.steps > sampler.max_steps:

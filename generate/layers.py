@@ -77,6 +77,8 @@ def factors(spec: str, names: Sequence[str], family: Family) -> Factors | None:
     Raises:
         UserError: a name or a weight that is none, with its place in the line; layers that the base lacks.
     """
+    if spec == "all":
+        return None
     found, swapped = dict.fromkeys(range(len(names)), 0.0), frozenset()
     layout = frozenset(covered(LAYOUT["up.block_0.1" in names], names))
     for part, weight, at in parts(spec):

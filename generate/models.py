@@ -205,7 +205,8 @@ def open_models(
         )
     for group in groups:
         check_base(group, known[group.adapter], opened)
-    check_embeddings(inversions, [text.width for text in opened.texts])
+    if inversions:
+        check_embeddings(inversions, [text.width for text in opened.texts])
     followed = tuple(file(net, tell) for net in nets)
     kinds = {net: load_control(net, opened, device="meta") for net in dict.fromkeys(followed)}
     threads.suit(max(dim for dim, _ in opened.layers), device)

@@ -123,7 +123,9 @@ def image_prompts(
             [],
         )
         for mask, *pair in zip(masks, *(side.chunk(len(masks), dim=1) for side in both), strict=True):
-            image, absent = (weighed(adapter.prompt(one), groups[i].weights) for one in pair)
+            image, absent = map(adapter.prompt, pair)
+            if groups[i].weights:
+                image, absent = (weighed(one, groups[i].weights) for one in (image, absent))
             if layers and layers.swapped:
                 absent = swap(image, absent, layers.swapped)
             absent = replace(absent, scale=away, mask=mask, group=i)

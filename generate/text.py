@@ -50,22 +50,33 @@ def encoded(
     most = min(config.layers for config in models.base.texts) - len(models.base.texts)
     if not 0 <= clip_skip <= most:
         raise UserError(f"`clip_skip`: {clip_skip} given, 0 to {most} is wanted with this base")
-    opened, given = models.embeddings, {"prompt": text, "negative_prompt": negative}
-    found = {name: pieces(said, syntax, name, opened, long) for name, said in given.items()}
+    given, opened = {"prompt": text, "negative_prompt": negative}, models.embeddings
     for name, said in given.items():
-        if line := told(name, calls(names_of(opened), syntax).sub("", said), syntax, long):
+        if line := told(name, calls(names_of(opened), syntax).sub("", said) if opened else said, syntax, long):
             warnings.warn(Notice(line), stacklevel=3)
-        if syntax == "plain" and not long:
-            tell_cut(name, found[name])
-    tell_unused(opened, syntax, {token for one in found.values() for piece in one for token, _ in piece or ()})
-    vectors = [torch.cat(tower) for tower in zip(*(embedding.vectors for embedding in opened), strict=True)]
-    texts = [
-        Text(chunks(one, syntax, long), WEIGH[syntax], [x.to(models.device) for x in vectors]) for one in found.values()
-    ]
+    if opened or long or syntax != "plain":
+        texts = composed(models, given, syntax, long)
+    else:
+        texts = [Text.plain(said) for said in given.values()]
+        for name, said in given.items():
+            tell_cut(name, encode(said))
     encoder = models.text_encoder()
     negative_half = encoder.null(texts[1]) if syntax == "plain" else encoder(texts[1], clip_skip)
     features, pooled = zip(encoder(texts[0], clip_skip), negative_half, strict=True)
     return list(zip(even(features), pooled, strict=True))
+
+
+def composed(models: Models, given: dict[str, str], syntax: str, long: bool) -> list[Text]:
+    """Texts with weights, in chunks, with embeddings."""
+    opened = models.embeddings
+    found = {name: pieces(said, syntax, name, opened, long) for name, said in given.items()}
+    for name, one in found.items():
+        if syntax == "plain" and not long:
+            tell_cut(name, [token for piece in one for token, _ in piece])
+    tell_unused(opened, syntax, {token for one in found.values() for piece in one for token, _ in piece or ()})
+    vectors = [torch.cat(tower) for tower in zip(*(embedding.vectors for embedding in opened), strict=True)]
+    vectors = [x.to(models.device) for x in vectors]
+    return [Text(chunks(one, syntax, long), WEIGH[syntax], vectors) for one in found.values()]
 
 
 def even(features: Sequence[Tensor]) -> list[Tensor]:
@@ -138,8 +149,7 @@ def words_of(
     ]
 
 
-def tell_cut(name: str, found: Pieces) -> None:
-    tokens = [token for piece in found for token, _ in piece]
+def tell_cut(name: str, tokens: Sequence[int]) -> None:
     if len(tokens) > CHUNK:
         rest = decode([token for token in tokens[CHUNK:] if token >= 0])
         line = f"`{name}` is longer than 75 tokens; cut off: {rest!r}; `long_prompt` reads it in chunks"

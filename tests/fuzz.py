@@ -53,7 +53,7 @@ from files.faces import read_embedding
 from files.features import read_features
 from files.masks import open_mask
 from files.pictures import open_picture, read_settings
-from generate.record import again
+from generate.again import again
 from generate.syntax import SYNTAXES, told
 from generate.text import chunks, pieces
 from ipadapter import FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler

@@ -51,10 +51,10 @@ from files.errors import UserError
 from files.masks import open_mask
 from files.pictures import from_pil, read_settings
 from generate import Hint, open_models, pictures, prompts
+from generate.again import sound
 from generate.canvas import Canvas, around, canvas_of, size_of
 from generate.editing import posteriors, steps_that_run
 from generate.picture import decode
-from generate.record import sound
 from ipadapter import Prompt
 from sampler import SAMPLERS, SD, inpainted
 from unet import UNet
