@@ -2,6 +2,7 @@
 
     python -m benchmarks.exact              full size: SD 1.5 and ViT-H/14; minutes, 14 GB of memory
     python -m benchmarks.exact --narrow     the same at small widths; seconds
+    python -m benchmarks.exact --only "ControlNet" "T2I-Adapter"      these whole runs, a side at a time: 9 GB
 
 Needs diffusers, transformers, accelerate and open_clip_torch; downloads nothing. Both sides read the same files
 through their own loaders. Prints what was found and what is allowed; the exit code is 1 if anything is out of bounds.
@@ -10,30 +11,29 @@ through their own loaders. Prints what was found and what is allowed; the exit c
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks import controlled, reference
+from benchmarks import structured as structures
 from benchmarks.reference import FULL, NARROW, Files, Sizes, distance
+from benchmarks.structured import EDITING, STRUCTURE, Asked
 from clip import CLIPImage, CLIPText, preprocess, tokenize
-from control import ControlNet, t2i
-from files.pictures import from_pil, open_picture, to_pil
-from generate import Hint, open_models, pictures, prompts
+from files.pictures import open_picture, to_pil
+from generate import open_models
 from generate.picture import denoise
 from ipadapter import ImagePrompt, IPAdapter, Prompt
 from sampler import SAMPLERS, guided, noise
 from unet import UNet
 from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base
-from weights.diffusers_names import t2i_from_diffusers
 
 MODULE, LATENTS, PIXELS = 1e-5, 1e-4, 1.0  # allowed: relative L2 of a module, of final latents; 1/255 in any pixel
 SEED, STEPS, GUIDANCE, SIDE = 7, 4, 7.5, 256
@@ -60,16 +60,17 @@ class Row:
         return self.found <= self.allowed  # and so False for NaN
 
 
-def run(narrow: bool = False, folder: Path | None = None) -> list[Row]:
-    """All comparisons. Weights are written into the folder and stay there; without one they are thrown away."""
+def run(narrow: bool = False, folder: Path | None = None, only: Sequence[str] = ()) -> list[Row]:
+    """All comparisons, or some whole runs. Weights stay in the folder; without one they are thrown away."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return run(narrow, Path(temporary))
+            return run(narrow, Path(temporary), only)
     sizes = NARROW if narrow else FULL
     rows = []
     with torch.no_grad():
         files = reference.write(folder, sizes)
-        for row in chain(open_clip_layout(files, sizes), against_diffusers(files)):
+        whole = chain(open_clip_layout(files, sizes), against_diffusers(files))
+        for row in structured(files, tuple(only)) if only else whole:
             print(
                 f"{row.item:42} {row.found:9.2e}  allowed {row.allowed:7.0e}  {'ok' if row.ok else 'OUT OF BOUNDS'}",
                 flush=True,
@@ -151,8 +152,7 @@ def against_diffusers(files: Files) -> Iterator[Row]:
         yield Row(f"run, {name}: pixels", steps_apart(to_pil(vae.decode(x))[0], found), PIXELS)
     del vae, unet, text_tower
     yield from heard(theirs, files)
-    yield from structured(theirs, files)
-    yield from edited(theirs, files)
+    yield from structured(files, STRUCTURE + EDITING, theirs)
 
 
 def heard(theirs: nn.Module, files: Files) -> Iterator[Row]:
@@ -162,74 +162,17 @@ def heard(theirs: nn.Module, files: Files) -> Iterator[Row]:
     how = {"text": TEXT, "negative": NEGATIVE, "seed": SEED, "side": SIDE, "steps": STEPS, "guidance": GUIDANCE}
     for name, ours, found in controlled.runs(models, theirs, open_picture(files.picture), **how):
         yield Row(f"run, {name}: pixels", steps_apart(ours, found), PIXELS)
-    theirs.set_ip_adapter_scale(0.8)  # as in what follows
 
 
-def structured(theirs: nn.Module, files: Files) -> Iterator[Row]:
-    """Whole runs beside the adapter that is attached: with a ControlNet, and with a T2I-Adapter."""
-    from diffusers import StableDiffusionControlNetPipeline, T2IAdapter
-
-    models = open_models(files.base, files.plus, files.image_encoder, device="cpu", dtype="float32")
-    seen = open_picture(files.picture)
-    hint = seen.resize((SIDE, SIDE))
-    pair = prompts(models, TEXT, NEGATIVE, [seen], 0.8)
-    widths = models.base.config.channels
-    config = replace(models.base.config, up=(), out_channels=0)
-    for name in ("ControlNet", "T2I-Adapter"):
-        net = ControlNet(config) if name == "ControlNet" else t2i.T2IAdapter(t2i.T2IConfig(3, widths))
-        net.load_state_dict(reference.randomize(net.state_dict(), len(name), torch.float32))
-        models.held[f"control {name}"] = net.requires_grad_(False).eval()
-        ready = replace(models, controls=(Path(name),), control_kinds={Path(name): net})
-        how = {"steps": STEPS, "guidance_scale": GUIDANCE, "height": SIDE, "width": SIDE}
-        (picture,) = pictures(ready, *pair, SEED, controls=[Hint(hint, scale=0.8)], **how)
-        more, whole, forward = {}, theirs, theirs.unet.forward
-        if name == "ControlNet":
-            controlnet = reference.diffusers_controlnet(net)
-            whole = StableDiffusionControlNetPipeline(**theirs.components, controlnet=controlnet)
-            whole.set_progress_bar_config(disable=True)
-            more = {"image": hint, "controlnet_conditioning_scale": 0.8}
-        else:  # no pipeline of theirs has both: their adapter's features are given to their UNet
-            other = T2IAdapter(3, list(widths))
-            names = t2i_from_diffusers({key.removeprefix("adapter."): w for key, w in other.state_dict().items()})
-            places = dict(zip(other.state_dict(), names, strict=True))
-            other.load_state_dict({key: net.state_dict()[place] for key, place in places.items()})
-            found = [0.8 * feature for feature in other(from_pil(hint) / 2 + 0.5)]
-            theirs.unet.forward = lambda *args, forward=forward, found=found, **given: forward(
-                *args, down_intrablock_additional_residuals=[one.expand(2, -1, -1, -1) for one in found], **given
-            )
-        size = {"height": SIDE, "width": SIDE}
-        found = reference.drawn(whole, TEXT, NEGATIVE, seen, STEPS, GUIDANCE, SEED, **size, **more)
-        theirs.unet.forward = forward
-        del models.held[f"control {name}"], net
-        yield Row(f"run, {name}, plus: pixels", steps_apart(picture, found), PIXELS)
-
-
-def edited(theirs: nn.Module, files: Files) -> Iterator[Row]:
-    """Whole runs that begin with a picture, each with the adapter that is attached; at last as a base for inpainting."""
-    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
-
-    models = open_models(files.base, files.plus, files.image_encoder, device="cpu", dtype="float32")
-    seen = open_picture(files.picture)
-    init, mask = seen.resize((SIDE, SIDE)), Image.new("L", (SIDE, SIDE))
-    mask.paste(255, (0, SIDE // 8, SIDE // 2, SIDE))
-    pair = prompts(models, TEXT, NEGATIVE, [seen], 0.8)
-    to_image = (StableDiffusionImg2ImgPipeline, {"init": init, "strength": 0.8}, {"image": init, "strength": 0.8})
-    paint = {"image": init, "mask_image": mask, "height": SIDE, "width": SIDE}
-    for name, (kind, ours, other) in {
-        "image to image": to_image,
-        "inpainting": (StableDiffusionInpaintPipeline, {"init": init, "inpaint": mask}, paint),
-        "inpainting, 9 channels": (StableDiffusionInpaintPipeline, {"init": init, "inpaint": mask}, paint),
-    }.items():
-        if name.endswith("9 channels"):
-            conv = nn.Conv2d(9, theirs.unet.config.block_out_channels[0], 3, padding=1)
-            models.unet().input_blocks[0][0] = theirs.unet.conv_in = conv.requires_grad_(False)
-            theirs.unet.register_to_config(in_channels=9, encoder_hid_dim_type="ip_image_proj")
-            models = replace(models, base=replace(models.base, channels=9))
-        (picture,) = pictures(models, *pair, SEED, steps=STEPS, guidance_scale=GUIDANCE, **ours)
-        whole = kind.from_pipe(theirs)
-        whole.set_progress_bar_config(disable=True)
-        found = reference.drawn(whole, TEXT, NEGATIVE, seen, STEPS, GUIDANCE, SEED, **other)
-        yield Row(f"run, {name}, plus: pixels", steps_apart(picture, found), PIXELS)
+def structured(files: Files, names: tuple[str, ...], theirs: nn.Module | None = None) -> Iterator[Row]:
+    """Whole runs beside the plus adapter; without a pipeline that has it, ours are over before theirs are begun."""
+    asked = Asked(TEXT, NEGATIVE, SEED, SIDE, STEPS, GUIDANCE)
+    ours = dict(structures.ours(files, asked, names))
+    if theirs is None:
+        theirs = reference.pipeline(files)
+        reference.attach(theirs, files.plus)
+    for name, found in structures.theirs(theirs, files, asked, names):
+        yield Row(f"run, {name}, plus: pixels", steps_apart(ours[name], found), PIXELS)
 
 
 def clip_towers(theirs: nn.Module, text_tower: CLIPText, encoder: CLIPImage, files: Files) -> Iterator[Row]:
@@ -291,8 +234,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--narrow", action="store_true", help="small widths")
     parser.add_argument("--folder", type=Path, help="keep the weight files here (4 GB at full size)")
+    parser.add_argument("--only", nargs="+", choices=STRUCTURE + EDITING, default=(), help="these whole runs alone")
     args = parser.parse_args()
-    return 0 if all(row.ok for row in run(args.narrow, args.folder)) else 1
+    return 0 if all(row.ok for row in run(args.narrow, args.folder, args.only)) else 1
 
 
 if __name__ == "__main__":
