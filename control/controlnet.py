@@ -5,6 +5,7 @@ loads with `load_state_dict(strict=True)`.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -74,18 +75,31 @@ class ControlNetUnion(ControlNet):
             {"linear_1": nn.Linear(tasks * sinusoids, 4 * width), "linear_2": nn.Linear(4 * width, 4 * width)}
         )
 
-    def encode(self, pixels: Tensor, task: int = 0) -> tuple[Tensor, ...]:
-        """As a ControlNet's, and what is added to the timestep's embedding, (1, 4 * width).
+    def encode(self, pixels: Tensor, *tasks: int, scales: Sequence[float] = (1.0,)) -> tuple[Tensor, ...]:
+        """Of a hint, or of several that are followed together, each (1 or batch, 3, H, W), behind one another in `pixels`.
 
-        task: the type of the hint, 0, 1, ...
+        Args:
+            tasks: the type of each, 0, 1, ...
+            scales: how far to follow each.
+
+        Returns:
+            As a ControlNet's, and what is added to the timestep's embedding, (1, 4 * width).
         """
-        features = self.input_hint_block(pixels)
-        token = self.transformer_layes(features.mean(dim=(2, 3)) + self.task_embedding[task])
+        features = sum(
+            self.typed(one, task, scale)
+            for one, task, scale in zip(pixels.chunk(len(tasks)), tasks, scales, strict=True)
+        )
         flags = torch.zeros(len(self.task_embedding), device=pixels.device)
-        flags[task] = 1
+        flags[list(tasks)] = 1
         told = timestep_embedding(flags, self.sinusoids).flatten()[None].to(features)
         told = self.control_add_embedding["linear_2"](silu(self.control_add_embedding["linear_1"](told)))
-        return features + self.spatial_ch_projs(token)[:, :, None, None], told
+        return features, told
+
+    def typed(self, pixels: Tensor, task: int, scale: float) -> Tensor:
+        """Features of a hint of this type, (batch, width, H/8, W/8)."""
+        features = self.input_hint_block(pixels)
+        token = self.transformer_layes(scale * (features.mean(dim=(2, 3)) + self.task_embedding[task]))
+        return scale * (features + self.spatial_ch_projs(token)[:, :, None, None])
 
 
 class LoneToken(nn.Module):

@@ -3,6 +3,7 @@
 Attribute names are those of the original files (TencentARC, adapter.py).
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class T2IConfig:
     # The input blocks of the UNet behind which the features are added; SDXL's: (3, 5, 8, 9), 9 being the middle.
     blocks: tuple[int, ...] = (2, 5, 8, 11)
     kernel: int = 1  # of the second convolution of a block
+    strided: bool = False  # halved by a convolution, as in the first releases, not by a mean
 
     @property
     def multiple(self) -> int:
@@ -40,11 +42,12 @@ class T2IAdapter(nn.Module):
         if not config.light:
             self.conv_in = nn.Conv2d(before, ch, 3, padding=1)
             before = ch
-        for ch in config.channels:
+        for level, ch in enumerate(config.channels):
             if config.light:
                 self.body.append(LightBlock(before, ch))
             else:
-                self.body += [Block(before, ch, config.kernel), Block(ch, ch, config.kernel)]
+                halves = config.strided and level in config.pooled
+                self.body += [Block(before, ch, config.kernel, halves), Block(ch, ch, config.kernel)]
             before = ch
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -54,7 +57,7 @@ class T2IAdapter(nn.Module):
         per_level, found = len(self.body) // len(self.config.channels), []
         for i, block in enumerate(self.body):
             level, first = divmod(i, per_level)
-            if level in self.config.pooled and not first:
+            if level in self.config.pooled and not first and not self.config.strided:
                 x = avg_pool2d(x, 2)
             x = block(x)
             found.append(x)
@@ -66,15 +69,18 @@ class T2IAdapter(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, halves: bool = False):
         super().__init__()
+        self.down_opt = nn.Sequential()
+        if halves:
+            self.down_opt = nn.Sequential(OrderedDict(op=nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1)))
         same = in_channels == out_channels
         self.in_conv = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         self.block1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.block2 = nn.Conv2d(out_channels, out_channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.in_conv(x)
+        x = self.in_conv(self.down_opt(x))
         return x + self.block2(relu(self.block1(x)))
 
 

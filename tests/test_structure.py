@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from test_sample import sample
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, pixel_unshuffle, relu
 
 from control import Control, ControlNet, T2IAdapter, attentions, controlled
 from control.canny import canny
@@ -140,6 +141,18 @@ def test_a_union_is_diffusers_own(task, draw):
     close(ours(x, T, Prompt(text, vector=vector), *ours.encode(hint, task)).skips, residuals(wanted))
 
 
+def test_hints_of_several_types_in_one_pass_are_diffusers_own(draw):
+    theirs = their_controlnet(UNION, 31, kind=ControlNetUnionModel)
+    ours, x, text, hints = ours_of(theirs), draw(2, 4, 8, 8), draw(2, 77, 96), draw(2, 3, 64, 64)
+    vector, added = told(UNION, draw, theirs)
+    flags = torch.zeros(2, 6)
+    flags[:, [4, 1]] = 1
+    both = [torch.cat([one, one]) for one in hints.split(1)]
+    wanted = theirs(x, T, text, both, flags, [4, 1], [0.7, 1.2], added_cond_kwargs=added, return_dict=False)
+    found = ours(x, T, Prompt(text, vector=vector), *ours.encode(hints, 4, 1, scales=(0.7, 1.2))).skips
+    close(found, residuals(wanted))
+
+
 @pytest.mark.parametrize("kind", ("full_adapter", "light_adapter", "full_adapter_xl"))
 def test_a_t2i_adapter_is_diffusers_own(kind, draw):
     light, xl = kind == "light_adapter", kind == "full_adapter_xl"
@@ -150,6 +163,28 @@ def test_a_t2i_adapter_is_diffusers_own(kind, draw):
     hint = draw(1, 3, 128, 192)
     for a, b in zip(ours.encode(hint), theirs(hint), strict=True):
         assert rel(a, b) <= 1e-5
+
+
+def test_a_t2i_adapter_of_the_first_releases_halves_by_convolutions(draw):
+    """Against the public module's description: no later code reads such files."""
+    their = randomise(TheirT2IAdapter(1, [32, 64, 96, 96], 2, 8, "full_adapter"), 33)
+    state = dict(t2i_from_diffusers(under("adapter.", their.state_dict())))
+    for i, width in ((2, 32), (4, 64), (6, 96)):
+        state[f"body.{i}.down_opt.op.weight"] = draw(width, width, 3, 3) * 0.1
+        state[f"body.{i}.down_opt.op.bias"] = draw(width)
+    ours, hint = T2IAdapter(t2i_config(state)), draw(1, 1, 64, 128)
+    ours.load_state_dict(state, strict=True)
+
+    def conv(x: Tensor, key: str, **how: int) -> Tensor:
+        return conv2d(x, state[f"{key}.weight"], state[f"{key}.bias"], **how)
+
+    x, wanted = conv(pixel_unshuffle(hint, 8), "conv_in", padding=1), []
+    for i in range(8):
+        x = conv(x, f"body.{i}.down_opt.op", stride=2, padding=1) if i in (2, 4, 6) else x
+        x = conv(x, f"body.{i}.in_conv") if i in (2, 4) else x
+        x = x + conv(relu(conv(x, f"body.{i}.block1", padding=1)), f"body.{i}.block2")
+        wanted += [x] if i % 2 else []
+    assert [rel(a, b) <= 1e-5 for a, b in zip(ours.encode(hint), wanted, strict=True)] == [True] * 4
 
 
 # Whole pictures: ours from files, by the line that everybody calls; theirs by their pipelines

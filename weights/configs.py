@@ -93,10 +93,13 @@ def t2i_config(state: State) -> T2IConfig:
         channels = tuple(state[f"body.{i}.out_conv.weight"].shape[0] for i in range(blocks))
         return T2IConfig(before // 64, channels, light=True)
     channels = tuple(state[f"body.{i}.block2.weight"].shape[0] for i in range(0, blocks, 2))
-    kernel = state["body.0.block2.weight"].shape[-1]
+    how = {
+        "kernel": state["body.0.block2.weight"].shape[-1],
+        "strided": any(key.endswith(".down_opt.op.weight") for key in state),
+    }
     if before in (256, 768):
-        return T2IConfig(before // 256, channels, shrink=16, pooled=(2,), blocks=(3, 5, 8, 9), kernel=kernel)
-    return T2IConfig(before // 64, channels, kernel=kernel)
+        return T2IConfig(before // 256, channels, shrink=16, pooled=(2,), blocks=(3, 5, 8, 9), **how)
+    return T2IConfig(before // 64, channels, **how)
 
 
 def vae_config(state: State, latent_scale: float = SD_VAE.latent_scale) -> VAEConfig:
