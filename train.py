@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from cli import flags, terminal
+from cli.training import declare
 from files.errors import UserError
 from generate import open_models
 from training.buckets import open_buckets
@@ -37,7 +38,6 @@ from training.optimizers import OPTIMIZERS
 from training.ranks import Ranks
 from training.ready import ready
 from training.recipes import (
-    KINDS,
     PAPER,
     TINY_RUN,
     check_faces,
@@ -47,15 +47,14 @@ from training.recipes import (
     trainable_kind,
     wants_encoder,
 )
-from training.references import RULES, SHARE, open_references
+from training.references import open_references
 from training.remote import fetched
 from training.run import Run, check_folder, stored_settings
-from training.trainer import RATE_SCHEDULES, Trainer
+from training.trainer import Trainer
 from training.validation import SHOWN, validation, validation_pictures
 from weights import load_adapter
 from weights.diffusers import model_sha256
 from weights.presets import BUNDLED
-from weights.storage import STORAGES
 
 MODELS = ("base", "image_encoder", "vae")
 NAMED = (*MODELS, "adapter")
@@ -174,83 +173,7 @@ def fetch(folder: Path, ranks: Ranks, url: str) -> list[str]:
 
 def parse() -> argparse.Namespace:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def preset(name: str) -> str:
-        return f"(default: {PAPER[name]:,}; tiny {TINY_RUN[name]:,})"
-
-    files = parser.add_argument_group("files, models also by name")
-    flags.models(files)
-    add = files.add_argument
-    forms = "tar shards (globs and {000..099} work, https:// and s3:// too), folders of these or of pictures with .txt, .json, .caption or "
-    forms += "metadata.jsonl or COCO's annotations, or without captions; .json, .jsonl and .csv lists of "
-    add("--data", nargs="+", metavar="D", help=f'pairs: {forms}{{"image_file", "text"}}')
-    root = "where relative paths in lists start (default: each list's own folder)"
-    add("--data-root", type=flags.path, metavar="DIR", help=root)
-    drawn = "pairs held out, drawn and measured now and then (default: some of --data, drawn alone)"
-    add("--validation", nargs="+", metavar="D", help=drawn)
-    beside = "texts to draw its pictures with (default: the empty one)"
-    add("--validation-prompt", nargs="+", type=flags.text, default=[""], metavar="TEXT", help=beside)
-    rule = "whose picture is the prompt: that of a list's `reference`, or of the same folder, or name but for its end"
-    add("--reference", choices=RULES, help=f"{rule} (default: field where a list has it, else the pair's own)")
-    others = f"of the places where another picture is the prompt (default: {SHARE})"
-    add("--reference-share", type=flags.share, metavar="P", help=others)
-    add("--limit", type=flags.whole(1), metavar="N", help="the first N pairs (default: all)")
-    kept = "keep what the encoders make here; for each pair they run once, also where data grow or are moved"
-    add("--cache", type=flags.path, metavar="DIR", help=kept)
-    copies = "keep remote shards here, each fetched once (default: shards in --cache, else in --output)"
-    add("--shards", type=flags.path, metavar="DIR", help=copies)
-    add("--output", type=flags.path, default=Path("outputs/train"), help="folder of the run (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the run in --output")
-
-    add = parser.add_argument_group("recipe").add_argument
-    add("--kind", choices=KINDS, help=f"(default: {PAPER['kind']}; tiny {TINY_RUN['kind']})")
-    add("--steps", type=flags.whole(1), help=preset("steps"))
-    size = "pairs to a step, of each process " + preset("batch_size")
-    add("--batch-size", type=flags.whole(1), metavar="N", help=size)
-    add("--grad-accumulation", type=flags.whole(1), default=1, metavar="N", help="batches to a step (default: 1)")
-    add("--learning-rate", type=flags.number(0), metavar="R", help=preset("learning_rate"))
-    add("--warmup", type=flags.whole(0), metavar="N", help="steps in which it grows " + preset("warmup"))
-    add("--schedule", choices=RATE_SCHEDULES, default="constant", help="what it does then (default: constant)")
-    add("--weight-decay", type=flags.number(0), default=0.01, metavar="D", help="(default: %(default)s)")
-    add("--clip-grad", type=flags.number(0), default=0.0, metavar="N", help="largest norm (default: 0, none)")
-    weighed = "error of the noise, that of v, or as min-SNR weighs it (default: what the base predicts; tiny v)"
-    add("--loss", choices=("eps", "v", "min-snr"), help=weighed)
-    offset = "share of the noise that is the same over a channel: darker and brighter pictures (default: 0)"
-    add("--noise-offset", type=flags.number(0), default=0.0, metavar="O", help=offset)
-    light = "adafactor holds next to nothing, at a rate relative to the weights' size; adamw8bit wants bitsandbytes"
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help=f"(default: adamw) {light}")
-    add("--ema", type=flags.share, metavar="D", help="decay of averaged weights, 0: none " + preset("ema"))
-    add("--drop-text", type=flags.share, metavar="P", help="share of pairs without their text " + preset("drop_text"))
-    add("--drop-image", type=flags.share, default=0.05, metavar="P", help="without their image (default: %(default)s)")
-    add("--drop-both", type=flags.share, default=0.05, metavar="P", help="without either (default: %(default)s)")
-    add("--resolution", type=flags.side, metavar="R", help="of the pictures, a square (default: as the base's own)")
-    shapes = "pictures as they are: batches of one size each, of R x R pixels or sizes WxH (default: squares; R: --resolution)"
-    add("--buckets", nargs="*", type=flags.size, metavar="R", help=shapes)
-    add("--random-crop", action="store_true", help="crop anywhere, not the middle; not with --cache")
-    add("--flip", action="store_true", help="mirror half of the pictures; not with --cache")
-    add("--seed", type=flags.whole(0, 2**40), default=0, help="(default: %(default)s)")
-
-    machine = parser.add_argument_group("machine")
-    flags.machine(machine, "float32", "of the frozen parts")
-    add = machine.add_argument
-    stored = "keep the frozen parts' large weights in it, and bring each up to --dtype when it is used"
-    add("--storage", choices=STORAGES, help=stored)
-    add("--compile", action="store_true", help="compile the UNet (torch.compile)")
-    anew = "compute activations anew on the way back: less memory, more time"
-    add("--gradient-checkpointing", action="store_true", help=anew)
-    add(
-        "--workers",
-        type=flags.whole(0),
-        metavar="N",
-        help="processes that read pairs (default: 4 beside a GPU, else 0)",
-    )
-    save = "steps from checkpoint to checkpoint " + preset("save_every")
-    add("--save-every", type=flags.whole(1), metavar="N", help=save)
-    draw = "the same for pictures and the held-out loss, 0: none " + preset("validate_every")
-    add("--validate-every", type=flags.whole(0), metavar="N", help=draw)
-    beside = "log there too, where it is installed; several with spaces between"
-    add("--log", nargs="*", choices=MONITORS, default=[], help=beside)
-
+    declare(parser)
     args = parser.parse_args()
     if args.resume:  # what is not said anew is as it was
         known = {action.dest for action in parser._actions} - {"output", "resume", "device", "help"}
