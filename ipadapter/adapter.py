@@ -137,7 +137,12 @@ class IPAdapter(nn.Module):
             for attention, lora in zip(unet.attentions(), self.ip_adapter.values(), strict=True):
                 for key, change in lora.loras().items():
                     handles.append(attention.get_submodule(key).register_forward_hook(beside(change)))
-        return lambda: [handle.remove() for handle in handles] and None
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return remove
 
     @property
     def reads_clip(self) -> bool:

@@ -95,8 +95,8 @@ def refused(path, call) -> str:
 
 def reads(monkeypatch, read) -> None:
     """Let the loaders find other tensors in their files."""
-    for name in ("weights.base.read", "weights.adapter.read_part", "weights.load.read_part"):
-        monkeypatch.setattr(name, read)
+    for name in ("base.read", "adapter.read_part", "clip.read_part", "vae.read_part"):
+        monkeypatch.setattr(f"weights.{name}", read)
 
 
 # Whole checkpoints

@@ -20,10 +20,10 @@ from weights.diffusers_names import from_diffusers
 from weights.families import FAMILIES, SD2, SD2_BASE, TURBO, Family, Tower
 from weights.fill import IGNORED, build, fill, under
 from weights.kinds import AUTOENCODER, UNET, family, what_is
-from weights.load import check_scale, vae_state
 from weights.lora import LoRA, check, merge
 from weights.openclip import text_from_openclip
 from weights.settings import MARKS, heed_vae, schedule_of, sd2_predicts_noise
+from weights.vae import check_scale, vae_state
 
 # Models that take so many channels.
 CHANNELS = {5: "a depth", 7: "an upscaling"}

@@ -1,5 +1,6 @@
-"""A whole CLIP, both towers, out of one file: what results are scored with (`evaluate.py`)."""
+"""CLIP out of files: the image tower, which adapters read, and both towers, which results are scored with (`evaluate.py`)."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -7,8 +8,8 @@ import torch
 from clip import CLIPImage, CLIPText
 from clip.tokenizer import CONTEXT, END
 from files.tensors import State, WeightsError
-from weights import configs
 from weights.clip_config import read_config
+from weights.configs import image_config, text_config
 from weights.diffusers import read_part
 from weights.fill import IGNORED, fill
 from weights.kinds import no_clip, what_is
@@ -23,7 +24,40 @@ ESSENTIAL = (
     "visual_projection.weight",
     "text_projection.weight",
 )
-OPENAI = {(768, 512), (1024, 768)}  # widths of the image and the text tower of OpenAI's ViT-B and ViT-L
+# Widths of the image and the text tower of OpenAI's ViT-B and ViT-L; the exact GELU is OpenCLIP's, of ViT-H and bigG.
+OPENAI = {768: 512, 1024: 768}
+# What an image encoder does without of a whole CLIP.
+TEXT_SIDE = re.compile(rf"text(_model)?\.|text_projection|(logit_scale|logit_bias|{'|'.join(OPENAI_NUMBERS)})$")
+
+
+def load_image_encoder(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> CLIPImage:
+    """A CLIP image tower (ViT) in the layout of transformers, OpenCLIP or OpenAI; what else the file holds is left aside.
+
+    Args:
+        path: a file (OpenAI's TorchScript archives too), an index of shards, or transformers' folder, or one that has
+            it as `image_encoder/`. What a `config.json` there says of heads and GELU counts; else the width tells, and
+            for the GELU the layout: OpenCLIP's has the exact one, OpenAI's own files the approximation.
+
+    Raises:
+        WeightsError: unreadable, another kind of file, keys missing or left over, or a config that contradicts them.
+    """
+    state = read_part(path)
+    names, openclip = clip_names(state)
+    if "vision_model.embeddings.class_embedding" not in names or no_clip(state):
+        raise WeightsError(f"{path}: a CLIP image encoder (ViT) is wanted here; this is {what_is(state)}")
+    inner = {key: w for key, w in names.items() if not TEXT_SIDE.match(key) and not IGNORED.match(key)}
+    said = read_config(path, "image")
+    if said:
+        quick_gelu, heads = said.quick_gelu, said.heads
+    else:
+        width = names["vision_model.embeddings.class_embedding"].numel()
+        quick_gelu, heads = OPENAI_NUMBERS <= names.keys() or (not openclip and width in OPENAI), None
+    tower = fill(lambda state: CLIPImage(image_config(state, quick_gelu, heads)), inner, path, dtype, device)
+    if said:
+        said.check(tower)
+    return tower
 
 
 def load_clip(
@@ -55,7 +89,7 @@ def load_clip(
     if left := [key for key in state if key not in image and key not in text]:
         raise WeightsError(f"{path}: {len(left)} keys of no CLIP that is known here: {', '.join(left[:4])}")
     said = {side: read_config(path, side) for side in ("image", "text")}
-    by_size = widths(state) in OPENAI or OPENAI_NUMBERS <= names.keys()
+    by_size = widths(state) in OPENAI.items() or OPENAI_NUMBERS <= names.keys()
 
     def settings(side: str) -> tuple[bool, int | None]:
         config = said[side]
@@ -63,8 +97,8 @@ def load_clip(
         return told if quick_gelu is None else quick_gelu, config and config.heads
 
     towers = (
-        fill(lambda state: CLIPImage(configs.image_config(state, *settings("image"))), image, path, dtype, device),
-        fill(lambda state: CLIPText(configs.text_config(state, *settings("text"))), text, path, dtype, device),
+        fill(lambda state: CLIPImage(image_config(state, *settings("image"))), image, path, dtype, device),
+        fill(lambda state: CLIPText(text_config(state, *settings("text"))), text, path, dtype, device),
     )
     for config, tower in zip(said.values(), towers, strict=True):
         if config:

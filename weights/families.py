@@ -41,8 +41,8 @@ class Family:
 CLIP_L = Tower(("cond_stage_model.transformer.",), True, END)
 SD1 = Family("SD 1.x", "sd15", 768, (CLIP_L,), 512, unet=SD15)
 TURBO = "conditioner.embedders.0.model."  # SD-Turbo's text tower, and nobody else's
-VIT_H = Tower(("cond_stage_model.model.", "cond_stage_model.transformer.", TURBO), False, 0, penultimate=True)
-SD2 = Family("SD 2.x", "sd21", 1024, (VIT_H,), 768, schedule=Schedule(prediction="v"), unet=SD21)
+OPENCLIP_H = Tower(("cond_stage_model.model.", "cond_stage_model.transformer.", TURBO), False, 0, penultimate=True)
+SD2 = Family("SD 2.x", "sd21", 1024, (OPENCLIP_H,), 768, schedule=Schedule(prediction="v"), unet=SD21)
 SD2_BASE = replace(SD2, base="sd21-base", side=512, schedule=SD)  # the same tensors, but for one bias
 SDXL_TEXT = (
     Tower(("conditioner.embedders.0.transformer.",), True, END),
