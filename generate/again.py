@@ -8,7 +8,7 @@ from types import UnionType
 from files.errors import UserError
 from files.hashes import recall, sha256
 from files.pictures import read_settings
-from generate.models import ROLES
+from generate.named import ROLES
 from generate.record import CONTROL, GROUP
 from weights.diffusers import model_sha256
 from weights.hub import cached

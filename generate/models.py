@@ -13,6 +13,7 @@ from generate import threads
 from generate.fit import Adapter, check_base, check_named
 from generate.group import ImageGroup
 from generate.memory import check_adapters
+from generate.named import Named, base_named, lora_of, rows_of, together
 from ipadapter import IPAdapter
 from unet import UNet
 from vae import VAE
@@ -21,13 +22,11 @@ from weights.control import Net, load_control
 from weights.hub import cached, fetch
 from weights.inversion import Embedding, check_embeddings, read_embeddings
 from weights.lora import LoRA, read_lora
-from weights.names import check_together, find, resolve
+from weights.names import check_together, find
 from weights.presets import PRESETS, Preset
 from weights.storage import STORAGES, store
 
-ROLES = ("base", "adapter", "image_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Named = str | Path  # a file, or the name of a published one
 
 
 @dataclass(frozen=True)
@@ -169,33 +168,24 @@ def open_models(
     """
     device = torch.device(device or default_device())
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype or default_dtype(device)
+    storage = storage or ("float16" if low_memory else None)
+    # What names stand for; what does not go together is refused before anything is fetched.
     each = together(adapter, image_encoder, faceid_v2, encode)
-    presets = [find("adapter", str(name)) for name, *_ in each if name] if len(each) > 1 else []
-    base = base or next((preset.base for preset in presets if isinstance(preset, Preset)), None)
-    pairs = [(*lora, 1.0)[:2] if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
-    wanted = [(find("lora", str(name)), weight) for name, weight in pairs]
-    ready = {found: read_lora(found) for found, _ in wanted if isinstance(found, Path)}  # before anything is fetched
+    base = base or (base_named(each) if len(each) > 1 else None)
+    rows = [rows_of(*one, base, vae, image, new_adapter) for one in each]
+    found, wanted = rows[0], [lora_of(one) for one in loras]
+    nets = [find("control", str(name)) for name in controls]
     named = [one if isinstance(one, tuple) else (one, None) for one in embeddings]
     inversions = tuple(embedding for one in named for embedding in read_embeddings(*one))
-    found, *others = (
-        resolve(
-            {role: name and str(name) for role, name in zip(ROLES, (base, one, encoder, vae), strict=True)},
-            *(image, new_adapter, faces_alone if encodes else lambda adapter: True),
-        )
-        | ({} if encodes else {"image_encoder": None})
-        for one, encoder, _, encodes in each
-    )
-    nets = [find("control", str(name)) for name in controls]
     for kind, row in (*(("lora", lora) for lora, _ in wanted), *(("control", net) for net in nets)):
         check_together({"base": found["base"], kind: row})
-    named = [
-        (one["adapter"], one["image_encoder"], version_2)
-        for one, (*_, version_2, _) in zip((found, *others), each, strict=True)
+    readers = [
+        (row["adapter"], row["image_encoder"], version_2) for row, (*_, version_2, _) in zip(rows, each, strict=True)
     ]
-    known = check_named(groups, named, found["base"])
+    known = check_named(groups, readers, found["base"])
+    # From here on files are fetched, and opened.
     files = {role: file(found[role], tell) for role in ("base", "vae") if found[role]}
-    merged = tuple((ready.get(lora) or read_lora(file(lora, tell)), weight) for lora, weight in wanted)
-    storage = storage or ("float16" if low_memory else None)
+    merged = tuple((x if isinstance(x, LoRA) else read_lora(file(x, tell)), weight) for x, weight in wanted)
     opened = open_base(
         files["base"], read_in(dtype, storage), device, prediction, merged, files.get("vae"), text_encoder, spacing
     )
@@ -210,11 +200,7 @@ def open_models(
     followed = tuple(file(net, tell) for net in nets)
     kinds = {net: load_control(net, opened, device="meta") for net in dict.fromkeys(followed)}
     threads.suit(max(dim for dim, _ in opened.layers), device)
-    read = tuple(
-        open_adapter(one, version_2, opened, tell)
-        for one, (*_, version_2, _) in zip((found, *others), each, strict=True)
-        if one["adapter"]
-    )
+    read = tuple(open_adapter(*reader, opened, tell) for reader in readers if reader[0])
     if read:
         files |= {"adapter": read[0].file, "image_encoder": read[0].image_encoder}
     elif found["image_encoder"]:
@@ -239,40 +225,23 @@ def open_models(
     )
 
 
-def together(
-    adapter: Named | Sequence[Named | None] | None,
-    image_encoder: Named | Sequence[Named | None] | None,
-    faceid_v2: bool | Sequence[bool],
-    encode: bool | Sequence[bool],
-) -> list[tuple[Named | None, Named | None, bool, bool]]:
-    """For each adapter itself, its image encoder, whether it is FaceID-plus version 2, whether pictures are encoded."""
-    adapters = list(adapter) if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
-    several = isinstance(image_encoder, Sequence) and not isinstance(image_encoder, str)
-    encoders = list(image_encoder) if several else [image_encoder] * len(adapters)
-    versions, encodes = ([one] * len(adapters) if isinstance(one, bool) else list(one) for one in (faceid_v2, encode))
-    for name, found in (("image_encoder", encoders), ("faceid_v2", versions), ("encode", encodes)):
-        if len(found) != len(adapters):
-            raise UserError(f"`{name}`: {len(found)} given, for {len(adapters)} adapters: one for all, or one for each")
-    return list(zip(adapters, encoders, versions, encodes, strict=True))
-
-
 def open_adapter(
-    found: Mapping[str, Path | Preset | None], faceid_v2: bool, base: Base, tell: Callable[[str], object]
+    adapter: Path | Preset,
+    image_encoder: Path | Preset | None,
+    faceid_v2: bool,
+    base: Base,
+    tell: Callable[[str], object],
 ) -> Adapter:
     """Fetch and check one adapter and the image encoder that it reads."""
-    path = file(found["adapter"], tell)
-    encoder_path = file(found["image_encoder"], tell) if found["image_encoder"] else None
+    path = file(adapter, tell)
+    encoder_path = file(image_encoder, tell) if image_encoder else None
     kind = load_adapter(path, device="meta")
     encoder = load_image_encoder(encoder_path, device="meta") if encoder_path and kind.reads_clip else None
     check_fit(kind, path, base, encoder, encoder_path)
     if faceid_v2 and not (kind.image_proj.faces and kind.image_proj.patches):
         raise UserError(f"`faceid_v2`: for FaceID-plus adapters; {path} is another kind")
-    named = isinstance(found["adapter"], Preset) and found["adapter"].faceid_v2
+    named = isinstance(adapter, Preset) and adapter.faceid_v2
     return Adapter(path, kind, encoder_path if kind.reads_clip else None, faceid_v2 or named)
-
-
-def faces_alone(adapter: Path) -> bool:
-    return not load_adapter(adapter, device="meta").reads_clip
 
 
 def read_in(dtype: torch.dtype, storage: str | None) -> torch.dtype:

@@ -13,12 +13,14 @@ from files.pictures import Picture
 from generate.embeddings import check_group, tokens
 from generate.framing import within
 from generate.group import ImageGroup, mask_tensor, swap, weighed
-from generate.layers import factors
+from generate.layers import Factors, factors
 from generate.models import Models
 from generate.text import encoded
 from ipadapter import ImagePrompt, Prompt, Scale
 from unet import layer_names, size_vector
 from weights.families import drawn_by
+
+Weight = float | Sequence[float] | Scale  # of an image prompt: one number, one for each cross-attention layer, or more
 
 
 @torch.no_grad()
@@ -90,9 +92,7 @@ def sized(prompt: Prompt, models: Models, height: int, width: int, pooled: Tenso
     return replace(prompt, vector=size_vector(pooled, height, width, sinusoids))
 
 
-def image_prompts(
-    models: Models, groups: Sequence[ImageGroup], scale: float | Sequence[float] | Scale
-) -> list[tuple[ImagePrompt, ImagePrompt]]:
+def image_prompts(models: Models, groups: Sequence[ImageGroup], scale: Weight) -> list[tuple[ImagePrompt, ImagePrompt]]:
     """Each group's image prompt and its absence; of tiles each is one.
 
     An adapter and an image encoder are held as long as the next group reads them too.
@@ -116,18 +116,29 @@ def image_prompts(
             for name in several.held.keys() - {f"image encoder {read[i].image_encoder}"}:
                 del several.held[name]
         last = groups[i].adapter
-        adapter, (layers, here, away, mask) = several.adapter(groups[i].adapter), heard[i]
-        *both, squares = tokens(several, adapter, groups[i])
-        masks, found[i] = (
-            [mask] if squares is None else [within(one, mask) for one in squares.to(models.device).split(1)],
-            [],
-        )
-        for mask, *pair in zip(masks, *(side.chunk(len(masks), dim=1) for side in both), strict=True):
-            image, absent = map(adapter.prompt, pair)
-            if groups[i].weights:
-                image, absent = (weighed(one, groups[i].weights) for one in (image, absent))
-            if layers and layers.swapped:
-                absent = swap(image, absent, layers.swapped)
-            absent = replace(absent, scale=away, mask=mask, group=i)
-            found[i].append((replace(image, scale=here, mask=mask, group=i), absent))
+        found[i] = group_prompts(several, groups[i], i, *heard[i])
     return [pair for i in range(len(groups)) for pair in found[i]]
+
+
+def group_prompts(
+    models: Models,
+    group: ImageGroup,
+    number: int,
+    layers: Factors | None,
+    here: Weight,
+    away: Weight,
+    mask: Tensor | None,
+) -> list[tuple[ImagePrompt, ImagePrompt]]:
+    """The image prompts of the group of this number, and their absence, each with its scale."""
+    adapter, found = models.adapter(group.adapter), []
+    *both, squares = tokens(models, adapter, group)
+    masks = [mask] if squares is None else [within(one, mask) for one in squares.to(models.device).split(1)]
+    for where, *pair in zip(masks, *(side.chunk(len(masks), dim=1) for side in both), strict=True):
+        image, absent = map(adapter.prompt, pair)
+        if group.weights:
+            image, absent = (weighed(one, group.weights) for one in (image, absent))
+        if layers and layers.swapped:
+            absent = swap(image, absent, layers.swapped)
+        absent = replace(absent, scale=away, mask=where, group=number)
+        found.append((replace(image, scale=here, mask=where, group=number), absent))
+    return found

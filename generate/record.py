@@ -8,7 +8,8 @@ from threading import Thread
 
 import torch
 
-from generate.models import ROLES, Models
+from generate.models import Models
+from generate.named import ROLES
 from weights.diffusers import model_sha256
 
 NUMBER = float | int

@@ -7,7 +7,7 @@ from clip import CLIPImageConfig
 from files.errors import UserError
 from files.faces import FACE_DIM
 from generate import Models
-from generate.models import faces_alone
+from generate.named import faces_alone
 from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
 from training.captions import DataError
 from training.pairs import Pairs

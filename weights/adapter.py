@@ -9,6 +9,7 @@ from clip import CLIPImage
 from files.faces import FACE_DIM
 from files.tensors import State, WeightsError
 from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter, PatchProjection, Resampler
+from ipadapter.adapter import Projection
 from weights.base import Base
 from weights.configs import count
 from weights.diffusers import read_part
@@ -126,28 +127,38 @@ def check_fit(
     projection = adapter.image_proj
     base_dim = base.layers[0][1]
     if projection.context_dim != base_dim:
-        row = of_width(projection.context_dim)
-        other = f" (`base` {row.base})" if row else ""
-        raise WeightsError(
-            f"{adapter_path}: this adapter is {adapter_base(projection.context_dim)} (tokens of "
-            f"{projection.context_dim}); the base {base.path} is {base.family.name} and has tokens of {base_dim}: give "
-            f"a base that fits{other}, or an adapter for {base.family.name}"
-        )
+        raise WeightsError(f"{adapter_path}: {of_other_width(projection.context_dim, base, base_dim)}")
     layers = [tuple(ip.to_k_ip.weight.shape) for ip in adapter.key_values()]
     if layers != base.layers:
-        raise WeightsError(
-            f"{adapter_path}: this adapter is for {len(layers)} cross-attention layers "
-            f"({layers[0][0]} to {max(layers)[0]} wide), the base {base.path} has {len(base.layers)} "
-            f"({base.layers[0][0]} to {max(base.layers)[0]} wide), in another order or number"
-        )
+        raise WeightsError(f"{adapter_path}: {of_other_layers(layers, base)}")
     if encoder is None:
         return
+    yields = encoder.config.width if projection.patches else encoder.config.projection
+    if projection.feature_dim != yields:
+        raise WeightsError(f"{adapter_path}: {of_other_encoder(projection, encoder_path, yields)}")
+
+
+def of_other_width(width: int, base: Base, base_width: int) -> str:
+    row = of_width(width)
+    other = f" (`base` {row.base})" if row else ""
+    return (
+        f"this adapter is {adapter_base(width)} (tokens of {width}); the base {base.path} is {base.family.name} and has "
+        f"tokens of {base_width}: give a base that fits{other}, or an adapter for {base.family.name}"
+    )
+
+
+def of_other_layers(layers: list[tuple[int, int]], base: Base) -> str:
+    return (
+        f"this adapter is for {len(layers)} cross-attention layers ({layers[0][0]} to {max(layers)[0]} wide), the base "
+        f"{base.path} has {len(base.layers)} ({base.layers[0][0]} to {max(base.layers)[0]} wide), in another order or number"
+    )
+
+
+def of_other_encoder(projection: Projection, encoder_path: str | Path, yields: int) -> str:
     wants, patches = projection.feature_dim, projection.patches
-    yields = encoder.config.width if patches else encoder.config.projection
-    if wants != yields:
-        row = next((row for row in ENCODERS if wants == (row.width if patches else row.projection)), None)
-        raise WeightsError(
-            f"{adapter_path}: this adapter wants {f'{row.name} ' if row else ''}"
-            f"{'patch features' if patches else 'image embeddings'} of {wants}, the image encoder given "
-            f"({encoder_path}) yields {yields}" + (f"; `image_encoder` {row.preset}" if row else "")
-        )
+    row = next((row for row in ENCODERS if wants == (row.width if patches else row.projection)), None)
+    return (
+        f"this adapter wants {f'{row.name} ' if row else ''}{'patch features' if patches else 'image embeddings'} of "
+        f"{wants}, the image encoder given ({encoder_path}) yields {yields}"
+        + (f"; `image_encoder` {row.preset}" if row else "")
+    )

@@ -185,6 +185,13 @@ def gather(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -> 
         )
     if family(state) not in FAMILIES:
         raise WeightsError(f"{path}: an SD 1.x, SD 2.x or SDXL checkpoint is wanted here; this is {what_is(state)}")
+    if vae or text_encoder:
+        state = with_parts(state, vae, text_encoder)
+    return state
+
+
+def with_parts(state: State, vae: Path | None, text_encoder: Sequence[Path]) -> State:
+    """A checkpoint with the autoencoder, or the text towers, of other files in the place of its own."""
     if vae:
         state = {key: w for key, w in state.items() if not key.startswith(AUTOENCODER)}
         state |= {AUTOENCODER + key: w for key, w in vae_state(vae).items()}
@@ -229,14 +236,18 @@ def check_whole(path: str | Path, found: dict[str, Part], kind: Family) -> None:
         raise WeightsError(
             f"{path}: its UNet takes {channels} channels{what}; 4 are wanted, or 9 (inpainting) or 8 (instruct-pix2pix)"
         )
+    if any(not part.state for part in found.values()):
+        raise WeightsError(f"{path}: {lacking(found, kind)}")
+
+
+def lacking(found: dict[str, Part], kind: Family) -> str:
     missing = {name: part.prefix for name, part in found.items() if not part.state}
-    if missing:
-        parts = " and ".join(f"the {name} ({prefix}*)" for name, prefix in missing.items())
-        bring = dict.fromkeys("`vae`" if name == "autoencoder" else "`text_encoder`" for name in missing)
-        raise WeightsError(
-            f"{path}: {parts} {'are' if len(missing) > 1 else 'is'} missing; a whole {kind.name} checkpoint has: "
-            f"{', '.join(found)}; {' and '.join(bring)} can bring {'them' if len(missing) > 1 else 'it'}"
-        )
+    parts = " and ".join(f"the {name} ({prefix}*)" for name, prefix in missing.items())
+    bring = dict.fromkeys("`vae`" if name == "autoencoder" else "`text_encoder`" for name in missing)
+    return (
+        f"{parts} {'are' if len(missing) > 1 else 'is'} missing; a whole {kind.name} checkpoint has: {', '.join(found)}; "
+        f"{' and '.join(bring)} can bring {'them' if len(missing) > 1 else 'it'}"
+    )
 
 
 def check_texts(path: str | Path, unet: UNet, texts: list[CLIPText]) -> None:
