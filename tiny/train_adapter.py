@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import adapter_loss, drops
-from sampler import add_noise, v_weight
+from sampler import add_noise, loss_weight
 from tiny import drawings, presets
 from tiny.latents import VIEWS, Captions, scaled_vae, stored, towers, views
 from tiny.places import place
@@ -83,9 +83,8 @@ def main() -> None:
         image = torch.where(drop_image.view(-1, *[1] * (image.ndim - 1)), nothing, image)
         noise = torch.randn_like(latents[0, :1].expand(batch, -1, -1, -1))
         noisy = add_noise(latents[view, i], noise, t).contiguous(memory_format=torch.channels_last)
-        weight = v_weight(t) if args.loss == "v" else 1.0
         prompt = Prompt(captions.draw(i, drop_text), (adapter.prompt(adapter.image_proj(image)),))
-        return adapter_loss(unet, noisy, noise, t, prompt, weight)
+        return adapter_loss(unet, noisy, noise, t, prompt, loss_weight(t, args.loss))
 
     train(f"adapter-{args.kind}", adapter, loss, args)
 

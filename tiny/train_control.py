@@ -19,7 +19,7 @@ from control.canny import canny
 from files.whole import whole
 from ipadapter import Prompt
 from ipadapter.objective import noise_loss
-from sampler import add_noise, v_weight
+from sampler import add_noise, loss_weight
 from tiny import drawings, presets
 from tiny.latents import Captions, stored, towers
 from tiny.train_unet import new_unet
@@ -97,8 +97,7 @@ def main() -> None:
         hint = shown[i].float() / 255
         hint = hint.expand(-1, 3, -1, -1) if args.kind == "edges" else hint
         added = net(noisy, t, prompt, *net.encode(hint))
-        weight = v_weight(t) if args.loss == "v" else 1.0
-        return noise_loss(unet(noisy, t, prompt, added=added), noise, weight)
+        return noise_loss(unet(noisy, t, prompt, added=added), noise, loss_weight(t, args.loss))
 
     train(f"control-{args.kind}", net, loss, args)
 

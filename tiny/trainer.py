@@ -49,7 +49,6 @@ def train(name: str, model: nn.Module, loss_of_batch: Callable[[], Tensor], args
     `loss_of_batch` draws its own batch, on `args.device`, without a look at the values (so that it can be captured).
     The result is `RUNS/name.pt`: {"model", "ema", "optimizer", "step", "seconds"}.
     """
-    torch.manual_seed(args.seed)
     cuda = args.device == "cuda"
     params = [p for p in model.parameters() if p.requires_grad]
     lr = torch.tensor(args.learning_rate, device=args.device)
@@ -58,17 +57,8 @@ def train(name: str, model: nn.Module, loss_of_batch: Callable[[], Tensor], args
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=cuda, capturable=cuda)
     ema = [p.detach().clone() for p in params]
     path = args.runs / f"{name}.pt"
-    start, spent = 0, 0.0
-    if path.exists():
-        state = torch.load(path, map_location=args.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for average, value in zip(ema, state["ema"], strict=True):
-            average.copy_(value)
-        start, spent = state["step"], state["seconds"]
-        torch.manual_seed(args.seed + start)
+    start, spent = resumed(path, model, optimizer, ema, lr) if path.exists() else (0, 0.0)
+    torch.manual_seed(args.seed + start)
     total = torch.zeros((), device=args.device)
 
     def step() -> None:
@@ -120,6 +110,20 @@ def train(name: str, model: nn.Module, loss_of_batch: Callable[[], Tensor], args
     log.close()
     for p, average in zip(params, ema, strict=True):
         p.data.copy_(average)
+
+
+def resumed(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: list[Tensor], lr: Tensor
+) -> tuple[int, float]:
+    """Go on from a checkpoint: how many steps it has, and how many seconds they took."""
+    state = torch.load(path, map_location=lr.device, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for average, value in zip(ema, state["ema"], strict=True):
+        average.copy_(value)
+    return state["step"], state["seconds"]
 
 
 def capture(step: Callable[[], None]) -> Callable[[], None]:
