@@ -10,12 +10,14 @@ from generate.models import Models, open_models
 from generate.picture import pictures
 from generate.prompt import prompts, scaled
 from generate.seeing import attention_sheet
+from generate.sweep import Sweep, sweep_sheet, swept
 
 __all__ = [
     "Features",
     "Hint",
     "ImageGroup",
     "Models",
+    "Sweep",
     "attention_sheet",
     "features",
     "open_models",
@@ -24,4 +26,6 @@ __all__ = [
     "read_features",
     "save_features",
     "scaled",
+    "sweep_sheet",
+    "swept",
 ]

@@ -17,7 +17,7 @@ from generate.editing import IMAGE_GUIDANCE, ROWS, Beginning, beginning, check_r
 from generate.group import tell_effects
 from generate.models import Models
 from generate.prompt import sized
-from ipadapter import Prompt, Seen, prepared, watched
+from ipadapter import Prompt, Scale, Seen, prepared, watched
 from sampler import SAMPLERS, Level, Predict, Sampler, guided, numbered, widened
 from vae import VAE
 from weights.base import INSTRUCTED, Base
@@ -95,8 +95,9 @@ def pictures(
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
     if image_guidance_scale is not None or models.base.channels == INSTRUCTED:
         image_guidance_scale = half_guidance(models.base, prompts, image_guidance_scale)
-    across, down = canvas.picture.size if canvas and canvas.padding is not None else (width, height)
-    tell_effects(prompts, len(levels) - 1, down, across)
+    if any(image.mask is not None or isinstance(image.scale, Scale) for p in prompts for image in p.images):
+        across, down = canvas.picture.size if canvas and canvas.padding is not None else (width, height)
+        tell_effects(prompts, len(levels) - 1, down, across)
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
     size = 1 if models.low_memory else max(batch, *(len(p.text) for p in prompts), 1)
     parts = [
@@ -119,11 +120,12 @@ def pictures(
         p, n = rows(p, len(some)), rows(n, len(some))
         if not models.low_memory:
             p, n = (prepared(one, layers) for one in (p, n))
-        guidance = guidance_scale, schedule.prediction, models.low_memory, guidance_rescale
         x, generators, run, beside = first.drawn(row, schedule, levels, some)
-        p, half, n = passes(p, n, beside, instructed=models.base.channels == INSTRUCTED)
-        half = None if image_guidance_scale is None else half
-        predict = guided(model, p, n, *guidance, half, image_guidance_scale or 0.0)
+        guidance = guidance_scale, schedule.prediction, models.low_memory, guidance_rescale
+        if beside is not None or image_guidance_scale is not None:
+            p, half, n = passes(p, n, beside, instructed=models.base.channels == INSTRUCTED)
+            guidance += (half, image_guidance_scale) if image_guidance_scale is not None else ()
+        predict = guided(model, p, n, *guidance)
         with watched(unet.cross_attentions(), p) if on_seen else nullcontext() as watch:
             x = denoise(run, predict, x, levels, generators, on_step)
         for seen in watch.seen() if watch else ():

@@ -15,7 +15,7 @@ import generate.picture
 from clip import preprocess, tokenize
 from files.errors import Notice, UserError
 from files.pictures import open_picture, to_pil
-from generate import Models, open_models, pictures, prompts, scaled, threads
+from generate import Models, Sweep, open_models, pictures, prompts, scaled, swept, threads
 from ipadapter import Prompt
 from sampler import SAMPLERS, guided, noise
 from weights import load_adapter, load_image_encoder, open_base
@@ -71,6 +71,25 @@ def test_several_prompts_seeds_and_rows(models):
     rows = pictures(models, Prompt.cat(sweep), Prompt.cat([scaled(null, s) for s in (0.0, 1.0)]), seed=[0, 1], steps=2)
     for found, wanted in zip(rows, (four[0], four[3]), strict=True):
         assert np.abs(array(found) - wanted).max() <= 1
+
+
+def test_a_sweep_makes_each_prompt_at_each_scale_from_each_seed(models):
+    """Its pictures are those that are made one by one, and their numbers go prompt by prompt, scale by scale, seed by seed."""
+    sweep = Sweep(2, (0.2, 1.0), seed=5, count=2)
+    jobs = [job[:4] for part in sweep.parts for job in sweep.jobs(part)]
+    assert jobs == [(i, (0.2, 1.0)[k], 5 + j, 4 * i + 2 * k + j) for i in (0, 1) for k in (0, 1) for j in (0, 1)]
+    read = [prompts(models, text, images=[EXAMPLE]) for text in ("a cat", "a red cup")]
+    small = {"steps": 1, "height": 64, "width": 64}
+    found = list(swept(models, Sweep(2, (0.2, 1.0), seed=5, together=2), iter(read), **small))
+    assert [(job.prompt, job.scale, job.number) for job, _ in found] == [
+        (0, 0.2, 0),
+        (1, 0.2, 2),
+        (0, 1.0, 1),
+        (1, 1.0, 3),
+    ]
+    for job, picture in found[1:3]:
+        (alone,) = pictures(models, *(scaled(side, job.scale) for side in read[job.prompt]), job.seed, **small)
+        assert abs(array(picture) - array(alone)).max() <= 1
 
 
 def test_a_picture_is_handed_out_before_the_next_batch_is_begun(models, monkeypatch):
