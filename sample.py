@@ -57,18 +57,17 @@ def main() -> None:
     with reserved(*files) as names:
         models = open_models(**opened.opening(asked, images), tell=terminal.say)
         began, hashes = time.time(), Hashes(models, brought, terminal.PIPED)
-        drawing, reading = opened.drawing(asked, models, canvas), {name: asked[name] for name in opened.READING}
+        drawing = opened.drawing(asked, models, canvas)
         if hints:
             check_hints(models, hints, drawing["height"], drawing["width"])
         # One prompt, or one for each picture of a folder; the first is read before the bar appears.
-        variants, texts = opened.variants(args.images, images), (args.prompt, args.negative_prompt)
-        kept = opened.saved(models, args.images, (some for _, some in variants))
-        pairs = (prompts(models, *texts, some, **reading) for some in kept)
-        first = next(pairs)
-        told = opened.recorded(asked, folder) | drawing
-        run, made = steps_that_run(models.base, canvas, args.steps), {}
+        variants, reading = opened.variants(args.images, images), opened.reading(asked)
+        kept = opened.saved(models, args.images, [some for _, some in variants])
+        pairs = (prompts(models, images=some, **reading) for some in kept)
+        first, run = next(pairs), steps_that_run(models.base, canvas, args.steps)
+        told, made = opened.recorded(asked, folder) | drawing, {}
         if args.attention:
-            words = words_of(models, *texts, args.prompt_syntax, args.long_prompt)
+            words = words_of(models, args.prompt, args.negative_prompt, args.prompt_syntax, args.long_prompt)
         with terminal.steps(run * sweep.batches(args.low_memory), "denoising") as step:
             drawing |= {"init": canvas, "controls": hints, "on_step": step}
             for job, picture in swept(models, sweep, chain([first], pairs), args.attention, **drawing):
@@ -87,9 +86,7 @@ def main() -> None:
             heard = sweep.told(variants[0][0], sweep.scales)
             settings = None if folder else record(models, hashes, heard, **told, seed=args.seed)
             save_picture(page, names[-1], settings)
-    some = args.steps if run == args.steps else f"the last {run} of {args.steps}"
-    how = f"{some} steps of {args.sampler}, seed {args.seed}, {time.time() - began:.1f} s"
-    terminal.say(f"{opened.said(asked)}: {how}")
+    terminal.say(opened.said(asked, run, time.time() - began))
     print(*names, sep="\n")
     if models.bundled and [group.image for group in args.images] == [[str(EXAMPLE)]]:
         terminal.say(NEXT)

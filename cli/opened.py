@@ -23,7 +23,7 @@ from generate.group import mask_tensor
 from generate.picture import BATCH, usual_guidance
 from generate.sweep import Sweep
 
-READING = ("prompt_syntax", "long_prompt", "clip_skip")  # how `prompts` reads texts
+READING = ("prompt_syntax", "long_prompt", "clip_skip")  # how texts are read
 # The picture to begin with, and what is done with it
 BEGINNING = ("init", "inpaint", "strength", "outpaint", "only_masked")
 
@@ -120,6 +120,11 @@ def canvas(asked: Mapping[str, object]) -> Canvas | None:
     if "strength" in given:
         found.count(asked["steps"])
     return found
+
+
+def reading(asked: Mapping[str, object]) -> dict[str, object]:
+    """What `prompts` takes of the texts."""
+    return {"text": asked["prompt"], "negative": asked["negative_prompt"]} | {name: asked[name] for name in READING}
 
 
 def drawing(asked: Mapping[str, object], models: Models, canvas: Canvas | None) -> dict[str, object]:
@@ -234,8 +239,8 @@ def beside(groups: Sequence[Group], images: Sequence[ImageGroup], count: int) ->
     return [one if isinstance(one, Image.Image) else None for one in found if names or isinstance(one, Image.Image)]
 
 
-def said(asked: Mapping[str, object]) -> str:
-    """What a picture is made of, in a line."""
+def said(asked: Mapping[str, object], run: int, seconds: float) -> str:
+    """What pictures are made of, and how, in a line; `run` of the steps ran."""
     found = [f"picture {asked['init']}"] if asked["init"] else []
     for group in asked["images"]:
         strengths = ", ".join(f"{scale:g}" for scale in group.scale)
@@ -243,4 +248,6 @@ def said(asked: Mapping[str, object]) -> str:
         found.append(f"image prompt {names} (scale {strengths})")
     found += [f"structure of {net.hint or asked['init']} by {net.control}" for net in asked["nets"]]
     found += [f"text {asked['prompt']!r}"] if asked["prompt"] else []
-    return " and ".join(found)
+    steps = asked["steps"] if run == asked["steps"] else f"the last {run} of {asked['steps']}"
+    how = f"{steps} steps of {asked['sampler']}, seed {asked['seed']}, {seconds:.1f} s"
+    return f"{' and '.join(found)}: {how}"
