@@ -30,6 +30,7 @@ from cli import flags, terminal
 from cli.training import declare
 from files.errors import UserError
 from generate import open_models
+from tiny.places import place_features
 from training.buckets import open_buckets
 from training.data import identity, open_pairs
 from training.loop import training
@@ -49,11 +50,12 @@ from training.recipes import (
 )
 from training.references import open_references
 from training.remote import fetched
-from training.run import Run, check_folder, stored_settings
+from training.run import Run, check_folder, saved, stored_settings
 from training.trainer import Trainer
 from training.validation import SHOWN, validation, validation_pictures
 from weights import load_adapter
 from weights.diffusers import model_sha256
+from weights.hub import cached
 from weights.presets import BUNDLED
 
 MODELS = ("base", "image_encoder", "vae")
@@ -63,7 +65,7 @@ IDENTITY = (*(f"{name} (sha256)" for name in MODELS), "kind", "optimizer", "reso
 IDENTITY += ("data (pairs)", "data (sha256)", "references")
 # What the step and the loop take under the names of their flags.
 RECIPE = ("seed", "learning_rate", "weight_decay", "loss", "warmup", "clip_grad", "ema", "steps")
-RECIPE += ("optimizer", "noise_offset")
+RECIPE += ("optimizer", "noise_offset", "least_t")
 LOOP = ("steps", "batch_size", "workers", "save_every", "validate_every", "random_crop", "flip")
 
 
@@ -129,6 +131,9 @@ def main() -> None:
     adapter = load_adapter(models.files["adapter"]) if models.adapter_kind else new_adapter(kind, unet, seen.encoder)
     adapter.to(ranks.device, torch.float32).requires_grad_()
     adapter.attach(unet)
+    new, tiny = not models.adapter_kind and not saved(args.output), models.base.path == cached(BUNDLED)
+    if new and tiny and kind == "full-face" and args.resolution == models.side:
+        place_features(adapter, unet, seen)
     trainer = Trainer(
         adapter,
         torch.compile(unet) if args.compile else unet,
@@ -197,9 +202,10 @@ def parse() -> argparse.Namespace:
     args.shards = args.shards or (args.cache or args.output) / "shards"
     if not args.data and not args.random_crop and not args.flip:
         args.cache = args.cache or args.output / "cache"
+    follows = {"kind"} if args.adapter else set()  # the adapter, or the user's own data
+    follows |= {"validation", "limit"} if args.data else set()
     for name, value in (TINY_RUN if tiny else PAPER).items():
-        kind_follows = name == "kind" and args.adapter
-        if getattr(args, name) is None and not kind_follows and not (args.data and name in ("validation", "limit")):
+        if getattr(args, name) is None and name not in follows:
             setattr(args, name, value)
     if args.drop_text + args.drop_image + args.drop_both > 1:
         raise UserError("--drop-text, --drop-image and --drop-both: more than 1 in all")

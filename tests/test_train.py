@@ -32,6 +32,7 @@ from training.cache import Cache
 from training.data import open_pairs
 from training.features import Encoders, Prepared
 from training.pairs import BadSample
+from training.recipes import TINY_RUN
 from weights import load_adapter, load_image_encoder, open_base
 
 pytestmark = pytest.mark.slow
@@ -170,7 +171,8 @@ def test_the_loss_of_pictures_held_out_is_logged_shown_and_drawn(tmp_path, data,
     done = train(*flags, "--validation", data / "0.png", "--limit", 6)
     assert done.returncode == 2 and "a file of an unknown kind" in done.stderr
     others = copy_pairs(data, tmp_path / "others", (6, 7))
-    done = train(*flags, "--validation", others, "--limit", 6, "--save-every", 2)
+    texts = ["", "red apple, noto style"]
+    done = train(*flags, "--validation", others, "--limit", 6, "--save-every", 2, "--validation-prompt", *texts)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step 2: held-out loss") == 1
     *steps, line = log(tmp_path / "run")
@@ -179,6 +181,13 @@ def test_the_loss_of_pictures_held_out_is_logged_shown_and_drawn(tmp_path, data,
         assert mean == pytest.approx(np.mean([level[name] for level in line["levels"]]))
     assert [level["t"] for level in line["levels"]] == [100, 300, 500, 700, 900]
     assert Image.open(tmp_path / "run/curve.png").size == (960, 2 * 480)
+    strip = np.asarray(Image.open(tmp_path / "run/validation/00000002.png")).astype(int)
+    assert strip.shape == (64, 4 * 64, 3)  # two prompts, without text and with it: what sample.py draws with these
+    flags = ["--adapter", tmp_path / "run/adapter.safetensors", "--image", others / "6.png", "--prompt", texts[1]]
+    flags += ["--scale", 0.6, "--height", 64, "--width", 64, "--steps", 30]
+    assert (done := sample(*flags, "--output", tmp_path / "drawn")).returncode == 0, done.stderr
+    drawn = np.asarray(Image.open(next((tmp_path / "drawn").glob("*.png")))).astype(int)
+    assert abs(strip[:, 128:192] - drawn).mean() < 1  # the file of the adapter is in fp16
     (tmp_path / "run/validation/00000002.png").unlink()  # as if it had been killed before they were drawn
     done = train("--output", tmp_path / "run", "--resume", "--steps", 3)
     assert done.returncode == 0 and (tmp_path / "run/validation/00000002.png").exists(), done.stderr
@@ -684,6 +693,18 @@ def test_a_thin_picture_is_left_out(data, tmp_path):
     done = train(*QUICK, "--data", folder, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "thin: a picture of 1 x 30000, too thin" in (tmp_path / "run/skipped.txt").read_text()
+
+
+def test_a_plain_run_takes_what_suits_the_tiny_model_and_data_given_are_taken_whole():
+    parse = runpy.run_path(str(ROOT / "train.py"))["parse"]
+    for flags in ([], ["--data", "x"]):
+        with patch.object(sys, "argv", ["train.py", *flags]):
+            args = vars(parse())
+        follows = {"data", "validation", "limit"} if flags else set()
+        assert {name: args[name] for name in TINY_RUN if name not in follows} == {
+            name: value for name, value in TINY_RUN.items() if name not in follows
+        }
+        assert not flags or (args["data"], args["validation"], args["limit"]) == (["x"], None, None)
 
 
 def test_the_same_seed_gives_the_same_weights(run, data, cache, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.nn.functional import mse_loss
 from files.sheets import curve
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
-from sampler import SD, Schedule, add_noise, noise
+from sampler import SD, Schedule, add_noise, loss_weight, noise
 from training.chance import draws, generator_at
 from training.order import Places, pair_at, places
 from training.pairs import BadSample
@@ -117,6 +118,21 @@ def test_the_v_loss_is_the_error_of_v(unet):
     assert ours.noised(list(range(64)), features("base", list(range(64))))["weight"].max() == 16
 
 
+@torch.no_grad()
+def test_min_snr_weighs_as_in_the_paper(unet):
+    """arXiv 2303.09556, section 3.4: min(SNR, 5) for the predicted picture, min(SNR, 5) / SNR for the noise, / (SNR + 1) for v."""
+    t = torch.tensor([0, 50, 200, 400, 700, 999])
+    a = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t]
+    snr, alpha, sigma = a / (1 - a), *(x.sqrt().view(-1, 1, 1, 1) for x in (a, 1 - a))
+    x, eps, wrong = torch.randn(3, len(t), 4, 8, 8, dtype=torch.float64)
+    wrong_x = (alpha * x + sigma * eps - sigma * wrong) / alpha  # the picture that the predicted noise tells
+    wanted = snr.clamp(max=5) * (wrong_x - x).square().mean(dim=(1, 2, 3))
+    missed = {"eps": wrong - eps, "v": alpha * (wrong - eps) - sigma * (wrong_x - x)}
+    for prediction, error in missed.items():
+        weight = loss_weight(t, "min-snr", replace(SD, prediction=prediction))
+        assert rel(weight * error.square().mean(dim=(1, 2, 3)), wanted) < 1e-5
+
+
 def test_drops_are_one_uniform_draw():
     u = torch.arange(1000) / 1000 + 0.0005
     text, image = drops(u, 0.05, 0.05, 0.05)
@@ -171,6 +187,7 @@ def test_what_is_random_depends_on_seed_and_place_alone():
     u, t, posterior, noise = draws(0, list(range(4000)), (1,))
     assert u.mean() == pytest.approx(0.5, abs=0.02) and t.float().mean() == pytest.approx(499.5, abs=15)
     assert 0 <= t.min() <= 3 and 996 <= t.max() <= 999 and 0 <= u.min() and u.max() < 1
+    assert 400 <= draws(0, list(range(400)), (1,), least_t=400)[1].min() <= 410
     for one in (posterior, noise):
         assert one.mean() == pytest.approx(0, abs=0.05) and one.std() == pytest.approx(1, abs=0.04)
     columns = torch.stack([u, t / 1000, posterior[:, 0], noise[:, 0]])

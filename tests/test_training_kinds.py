@@ -37,7 +37,7 @@ def features(kind: str, context: int, sized: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", BASES)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "faceid-plus"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_equal_diffusers_and_the_official_objective(request, tmp_path, family, kind):
     twin, (prediction, context) = request.getfixturevalue(family), BASES[family]
     base = twin.base

@@ -10,9 +10,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from ipadapter import IPAdapter, PatchProjection, Prompt
 from sampler import add_noise
+from training.ready import Ready
 from unet import UNet
 
 GRID = 8  # patches along a side
@@ -39,6 +41,15 @@ def place(adapter: IPAdapter, unet: UNet, empty: Tensor, latents: Tensor, featur
             keys = (keys - keys.mean(0)).repeat(len(tokens) // len(keys), 1)
             ip.to_k_ip.weight.copy_(torch.linalg.solve(gram, tokens.T @ keys).T)
             ip.to_v_ip.weight.zero_()
+
+
+def place_features(adapter: IPAdapter, unet: UNet, ready: Ready, count: int = 1000) -> None:
+    """The same, with what a run of train.py has made ready."""
+    taken = [ready.source.take(i) for i in range(min(count, len(ready.source)))]
+    device = next(unet.parameters()).device
+    parts = [ready.encode(default_collate(taken[i : i + 64])) for i in range(0, len(taken), 64)]
+    mean, image = (torch.cat([part[key] for part in parts]).to(device).float() for key in ("mean", "image"))
+    place(adapter, unet, ready.null["text"][None].to(device), mean, image, steps=1500)
 
 
 def describe(projection: PatchProjection, features: Tensor, steps: int) -> None:

@@ -66,20 +66,20 @@ def mixed(text: str) -> int:
 
 
 def draws(
-    seed: int, places: list[int], shape: tuple[int, ...], offset: float = 0.0
+    seed: int, places: list[int], shape: tuple[int, ...], offset: float = 0.0, least_t: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All that is random in a step, from the places of its samples.
 
     Args:
         offset: how much of the noise that is added is the same over a whole channel.
 
-    Returns u (batch,) in [0, 1) for `drops`, t (batch,) in 0..999, and two noises (batch, *shape): for the
+    Returns u (batch,) in [0, 1) for `drops`, t (batch,) in `least_t`..999, and two noises (batch, *shape): for the
     autoencoder's posterior, and to be added.
     """
     rows = []
     for place in places:
         generator = generator_at(seed, place)
-        u, t = torch.rand((), generator=generator), torch.randint(1000, (), generator=generator)
+        u, t = torch.rand((), generator=generator), torch.randint(least_t, 1000, (), generator=generator)
         posterior, noise = (torch.randn(shape, generator=generator) for _ in range(2))
         if offset:
             noise = noise + offset * torch.randn(*shape[:1], *[1] * (len(shape) - 1), generator=generator)

@@ -34,26 +34,30 @@ PAPER = {
     "steps": 1_000_000,
     "batch_size": 8,
     "learning_rate": 1e-4,
+    "schedule": "constant",
     "warmup": 0,
     "ema": 0.0,
     "drop_text": 0.05,
+    "least_t": 0,
     "save_every": 1000,
     "validate_every": 1000,
 }
 TINY_RUN = {
     "data": [str(TINY / "data/train-*.tar.gz")],
     "validation": [str(TINY / "data/unseen-drawings-*.tar.gz")],
-    "limit": 2000,  # of 9,142: to encode them all takes as long as to train
+    "limit": 1024,  # of 9,142: to encode them all takes longer than to train
     "kind": "full-face",
-    "steps": 250,  # less than a quarter of an hour on two cores, features and all
-    "batch_size": 32,
+    "steps": 400,  # less than a quarter of an hour on two cores, features and all
+    "batch_size": 16,
     "learning_rate": 2e-3,
+    "schedule": "cosine",
     "warmup": 20,
     "ema": 0.98,
     "loss": "v",
-    "drop_text": 0.5,  # a drawing's name tells nearly everything: beside it little is left for the image to tell
+    "drop_text": 0.85,  # a drawing's name tells nearly everything: beside it little is left for the image to tell
+    "least_t": 400,  # what a drawing shows is decided above
     "save_every": 50,
-    "validate_every": 125,
+    "validate_every": 200,
 }
 
 

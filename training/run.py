@@ -49,11 +49,16 @@ def check_folder(folder: Path, resume: bool) -> None:
         UserError
     """
     log = folder / "log.jsonl"
-    begun = (log.exists() and log.stat().st_size > 0) or any((folder / "checkpoints").glob("*.safetensors"))
+    begun = (log.exists() and log.stat().st_size > 0) or saved(folder)
     if begun and not resume:
         raise UserError(f"`output` {folder}: holds a run already; go on with it by `resume`, or name another folder")
     if resume and not (folder / "settings.json").exists():
         raise UserError(f"`resume`: `output` {folder} holds no run to go on with")
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, the newest first."""
+    return sorted((folder / "checkpoints").glob("*.safetensors"), reverse=True)
 
 
 class Run:
@@ -120,7 +125,7 @@ class Run:
         self.began = time.monotonic() - self.seconds
 
     def restore(self) -> None:
-        found = sorted((self.folder / "checkpoints").glob("*.safetensors"), reverse=True)
+        found = saved(self.folder)
         for path in found:
             try:
                 tensors, notes = read_checked(path)
@@ -206,7 +211,7 @@ class Run:
             folder / f"{self.trainer.step:08d}.safetensors", tensors, notes | {"seconds": time.monotonic() - self.began}
         )
         write(self.folder / "adapter.safetensors", {k: v.half() for k, v in self.trainer.weights().items()})
-        for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
+        for old in saved(self.folder)[KEPT:]:
             old.unlink()
         with (self.folder / "skipped.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(f"{line}\n" for line in dict.fromkeys(skipped) if line not in self.told)

@@ -32,6 +32,7 @@ class Trainer:
         loss: "eps", the paper's, "v" or "min-snr", see `loss_weight`; None: the error of what the base predicts. That of v
             says more of large forms, and sooner.
         optimizer: one of `optimizers.OPTIMIZERS`.
+        least_t: timesteps are drawn from here to 999.
         noise_offset: how much of the noise is the same over a whole channel: so pictures learn to be dark, or bright.
         drop: probabilities of dropping the text, the image, and both.
         warmup: steps in which the learning rate grows from 0.
@@ -61,12 +62,14 @@ class Trainer:
         steps: int = 0,
         noise_schedule: Schedule = SD,
         noise_offset: float = 0.0,
+        least_t: int = 0,
         sinusoids: int = 0,
         structure_scale: float | None = None,
         optimizer: str = "adamw",
     ):
         self.adapter, self.ranks, self.seed, self.dtype, self.drop = adapter, ranks, seed, dtype, drop
-        self.loss, self.noise_offset, self.sinusoids = loss or noise_schedule.prediction, noise_offset, sinusoids
+        self.loss, self.sinusoids = loss or noise_schedule.prediction, sinusoids
+        self.noise_offset, self.least_t = noise_offset, least_t
         self.clip_grad, self.decay, self.noise_schedule = clip_grad or torch.inf, ema, noise_schedule
         self.rates = partial(rate_at, top=learning_rate, warmup=warmup, schedule=rate_schedule, steps=steps)
         self.null = {key: value.to(ranks.device, dtype) for key, value in null.items()}
@@ -119,7 +122,7 @@ class Trainer:
         """The arguments of `Objective.forward`, with what is random at these places."""
         features = {key: value.to(self.ranks.device) for key, value in features.items()}
         mean, std = features["mean"].float(), features["std"].float()
-        drawn = draws(self.seed, places, mean.shape[1:], self.noise_offset)
+        drawn = draws(self.seed, places, mean.shape[1:], self.noise_offset, self.least_t)
         u, t, posterior, noise = (draw.to(mean.device) for draw in drawn)
         x, schedule = mean + std * posterior, self.noise_schedule
         return self.conditions(features, *drops(u, *self.drop)) | {
