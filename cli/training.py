@@ -66,8 +66,8 @@ def recipe(parser: argparse.ArgumentParser) -> None:
     add("--clip-grad", type=number(0), default=0.0, metavar="N", help="largest norm (default: 0, none)")
     weighed = "error of the noise, that of v, or as min-SNR weighs it (default: what the base predicts; tiny v)"
     add("--loss", choices=("eps", "v", "min-snr"), help=weighed)
-    offset = "share of the noise that is the same over a channel: darker and brighter pictures (default: 0)"
     add("--least-t", type=whole(0, 999), metavar="T", help="timesteps are drawn from here on " + preset("least_t"))
+    offset = "share of the noise that is the same over a channel: darker and brighter pictures (default: 0)"
     add("--noise-offset", type=number(0), default=0.0, metavar="O", help=offset)
     light = "adafactor holds next to nothing, at a rate relative to the weights' size; adamw8bit wants bitsandbytes"
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help=f"(default: adamw) {light}")
