@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import unet.unet as unet_file
+import weights.storage as storage_file
 from files.tensors import read
 from ipadapter import Prompt
 from unet.unet import attention, fused
@@ -255,3 +256,23 @@ def test_where_nobody_tells_what_pages_are_nothing_is_given_back(mapped, monkeyp
     give_back(mapped["0.weight"])
     monkeypatch.undo()
     assert in_memory(mapped["0.weight"]) == 1
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_on_the_way_back_a_weight_is_brought_up_anew_with_the_same_gradients(unet, draw, monkeypatch, name):
+    unet, brought = store(copy.deepcopy(unet), STORAGES[name], torch.float32), []
+    monkeypatch.setattr(storage_file, "give_back", brought.append)
+    x, text = draw(2, 4, 8, 8), draw(2, 77, 64).requires_grad_()
+
+    def gradient() -> tuple[torch.Tensor, int, int]:
+        brought.clear()
+        y = unet(x, torch.tensor(500), Prompt(text))
+        there = len(brought)
+        return *torch.autograd.grad(y.square().mean(), text), there, len(brought) - there
+
+    found, there, back = gradient()
+    assert 0 < back <= there
+    monkeypatch.setattr(Stored, "forward", lambda self, x: super(Stored, self).forward(x))  # as torch saves them
+    wanted, again, held = gradient()
+    assert (there, held) == (again, 0) and wanted.abs().max() > 0
+    assert torch.equal(found, wanted)

@@ -19,14 +19,44 @@ EXEMPT = ("time_embed.", "label_emb.")  # 0.3 % of the bytes, read by every bloc
 
 
 class Stored(nn.Module):
-    """A Linear or Conv2d whose `weight`, whoever reads it, comes in the dtype and on the device that it computes with."""
+    """A Linear or Conv2d whose `weight`, whoever reads it, comes in the dtype and on the device that it computes with.
+
+    Frozen: on the way back of a training it is brought up once more, and not held until then.
+    """
 
     compute: torch.dtype
     device: torch.device | None  # None: where it lies
     row_scale: Tensor | None  # of an fp8 weight: what each row was divided by, (rows, 1) or (rows, 1, 1, 1)
+    used: Tensor | None = None  # the weight as it was brought up, while a step of a training computes with it
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        self.used = self.weight
+        memory = self.used.untyped_storage().data_ptr()
+
+        def pack(saved: Tensor) -> tuple[bool, tuple]:
+            shape = saved.size(), saved.stride()
+            weight = saved.untyped_storage().data_ptr() == memory
+            return weight, (*shape, saved.storage_offset()) if weight else (*shape, saved.dtype, saved.device)
+
+        def unpack(packed: tuple[bool, tuple]) -> Tensor:
+            weight, how = packed
+            if weight:
+                return self.weight.as_strided(*how)
+            size, stride, dtype, device = how  # a convolution's input: beside a frozen weight only its shape is read
+            return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                return super().forward(x)
+        finally:
+            self.used = None
 
     @property
     def weight(self) -> Tensor:
+        if self.used is not None:
+            return self.used
         stored = self._parameters["weight"]
         weight = stored.to(self.device or stored.device, self.compute)
         give_back(stored)
