@@ -1,6 +1,7 @@
 """The stages of the tiny model go on from the files in the tree, and a full-face adapter from where its patches are."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny.latents import scaled_vae, towers
 from tiny.places import GRID, cells, collect_queries, place
 from tiny.train_adapter import new_adapter
 from tiny.train_unet import new_unet
-from tiny.trainer import WEIGHTS, load_ema
+from tiny.trainer import WEIGHTS, arguments, load_ema, train
 from unet import layer_names
 from weights import load_image_encoder, open_base
 from weights.families import TINY
@@ -42,6 +43,19 @@ def test_without_a_checkpoint_a_stage_is_what_the_tree_holds(stage: str, args: N
         assert same(scaled_vae(args, drawings.load("train", limit=8)), base.vae())
     else:
         assert same(load_ema(new_unet(), "unet", args), base.unet())
+
+
+def test_a_stage_run_again_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(folder: str) -> dict[str, torch.Tensor]:
+        flags = ["stage", "--steps", "3", "--runs", str(tmp_path / folder), "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", flags)
+        args = arguments("A stage.", steps=1, batch_size=4, learning_rate=1e-2)
+        model, x = torch.nn.Linear(5, 3), torch.randn(8, 5)  # weights and data are random, too
+        train("stage", model, lambda: model(x[torch.randint(8, (args.batch_size,))]).square().mean(), args)
+        return model.state_dict()
+
+    first, second = run("first"), run("second")
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_patches_are_looked_at_from_where_they_are(args: Namespace) -> None:

@@ -26,12 +26,15 @@ WEIGHTS = BASE.parent
 
 
 def arguments(doc: str, steps: int, batch_size: int, learning_rate: float, **more: dict) -> argparse.Namespace:
-    """The flags of a stage; `more` adds its own ones, by name."""
+    """The flags of a stage; `more` adds its own ones, by name. What is random from here on follows from its seed.
+
+    So a run of as many steps, not stopped between, gives the same weights each time on the same machine.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     for name, settings in more.items():
         parser.add_argument(f"--{name}", **settings)
     parser.add_argument("--steps", type=int, default=steps, help="length of the run (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help="length of the run by the clock, instead of --steps")
+    parser.add_argument("--minutes", type=float, help="by the clock instead: no run is as another")
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default: %(default)s)")
@@ -40,6 +43,7 @@ def arguments(doc: str, steps: int, batch_size: int, learning_rate: float, **mor
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
     return args
 
 
