@@ -95,6 +95,21 @@ def test_a_shard_that_is_not_there_is_one_line(server, tmp_path):
     assert {path.name for path in (tmp_path / "kept").rglob("*.*") if path.is_file()} <= {"01.tar"}
 
 
+def test_shards_of_s3_come_by_its_own_tool(tmp_path, monkeypatch):
+    """A stand-in for it: it is told bucket and name as one word, and that the shard goes to its output."""
+    (tmp_path / "bin").mkdir()
+    write_tar(tmp_path / "a b.tar", samples(3))
+    (tmp_path / "bin/aws").write_text(
+        f'#!/bin/sh\n[ "$1 $2 $5" = "s3 cp -" ] && cat "{tmp_path}/${{4#s3://bucket/}}"\n'
+    )
+    (tmp_path / "bin/aws").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    fetch = partial(fetched, folder=tmp_path / "kept", waits=[0.01])
+    assert contents(open_pairs("s3://bucket/a b.tar", fetch=fetch)) == expected(3)
+    with pytest.raises(DataError, match=r"^s3://bucket/gone\.tar: does not come \(exit code 1; 2 tries\)"):
+        fetch("s3://bucket/gone.tar")
+
+
 def test_what_cannot_be_fetched_is_refused_before_anything_is(server, tmp_path, monkeypatch):
     for url, wanted in (
         ("pipe:aws s3 cp s3://a/b.tar -", "cannot be fetched from there; http://, https://, s3://, gs:// can"),

@@ -58,8 +58,7 @@ class Row(NamedTuple):
 
 
 class Pairs(Sequence[Pair]):
-    """Pairs by number. The index, about 60 bytes and the name for each, lies on disk; pictures and captions are read when
-    asked for.
+    """Pairs by number. Their index, some 60 bytes and the name for each, lies on disk; they are read when asked for.
 
     Safe in threads, after a fork, and when pickled for DataLoader workers.
     """
