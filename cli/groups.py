@@ -161,10 +161,12 @@ def control_group(
     if {"hint", "hint_from"} & (given.keys() | common.keys()):
         old = {name: value for name, value in old.items() if name not in ("hint", "edges")}
     group = OF_CONTROL | {"hint_from": None} | old | common | given
-    if isinstance(group["scale"], list):
-        if len(group["scale"]) > 1:
-            raise UserError("`scale`: one is wanted for each `control`; several are for an image prompt")
-        group["scale"] = group["scale"][0]
+    hints = group["hint"] if isinstance(group["hint"], list) else [group["hint"]]
+    for name in ("hint", "scale", "control_type"):
+        if isinstance(group[name], list) and len(group[name]) == 1:
+            (group[name],) = group[name]
+    if isinstance(group["scale"], list) and len(group["scale"]) != len(hints):
+        raise UserError("`scale`: one is wanted for each `control`, or for each `hint` of it")
     source = group.pop("hint_from")
     if source and group["hint"]:
         raise UserError("`hint_from` and `hint` of one `control`: one of them is wanted")
@@ -179,8 +181,12 @@ def control_group(
 def brought(images: Iterable[Group], nets: Iterable[Group], *others: str | None) -> list[str]:
     """All files that are drawn by: of image prompts, of nets, and others where there are any."""
     files = [[*one.image, *one.negative_image, *one.face_embedding, one.mask] for one in images]
-    files += [[net.hint, net.mask] for net in nets]
+    files += [[*hints_of(net), net.mask] for net in nets]
     return [name for some in (*files, others) for name in some if name]
+
+
+def hints_of(net: Group) -> list[str | None]:
+    return net.hint if isinstance(net.hint, list) else [net.hint]
 
 
 def given_anew(opened: Iterable[Group], common: Mapping[str, object]) -> tuple[list[set[str]], list[set[str]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from cli.flags import check_writable, weighted
-from cli.groups import Group
+from cli.groups import Group, hints_of
 from cli.terminal import picture
 from files.errors import UserError
 from files.faces import read_embedding
@@ -31,7 +31,7 @@ BEGINNING = ("init", "inpaint", "strength", "outpaint", "only_masked")
 def opening(asked: Mapping[str, object], images: Sequence[ImageGroup]) -> dict[str, object]:
     """What `open_models` takes, of all that was asked for; `images` are the image prompts, opened."""
     groups = asked["images"]
-    names = ("base", "vae", "text_encoder", "prediction", "spacing", "device", "storage", "low_memory")
+    names = ("base", "vae", "style_encoder", "text_encoder", "prediction", "spacing", "device", "storage", "low_memory")
     adapters, given = adapters_of(groups), asked["image_encoder"]
     encoder = given[0] if given and len(given) == 1 else given  # one for all, or one for each in turn
     return {name: asked[name] for name in names} | {
@@ -108,7 +108,8 @@ def hint(group: Group, net: int) -> Hint:
     """As `pictures` takes it, its files opened; `net` is its place among those that are. Raises UserError."""
     mask = group.mask and picture(group.mask, open_mask)
     how = {name: vars(group)[name] for name in ("scale", "start", "until", "guess", "edges", "control_type")}
-    return Hint(group.hint and picture(group.hint), net, mask=mask, **how)
+    shown = [name and picture(name) for name in hints_of(group)]
+    return Hint(shown if len(shown) > 1 else shown[0], net, mask=mask, **how)
 
 
 def canvas(asked: Mapping[str, object]) -> Canvas | None:
@@ -246,7 +247,8 @@ def said(asked: Mapping[str, object], run: int, seconds: float) -> str:
         strengths = ", ".join(f"{scale:g}" for scale in group.scale)
         names = f"each of {len(group.image)} pictures" if group.each else ", ".join(group.image + group.face_embedding)
         found.append(f"image prompt {names} (scale {strengths})")
-    found += [f"structure of {net.hint or asked['init']} by {net.control}" for net in asked["nets"]]
+    for net in asked["nets"]:
+        found.append(f"structure of {', '.join(name or asked['init'] for name in hints_of(net))} by {net.control}")
     found += [f"text {asked['prompt']!r}"] if asked["prompt"] else []
     steps = asked["steps"] if run == asked["steps"] else f"the last {run} of {asked['steps']}"
     how = f"{steps} steps of {asked['sampler']}, seed {asked['seed']}, {seconds:.1f} s"

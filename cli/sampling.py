@@ -108,13 +108,16 @@ def structure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("structure", told).add_argument
     several = "a ControlNet or T2I-Adapter, a file or a name; given again: another beside it"
     add("--control", action=Opens, metavar="FILE", help=several)
-    add("--hint", metavar="PICTURE", help="what it is to follow: edges, depth, a skeleton, ...", **OF_CONTROL)
+    shown = "what it is to follow: edges, depth, a skeleton, ...; of a Union several, of as many types"
+    add("--hint", nargs="+", metavar="PICTURE", help=shown, **OF_CONTROL)
     add("--hint-from", metavar="PICTURE", help="a picture in which --edges finds the hint", **OF_CONTROL)
     add("--edges", nargs=0, const=True, help="of --hint-from: white on black, Canny's", **OF_CONTROL)
     weakly = "follow it with the prompt alone, and more weakly the finer: for prompts that say little"
     add("--guess", nargs=0, const=True, help=weakly, **OF_CONTROL)
-    kinds = "for a Union: which type its hint is; shuffle, inpaint: a ControlNet for that (default: by the file's name)"
-    add("--control-type", choices=(*TASKS, *SAME, SHUFFLE), metavar="TYPE", help=kinds, **OF_CONTROL)
+    kinds = (
+        "for a Union: which type each hint is; shuffle, inpaint: a ControlNet for that (default: by the file's name)"
+    )
+    add("--control-type", nargs="+", choices=(*TASKS, *SAME, SHUFFLE), metavar="TYPE", help=kinds, **OF_CONTROL)
 
 
 def texts(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +154,8 @@ def models(parser: argparse.ArgumentParser) -> None:
     add = files.add_argument
     towers = "text towers for a base without any, files or folders"
     add("--text-encoder", nargs="+", type=path, default=[], metavar="FILE", help=towers)
+    read = "the CLIP image encoder that T2I-Adapter's style adapters read (default: vit-l)"
+    add("--style-encoder", metavar="FILE", help=read)
     merged = "LoRAs for the base, each with a weight (default: 1)"
     add("--lora", nargs="+", type=weighted, default=[], metavar="FILE[:W]", help=merged)
     visited = "which timesteps are visited (default: as the base's file tells, or as the sampler is used to)"

@@ -132,8 +132,11 @@ class CLIPImage(nn.Module):
 
     def last(self, x: Tensor) -> Tensor:
         """The rest of the way, from `penultimate` to the image embedding (batch, projection)."""
-        x = self.vision_model["encoder"]["layers"][-1](x)
-        return self.visual_projection(self.vision_model["post_layernorm"](x[:, 0]))
+        return self.visual_projection(self.vision_model["post_layernorm"](self.ultimate(x)[:, 0]))
+
+    def ultimate(self, x: Tensor) -> Tensor:
+        """From `penultimate` to the output of the last layer, likewise: what T2I-Adapter's style adapters read."""
+        return self.vision_model["encoder"]["layers"][-1](x)
 
 
 class PatchEmbedding(nn.Module):

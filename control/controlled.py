@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from control.controlnet import ControlNet
+from control.style import StyleAdapter
 from control.t2i import T2IAdapter
 from ipadapter import Prompt, number
 from ipadapter.scale import within
@@ -20,7 +21,7 @@ class Control:
 
     Args:
         hint: what `net.encode` made of the picture, (1 or batch, ...) each.
-        scale: what its outputs are multiplied by.
+        scale: what its outputs are multiplied by; of a style adapter the tokens that it `joined` to the text.
         start, until: the net acts in step i of N where start <= i / N and (i + 1) / N <= until.
         mask: (1, 1, H, W) in [0, 1] at any resolution, where it acts; None: everywhere.
         guess: it acts on the prompt and not on its absence, and more weakly the finer the skip: from 0.1 at the finest
@@ -28,7 +29,7 @@ class Control:
         pool: each output is its mean over the picture, on the prompt alone (ControlNets for shuffled pictures).
     """
 
-    net: ControlNet | T2IAdapter
+    net: ControlNet | T2IAdapter | StyleAdapter
     hint: Sequence[Tensor]
     scale: float = 1.0
     start: float = 0.0
@@ -40,6 +41,11 @@ class Control:
     def acts(self, step: tuple[int, int]) -> bool:
         return self.scale != 0 and within(step, self.start, self.until)
 
+    @property
+    def joins(self) -> bool:
+        """Whether it adds tokens to the text."""
+        return isinstance(self.net, StyleAdapter) and self.scale != 0
+
 
 def controlled(unet: UNet, controls: Sequence[Control]) -> Callable[..., Tensor]:
     """A UNet that follows the hints, called like one: `guided(controlled(unet, controls), ...)`.
@@ -47,9 +53,12 @@ def controlled(unet: UNet, controls: Sequence[Control]) -> Callable[..., Tensor]
     The nets hear the text and the vector of a prompt, never its image prompts.
     """
     number(attentions(unet, controls))
+    nets = [control for control in controls if not isinstance(control.net, StyleAdapter)]
+    styles = [control for control in controls if control.joins]
 
     def forward(x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: float | None = None) -> Tensor:
-        acting = [control for control in controls if control.acts(prompt.step)]
+        acting = [control for control in nets if control.acts(prompt.step)]
+        prompt = prompt if all(style.acts(prompt.step) for style in styles) else left(prompt, styles)
         found = [added(control, x, t, prompt) for control in acting]
         return unet(x, t, prompt, guidance_scale=guidance_scale, added=total(found) if found else None)
 
@@ -65,6 +74,30 @@ def attentions(unet: UNet, controls: Sequence[Control]) -> Iterator[nn.Module]:
     yield from unet.cross_attentions()
     for net in dict.fromkeys(control.net for control in controls if isinstance(control.net, ControlNet)):
         yield from net.cross_attentions()
+
+
+def joined(prompt: Prompt, null: Prompt, controls: Sequence[Control]) -> tuple[Prompt, Prompt]:
+    """A prompt with what style adapters make of their pictures behind its text, and its absence as long.
+
+    There the text's own last tokens stand a second time, as in TencentARC's sampler.
+    """
+    tokens = [control.scale * control.hint[0] for control in controls if control.joins]
+    if not tokens:
+        return prompt, null
+    more = torch.cat(tokens, dim=1).expand(len(prompt.text), -1, -1).to(prompt.text)
+    texts = torch.cat([prompt.text, more], dim=1), torch.cat([null.text, null.text[:, -more.shape[1] :]], dim=1)
+    return replace(prompt, text=texts[0]), replace(null, text=texts[1])
+
+
+def left(prompt: Prompt, styles: Sequence[Control]) -> Prompt:
+    """A prompt without the tokens of those that do not act at this step; both halves of the guidance as long."""
+    acting = [style.acts(prompt.step) for style in styles for _ in range(style.hint[0].shape[1])]
+
+    def cut(x: Tensor) -> Tensor:
+        return x[:, [*range(x.shape[1] - len(acting)), *(i - len(acting) for i, acts in enumerate(acting) if acts)]]
+
+    text = prompt.text
+    return replace(prompt, text=cut(text) if isinstance(text, Tensor) else [(cut(k), cut(v)) for k, v in text])
 
 
 def added(control: Control, x: Tensor, t: Tensor, prompt: Prompt) -> Added:

@@ -4,14 +4,14 @@ Attribute names are those of the original files (cldm.py; the Union's are xinsir
 loads with `load_state_dict(strict=True)`.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
+from control.residual import LoneToken
 from ipadapter import Prompt, number
 from unet import Added, Encoder, UNetConfig, skip_channels
 from unet.unet import timestep_embedding
@@ -69,7 +69,7 @@ class ControlNetUnion(ControlNet):
         super().__init__(config, hint)
         width, self.sinusoids = config.channels[0], sinusoids
         self.task_embedding = nn.Parameter(torch.zeros(tasks, width))
-        self.transformer_layes = nn.Sequential(LoneToken(width))
+        self.transformer_layes = nn.Sequential(LoneToken(width, 1))
         self.spatial_ch_projs = nn.Linear(width, width)
         self.control_add_embedding = nn.ModuleDict(
             {"linear_1": nn.Linear(tasks * sinusoids, 4 * width), "linear_2": nn.Linear(4 * width, 4 * width)}
@@ -100,31 +100,6 @@ class ControlNetUnion(ControlNet):
         features = self.input_hint_block(pixels)
         token = self.transformer_layes(scale * (features.mean(dim=(2, 3)) + self.task_embedding[task]))
         return scale * (features + self.spatial_ch_projs(token)[:, :, None, None])
-
-
-class LoneToken(nn.Module):
-    """CLIP's residual block with a sequence of one token, whose attention is its value: queries and keys lie idle."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(dim, 1)
-        self.ln_1 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(dim, 4 * dim), gelu=QuickGELU(), c_proj=nn.Linear(4 * dim, dim))
-        )
-        self.ln_2 = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (batch, dim) -> (batch, dim)."""
-        value = slice(2 * x.shape[-1], None)
-        h = linear(self.ln_1(x), self.attn.in_proj_weight[value], self.attn.in_proj_bias[value])
-        x = x + self.attn.out_proj(h)
-        return x + self.mlp(self.ln_2(x))
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
 
 
 def hint_encoder(widths: tuple[int, ...], out: int) -> nn.Sequential:

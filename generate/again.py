@@ -9,7 +9,7 @@ from files.errors import UserError
 from files.hashes import recall, sha256
 from files.pictures import read_settings
 from generate.named import ROLES
-from generate.record import CONTROL, GROUP
+from generate.record import CONTROL, GROUP, each
 from weights.diffusers import model_sha256
 from weights.hub import cached
 from weights.presets import PRESETS
@@ -57,7 +57,8 @@ def again(
         "clip_skip": settings.get("clip_skip") or 0,
     }
     arguments |= {"seed": settings["seed"], "dtype_name": settings.get("dtype")}
-    arguments |= {role: found(settings[role]) for role in ("base", "vae") if settings.get(role) and role not in given}
+    for role in ("base", "vae", "style_encoder"):
+        arguments |= {role: found(settings[role])} if settings.get(role) and role not in given else {}
     if "text_encoder" not in given:
         arguments["text_encoder"] = [found(path) for path in settings.get("text_encoder", ())]
     for name in ("init", "inpaint"):
@@ -74,7 +75,7 @@ def again(
     anew = zip(nets, controls or [()] * len(nets), strict=False)
     left = [{name: net[name] for name in net if name in CONTROL and name not in names} for net, names in anew]
     files = ("control", "hint", "mask")
-    arguments["controls"] = [{name: found(v) if name in files else v for name, v in net.items()} for net in left]
+    arguments["controls"] = [{name: each(found, v) if name in files else v for name, v in net.items()} for net in left]
     return arguments
 
 
@@ -118,7 +119,18 @@ def sound(settings: dict) -> bool:
         are(
             str | None,
             *hashes.values(),
-            *of(*ROLES, "init", "inpaint", "sampler", "prediction", "spacing", "storage", "dtype", "prompt_syntax"),
+            *of(
+                *ROLES,
+                "style_encoder",
+                "init",
+                "inpaint",
+                "sampler",
+                "prediction",
+                "spacing",
+                "storage",
+                "dtype",
+                "prompt_syntax",
+            ),
         )
         and are(str, *names, *of("prompt", "negative_prompt"))
         and are(int | None, *of("seed", "steps", "height", "width", "clip_skip", "only_masked"))

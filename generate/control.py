@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from control import Control, T2IAdapter
+from clip import preprocess
+from control import Control, ControlNetUnion, StyleAdapter, T2IAdapter
 from control.canny import canny
+from files.colours import to_rgb
 from files.errors import Notice, UserError
 from files.masks import open_mask, values
 from files.pictures import Picture, from_pil, open_picture
@@ -24,12 +26,12 @@ class Hint:
     """What a net is to follow, how far, when and where. Pictures as files or opened."""
 
     # Lines, depth, a skeleton, ...: what the net was trained on, RGB; it is brought to the size of the picture made. None:
-    # `init`, for a net that inpaints.
-    picture: Picture | None = None
+    # `init`, for a net that inpaints. Several: of as many types, for a Union, which reads them together.
+    picture: Picture | Sequence[Picture] | None = None
     # Which of the nets that were opened, in their order.
     net: int = 0
-    # What its outputs are multiplied by; 0 is off.
-    scale: float = 1.0
+    # What its outputs are multiplied by; 0 is off. Of several pictures one for all, or one for each.
+    scale: float | Sequence[float] = 1.0
     # It acts in step i of N where start <= i / N and (i + 1) / N <= until.
     start: float = 0.0
     until: float = 1.0
@@ -39,15 +41,23 @@ class Hint:
     guess: bool = False
     # Take the edges of the picture (Canny), not the picture.
     edges: bool = False
-    # Which type of hint, for a Union; None: as the picture's name says. Others: "shuffle" pools the outputs, "inpaint" marks
-    # what is made anew; None: where the net's file is called so.
-    control_type: str | None = None
+    # Which type of hint, for a Union, of several one for each; None: as the picture's name says. Others: "shuffle" pools
+    # the outputs, "inpaint" marks what is made anew; None: where the net's file is called so.
+    control_type: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.until <= 1:
             raise UserError(
                 f"`from` {self.start:g} and `until` {self.until:g}: two numbers from 0 to 1 that rise are wanted"
             )
+        for name in ("control_type", "scale"):
+            given = getattr(self, name)
+            if isinstance(given, list | tuple) and len(given) != len(self.pictures):
+                raise UserError(f"`{name}`: {len(given)} given, for {len(self.pictures)} hints: one for each is wanted")
+
+    @property
+    def pictures(self) -> list[Picture | None]:
+        return list(self.picture) if isinstance(self.picture, list | tuple) else [self.picture]
 
 
 def follow(
@@ -70,29 +80,56 @@ def follow(
 
 
 def read(net: Net, models: Models, hint: Hint, height: int, width: int, canvas: Canvas | None) -> Control:
-    file = models.controls[hint.net]
-    kind, picture = hint.control_type, picture_of(hint, canvas)
-    task = task_of(net, kind, named(hint))
-    picture = canny(picture) if hint.edges else picture
+    file, kind = models.controls[hint.net], hint.control_type
+    scale, how, pool = hint.scale, {}, False
+    if isinstance(net, StyleAdapter):
+        return Control(net, net.encode(look(models, picture_of(hint.picture, canvas))), scale, hint.start, hint.until)
     box = canvas.part(height, width) if canvas else None
-    picture = brought(picture, height, width, canvas and canvas.picture.size, box)
-    pixels = from_pil(picture) / 2 + 0.5
-    if isinstance(net, T2IAdapter) and net.config.hint_channels == 1:
-        pixels = values(picture.convert("L"))
-    if task is None and called(INPAINT, kind, file) and not isinstance(net, T2IAdapter):
+    whole = canvas and canvas.picture.size
+    tasks = tasks_of(net, hint)
+    pixels = torch.cat([pixels_of(net, one, hint.edges, height, width, canvas, box) for one in hint.pictures])
+    if not tasks and called(INPAINT, kind, file) and not isinstance(net, T2IAdapter):
         pixels = torch.where(anew(canvas, file, height, width, box), -1.0, pixels)
     pixels = pixels.to(models.device, models.dtype)
-    mask = None if hint.mask is None else mask_of(hint.mask, canvas and canvas.picture.size, box).to(models.device)
-    return Control(
-        net,
-        net.encode(pixels) if task is None else net.encode(pixels, task),
-        hint.scale,
-        hint.start,
-        hint.until,
-        mask,
-        hint.guess,
-        pool=task is None and called(SHUFFLE, kind, file),
-    )
+    if len(tasks) > 1:  # each scale goes into the net
+        scales = [hint.scale] * len(tasks) if isinstance(hint.scale, float | int) else hint.scale
+        scale, how = float(any(scales)), {"scales": scales}
+    mask = None if hint.mask is None else mask_of(hint.mask, whole, box).to(models.device)
+    pool = not tasks and called(SHUFFLE, kind, file)
+    return Control(net, net.encode(pixels, *tasks, **how), scale, hint.start, hint.until, mask, hint.guess, pool)
+
+
+def pixels_of(
+    net: Net,
+    picture: Picture | None,
+    edges: bool,
+    height: int,
+    width: int,
+    canvas: Canvas | None,
+    box: tuple[int, ...] | None,
+) -> Tensor:
+    """A hint as a net reads it, (1, 1 or 3, height, width) in [0, 1]."""
+    picture = picture_of(picture, canvas)
+    picture = canny(picture) if edges else picture
+    picture = brought(picture, height, width, canvas and canvas.picture.size, box)
+    if isinstance(net, T2IAdapter) and net.config.hint_channels == 1:
+        return values(picture.convert("L"))
+    return from_pil(picture) / 2 + 0.5
+
+
+def look(models: Models, picture: Image.Image) -> Tensor:
+    """What a style adapter reads of a picture: the image tower's last layer, (1, 1 + patches, width)."""
+    tower = models.style_encoder()
+    pixels = preprocess(to_rgb(picture), tower.config.image_size).to(models.device, models.dtype)
+    return tower.ultimate(tower.penultimate(pixels))
+
+
+def tasks_of(net: Net, hint: Hint) -> list[int]:
+    """The type of each picture, for a Union; of other nets none. Raises WeightsError."""
+    kinds = hint.control_type
+    kinds = [kinds] * len(hint.pictures) if kinds is None or isinstance(kinds, str) else kinds
+    found = [task_of(net, kind, named(picture, hint.edges)) for kind, picture in zip(kinds, hint.pictures, strict=True)]
+    return [task for task in found if task is not None]
 
 
 def check_hints(models: Models, hints: Sequence[Hint], height: int, width: int) -> None:
@@ -106,7 +143,13 @@ def check_hints(models: Models, hints: Sequence[Hint], height: int, width: int) 
             raise UserError(f"`control`: net {hint.net} is wanted, {len(models.controls)} were opened")
         file = models.controls[hint.net]
         net = models.control_kinds[file]
-        task_of(net, hint.control_type, named(hint))
+        several = len(hint.pictures) > 1
+        if several and not isinstance(net, ControlNetUnion):
+            raise UserError(f"`hint`: {len(hint.pictures)} given, {file} follows one; several are for a Union")
+        if len(set(tasks := tasks_of(net, hint))) < len(tasks):
+            raise UserError("`control_type`: two hints of one type; of each type there is one")
+        if isinstance(net, StyleAdapter) and (hint.mask is not None or hint.guess or hint.edges):
+            raise UserError(f"`mask`, `guess` and `edges`: not for a style adapter ({file}), which joins the text")
         if isinstance(net, T2IAdapter):
             multiple = net.config.multiple
             if height % multiple or width % multiple:
@@ -119,17 +162,17 @@ def check_hints(models: Models, hints: Sequence[Hint], height: int, width: int) 
                 raise UserError(f"`guess`: for ControlNets; {file} is a T2I-Adapter")
 
 
-def named(hint: Hint) -> str:
-    """What the hint is called, which may tell its type."""
-    return "canny" if hint.edges else str(getattr(hint.picture, "filename", hint.picture))
+def named(picture: Picture | None, edges: bool) -> str:
+    """What a hint is called, which may tell its type."""
+    return "canny" if edges else str(getattr(picture, "filename", picture))
 
 
-def picture_of(hint: Hint, canvas: Canvas | None) -> Image.Image:
-    if hint.picture is None:
+def picture_of(picture: Picture | None, canvas: Canvas | None) -> Image.Image:
+    if picture is None:
         if canvas is None:
             raise UserError("`hint`: a picture is wanted for each `control`")
         return canvas.picture
-    return hint.picture if isinstance(hint.picture, Image.Image) else open_picture(hint.picture)
+    return picture if isinstance(picture, Image.Image) else open_picture(picture)
 
 
 def brought(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from clip import CLIPImage, TextEncoder, TwoTowerEncoder
+from control import StyleAdapter
 from files.errors import UserError
 from generate import threads
 from generate.fit import Adapter, check_base, check_named
@@ -71,9 +72,7 @@ class Models:
         file = self.adapters[number].image_encoder if self.adapters else self.files.get("image_encoder")
         if file is None:
             return None
-        return self.part(
-            f"image encoder {file}", lambda: self.stored(load_image_encoder(file, self.loaded, self.device))
-        )
+        return self.tower(file)
 
     def text_encoder(self) -> TextEncoder | TwoTowerEncoder:
         return self.part("text encoder", lambda: self.stored(self.base.text_encoder()))
@@ -92,9 +91,18 @@ class Models:
         return self.part("unet for a face" if changing else "unet", build)
 
     def control(self, file: Path) -> Net:
-        """One of `controls`, a ControlNet or a T2I-Adapter."""
+        """One of `controls`."""
         return self.part(
             f"control {file}", lambda: self.stored(load_control(file, self.base, self.loaded, self.device))
+        )
+
+    def style_encoder(self) -> CLIPImage:
+        """What T2I-Adapter's style adapters read."""
+        return self.tower(self.files["style_encoder"])
+
+    def tower(self, file: Path) -> CLIPImage:
+        return self.part(
+            f"image encoder {file}", lambda: self.stored(load_image_encoder(file, self.loaded, self.device))
         )
 
     def vae(self, dtype: torch.dtype | None = None) -> VAE:
@@ -131,6 +139,8 @@ def open_models(
     embeddings: Sequence[str | Path | tuple[str | Path, str | None]] = (),
     # ControlNets and T2I-Adapters, for the hints that `pictures` takes.
     controls: Sequence[Named] = (),
+    # The CLIP image tower that T2I-Adapter's style adapters read; None: vit-l.
+    style_encoder: Named | None = None,
     # Text towers for a base that has none, files or folders.
     text_encoder: Sequence[str | Path] = (),
     # Whether there will be image prompts; without any, no adapter and no image encoder is wanted.
@@ -199,6 +209,8 @@ def open_models(
         check_embeddings(inversions, [text.width for text in opened.texts])
     followed = tuple(file(net, tell) for net in nets)
     kinds = {net: load_control(net, opened, device="meta") for net in dict.fromkeys(followed)}
+    if widths := {net: len(kind.proj) for net, kind in kinds.items() if isinstance(kind, StyleAdapter)}:
+        files |= {"style_encoder": open_style_encoder(style_encoder, widths, tell)}
     threads.suit(max(dim for dim, _ in opened.layers), device)
     read = tuple(open_adapter(*reader, opened, tell) for reader in readers if reader[0])
     if read:
@@ -242,6 +254,16 @@ def open_adapter(
         raise UserError(f"`faceid_v2`: for FaceID-plus adapters; {path} is another kind")
     named = isinstance(adapter, Preset) and adapter.faceid_v2
     return Adapter(path, kind, encoder_path if kind.reads_clip else None, faceid_v2 or named)
+
+
+def open_style_encoder(named: Named | None, widths: Mapping[Path, int], tell: Callable[[str], object]) -> Path:
+    """Fetch and check what style adapters of these widths read. Raises UserError."""
+    path = file(find("image_encoder", str(named or "vit-l")), tell)
+    found = load_image_encoder(path, device="meta").config.width
+    for net, width in widths.items():
+        if found != width:
+            raise UserError(f"`style_encoder` {path}: its features are {found} wide; {net} reads {width} wide ones")
+    return path
 
 
 def read_in(dtype: torch.dtype, storage: str | None) -> torch.dtype:

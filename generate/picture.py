@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from control import attentions, controlled
+from control import attentions, controlled, joined
 from files.errors import UserError
 from files.pictures import Picture, to_pil
 from generate.canvas import Canvas, canvas_of, size_of
@@ -118,6 +118,7 @@ def pictures(
         raise UserError("`image_guidance_scale`: this base is told one guidance scale, and runs one pass")
     for number, (p, n, some) in enumerate(parts, 1):
         p, n = rows(p, len(some)), rows(n, len(some))
+        p, n = joined(p, n, nets) if nets else (p, n)
         if not models.low_memory:
             p, n = (prepared(one, layers) for one in (p, n))
         x, generators, run, beside = first.drawn(row, schedule, levels, some)

@@ -1,7 +1,7 @@
 """What a picture tells of how it was made; `generate.again` is the way back."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -35,8 +35,10 @@ GROUP = {
     "faceid_v2": ((bool,), str),
 }
 CONTROL = {  # likewise of a net for structure
-    **{name: ((str,), str) for name in ("control", "hint", "mask", "control_type")},
-    **{name: ((NUMBER,), str) for name in ("scale", "start", "until")},
+    **{name: ((str,), str) for name in ("control", "mask")},
+    **{name: ((str, list), str) for name in ("hint", "control_type")},  # several, for a Union
+    **{name: ((NUMBER,), str) for name in ("start", "until")},
+    "scale": ((NUMBER, list), NUMBER),
     **{name: ((bool,), str) for name in ("edges", "guess")},
 }
 USUAL = {"layers": "all", "start": 0.0, "until": 1.0, "curve": "constant", "framing": "crop", "crop_position": "centre"}
@@ -97,6 +99,7 @@ def record(
     first = told[0] if told else {}
     return {
         **{role: public(models.files[role]) if role in models.files else None for role in ROLES},
+        **{role: public(models.files[role]) for role in ("style_encoder",) if role in models.files},
         **settings,
         **{name: [path for group in told for path in group.get(name, ())] for name in ("image", "face_embedding")},
         **{name: first.get(name) for name in ("scale", "structure_scale")},
@@ -146,7 +149,13 @@ def recorded(models: Models, group: Mapping[str, object]) -> dict:
 def followed(file: Path, net: Mapping[str, object]) -> dict:
     """A net for structure as `record` tells of it: what is as usual is left out."""
     told = {name: value for name, value in net.items() if name in CONTROL and value is not None and value is not False}
-    return told | {name: public(told[name]) for name in ("hint", "mask") if name in told} | {"control": public(file)}
+    shown = {name: each(public, told[name]) for name in ("hint", "mask") if name in told}
+    return told | shown | {"control": public(file)}
+
+
+def each(change: Callable[[str], str], value: str | list[str]) -> str | list[str]:
+    """One name changed, or all of a list."""
+    return [change(one) for one in value] if isinstance(value, list) else change(value)
 
 
 def public(path: str | Path) -> str:

@@ -21,6 +21,7 @@ from counterparts import (
     randomise,
     rel,
     set_scales,
+    transformers_image,
 )
 from diffusers import (
     ControlNetModel,
@@ -37,9 +38,9 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from test_sample import sample
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pixel_unshuffle, relu
+from torch.nn.functional import conv2d, layer_norm, pixel_unshuffle, relu
 
-from control import Control, ControlNet, T2IAdapter, attentions, controlled
+from control import Control, ControlNet, StyleAdapter, T2IAdapter, attentions, controlled, joined
 from control.canny import canny
 from control.controlled import added
 from files.errors import Notice, UserError
@@ -185,6 +186,57 @@ def test_a_t2i_adapter_of_the_first_releases_halves_by_convolutions(draw):
         x = x + conv(relu(conv(x, f"body.{i}.block1", padding=1)), f"body.{i}.block2")
         wanted += [x] if i % 2 else []
     assert [rel(a, b) <= 1e-5 for a, b in zip(ours.encode(hint), wanted, strict=True)] == [True] * 4
+
+
+def their_style(state: dict[str, Tensor], features: Tensor) -> Tensor:
+    """As the public module computes it, of torch's own parts: tokens first, attention over them by 8 heads."""
+    tokens = state["style_embedding"].expand(len(features), -1, -1)
+
+    def norm(x: Tensor, key: str) -> Tensor:
+        return layer_norm(x, x.shape[-1:], state[f"{key}.weight"], state[f"{key}.bias"])
+
+    def line(x: Tensor, key: str) -> Tensor:
+        return x @ state[f"{key}.weight"].T + state[f"{key}.bias"]
+
+    x = norm(torch.cat([features, tokens], dim=1), "ln_pre").transpose(0, 1)
+    for i in range(3):
+        block, width = f"transformer_layes.{i}", x.shape[-1]
+        attention = nn.MultiheadAttention(width, 8)
+        attention.load_state_dict(under(f"{block}.attn.", state))
+        y = norm(x, f"{block}.ln_1")
+        x = x + attention(y, y, y, need_weights=False)[0]
+        y = line(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        x = x + line(y * torch.sigmoid(1.702 * y), f"{block}.mlp.c_proj")
+    return norm(x.transpose(0, 1)[:, -tokens.shape[1] :], "ln_post") @ state["proj"]
+
+
+@pytest.fixture(scope="module")
+def style(tmp_path_factory) -> tuple[dict[str, Tensor], Path]:
+    """A style adapter for the narrow towers, in the original names."""
+    path = tmp_path_factory.mktemp("style") / "style.pth"
+    torch.save(state := randomise(StyleAdapter(128, 64, 8, 3), 48).state_dict(), path)
+    return state, path
+
+
+@torch.no_grad()
+def test_a_style_adapter_joins_the_text_as_in_the_public_sampler(sd1, style, image_tower, tmp_path, draw):
+    state, file = style
+    net, pixels = load_control(file, sd1.base), draw(2, 3, 64, 64)
+    tower = transformers_image(image_tower)
+    hint = net.encode(image_tower.ultimate(image_tower.penultimate(pixels)))
+    features = tower(pixels, output_hidden_states=True).hidden_states[-1]
+    assert rel(hint[0], wanted := their_style(state, features)) <= 1e-5
+    text, empty = Prompt(draw(2, 77, 64)), Prompt(draw(2, 77, 64))
+    control = Control(net, hint, 0.6, until=0.5)
+    prompt, null = joined(text, empty, [control])
+    assert rel(prompt.text, torch.cat([text.text, 0.6 * wanted], dim=1)) <= 1e-5
+    assert torch.equal(null.text, torch.cat([empty.text, empty.text[:, -8:]], dim=1))
+    unet = sd1.base.unet()
+    model, x = controlled(unet, [control]), draw(2, 4, 8, 8)
+    for made in (prompt, prepared(prompt, unet.cross_attentions())):
+        for i, seen in enumerate((prompt, text)):  # after its window the text is as long as before
+            assert rel(model(x, T, replace(made, step=(i, 2))), unet(x, T, seen)) <= 1e-5
+    assert joined(text, empty, [replace(control, scale=0.0)]) == (text, empty)
 
 
 # Whole pictures: ours from files, by the line that everybody calls; theirs by their pipelines
@@ -474,7 +526,11 @@ def damaged(change):
 REFUSED = {
     "difference": (damaged(lambda s: s | {"difference": torch.zeros(1)}), "holds differences to its base"),
     "LLLite": (damaged(lambda s: {"lllite_unet_input_blocks_1.down.0.weight": torch.zeros(1)}), "LLLite"),
-    "style": (damaged(lambda s: {"style_embedding": torch.zeros(1, 8, 1024)}), "style"),
+    "a style adapter, damaged": (damaged(lambda s: {"style_embedding": torch.zeros(1, 8, 1024)}), "proj"),
+    "a style adapter for SD 2.x": (
+        lambda base, net: StyleAdapter(64, 1024).state_dict(),
+        "a style adapter for SD 2.x",
+    ),
     "an adapter": (damaged(lambda s: {"image_proj.proj.weight": torch.zeros(8, 8)}), "this is an IP-Adapter"),
     "a key too many": (damaged(lambda s: s | {"zero_convs.99.0.bias": torch.zeros(1)}), "zero_convs.99.0.bias"),
     "a key missing": (

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from control import ControlNet, ControlNetUnion, T2IAdapter
+from control import ControlNet, ControlNetUnion, StyleAdapter, T2IAdapter
 from files.tensors import State, WeightsError
 from ipadapter.low_rank import LowRank, total
 from unet import UNetConfig
 from weights.base import Base
-from weights.configs import encoder_config, hint_widths, t2i_config
+from weights.configs import count, encoder_config, hint_widths, t2i_config
 from weights.diffusers import read_part
 from weights.diffusers_names import control_from_diffusers, t2i_from_diffusers
 from weights.families import drawn_by, of_width
@@ -18,8 +18,9 @@ from weights.fill import IGNORED, fill, under
 from weights.kinds import what_is
 from weights.names import names
 
-Net = ControlNet | T2IAdapter
+Net = ControlNet | T2IAdapter | StyleAdapter
 LORA, DIFFERENCE = "lora_controlnet", "difference"  # keys without a meaning but that they are there
+STYLE_LAYERS = r"transformer_layes\.(\d+)\."  # of a style adapter
 ENCODER = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 TASKS = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")  # of a Union, in its order
 SAME = {  # other names of the hints that these are for
@@ -39,7 +40,7 @@ def load_control(
     """A ControlNet or T2I-Adapter for this base.
 
     ControlNets in the original layout, with `control_model.` or without, or in diffusers' (for SDXL also the smaller
-    ones and Unions), Control-LoRAs; T2I-Adapters full, light and for SDXL, in either layout.
+    ones and Unions), Control-LoRAs; T2I-Adapters full, light, for SDXL and for style, in either layout.
 
     Raises:
         WeightsError: unreadable, another kind of file, keys missing or left over, or made for another base.
@@ -61,10 +62,8 @@ def control_state(path: str | Path, state: State) -> State:
             f"{path}: a ControlNet that holds differences to its base (it has the key {DIFFERENCE}) is not supported; the "
             "whole one is"
         )
-    if "style_embedding" in state:
-        raise WeightsError(
-            f"{path}: a style adapter of T2I-Adapter is not supported; an IP-Adapter follows a style, too"
-        )
+    if "style_embedding" in (style := under("adapter.", state) or state):
+        return style
     state = under("control_model.", state) or control_from_diffusers(state)
     if "zero_convs.0.0.weight" in state:
         return {key: w for key, w in state.items() if not IGNORED.match(key)}
@@ -75,6 +74,8 @@ def control_state(path: str | Path, state: State) -> State:
 
 
 def build_control(state: State) -> Net:
+    if "style_embedding" in state:
+        return StyleAdapter(*state["proj"].shape, state["style_embedding"].shape[1], count(state, STYLE_LAYERS))
     if "zero_convs.0.0.weight" not in state:
         return T2IAdapter(t2i_config(state))
     config, hint = encoder_config(state), hint_widths(state)
@@ -112,7 +113,10 @@ def changed(path: str | Path, key: str, whole: State, up: Tensor, down: Tensor) 
 def check_control(net: Net, path: str | Path, base: Base) -> None:
     """Refuse a net that is made for another UNet; the message says what would fit."""
     ours = base.config
-    if isinstance(net, T2IAdapter):
+    if isinstance(net, StyleAdapter):
+        what, theirs = "a style adapter", family_named(net.proj.shape[1])
+        fits = net.proj.shape[1] == ours.context_dim
+    elif isinstance(net, T2IAdapter):
         xl = net.config.shrink == 16
         what, fits = "a T2I-Adapter", net.config.channels == ours.channels + ours.channels[-1:] * xl
         fits, theirs = fits and xl == bool(ours.vector_dim), "SDXL" if xl else "SD 1.x"
@@ -127,10 +131,12 @@ def check_control(net: Net, path: str | Path, base: Base) -> None:
 
 
 def family_of(config: UNetConfig) -> str:
-    if config.vector_dim:
-        return "SDXL"
-    row = of_width(config.context_dim)
-    return row.name if row else f"a base with {config.context_dim} wide tokens"
+    return "SDXL" if config.vector_dim else family_named(config.context_dim)
+
+
+def family_named(context_dim: int) -> str:
+    row = of_width(context_dim)
+    return row.name if row else f"a base with {context_dim} wide tokens"
 
 
 def task_of(net: nn.Module, kind: str | None, name: str) -> int | None:

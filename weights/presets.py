@@ -177,6 +177,7 @@ ROWS = [
     t2i_1("t2i-sketch", "models/t2iadapter_sketch_sd14v1.pth", 308, "white lines"),
     t2i_1("t2i-canny", "models/t2iadapter_canny_sd14v1.pth", 308, "white edges"),
     t2i_1("t2i-color", "models/t2iadapter_color_sd14v1.pth", 75, "fields of colour"),
+    t2i_1("t2i-style", "models/t2iadapter_style_sd14v1.pth", 154, "a picture's look"),
 ]
 
 # By repository: those that public texts name together with the file, most of them with its hash too; of ControlNet 1.1
