@@ -15,7 +15,7 @@ from files.errors import Notice, UserError
 from files.faces import find_faces, read_embedding
 from files.features import Features, is_features, read_features, write_features
 from files.pictures import Picture, open_picture
-from generate.fit import check_base, check_read, encoders
+from generate.fit import check_group, encoders
 from generate.framing import tiles
 from generate.group import ImageGroup
 from generate.models import Models
@@ -32,24 +32,8 @@ def features(models: Models, group: ImageGroup) -> Features:
     Raises:
         UserError: a picture or embedding that cannot be used, or that the adapter does not read.
     """
-    check_group(models, group)
+    check_group(group, models.adapters, models.base)
     return read_of(models, group)
-
-
-def check_group(models: Models, group: ImageGroup) -> None:
-    """Raises UserError: what does not fit the adapter that is to read it, or the base."""
-    if not 0 <= group.adapter < len(models.adapters):
-        count = len(models.adapters)
-        raise UserError(
-            f"`adapter` {group.adapter}: {count} adapters were opened, the first is 0"
-            if count
-            else "`image`: no adapter was opened, which an image prompt wants"
-        )
-    if not (group.images or group.faces):
-        raise UserError("`image`: a group without a picture; a file or a face embedding is wanted")
-    reader = models.adapters[group.adapter]
-    check_read(group, reader)
-    check_base(group, reader, models.base)
 
 
 def read_of(models: Models, group: ImageGroup) -> Features:

@@ -39,12 +39,12 @@ class Adapter:
         return "patches" if self.projection.patches else None if self.projection.faces else "embeddings"
 
     def __str__(self) -> str:
-        return f"`adapter` {self.file.name}" if isinstance(self.file, Preset) else str(self.file)
+        return str(self.file)
 
 
 def check_named(
     groups: Sequence[ImageGroup],
-    adapters: Sequence[tuple[Path | Preset, Path | Preset | None, bool]],
+    adapters: Sequence[tuple[Path | Preset | None, Path | Preset | None, bool]],
     base: Path | Preset,
 ) -> list[Adapter]:
     """Refuse what does not fit before anything is fetched.
@@ -55,24 +55,37 @@ def check_named(
     Returns:
         What is known of them.
     """
-    known = []
+    found = []
     for file, image_encoder, faceid_v2 in adapters if groups else ():
-        named, here = isinstance(file, Preset), cached(file) if isinstance(file, Preset) else file
-        kind = load_adapter(here, device="meta") if here else file
-        known.append(Adapter(here or file, kind, image_encoder, faceid_v2 or (named and file.faceid_v2)))
+        if file:
+            here = cached(file) if isinstance(file, Preset) else file
+            named = isinstance(file, Preset) and file.faceid_v2
+            kind = load_adapter(here, device="meta") if here else file
+            found.append(Adapter(here or file, kind, image_encoder, faceid_v2 or named))
     for group in groups:
-        check_read(group, known[group.adapter])
-        if isinstance(base, Preset):
-            check_base(group, known[group.adapter], base)
-    return known
+        check_group(group, found, base)
+    return found
 
 
-def check_read(group: ImageGroup, reader: Adapter) -> None:
-    """Refuse what an adapter does not read.
+def check_group(group: ImageGroup, adapters: Sequence[Adapter], base: Base | Preset | Path) -> None:
+    """Refuse what does not fit the adapter that is to read it, or the base; of a base that is not opened, what its name tells.
 
     Raises:
         UserError: names the argument; embeddings that are not for this adapter, or damaged.
     """
+    if not 0 <= group.adapter < len(adapters):
+        count = f"{len(adapters)} adapters were opened, the first is 0"
+        none = "`image`: no adapter was opened, which an image prompt wants"
+        raise UserError(f"`adapter` {group.adapter}: {count}" if adapters else none)
+    if not (group.images or group.faces):
+        raise UserError("`image`: a group without a picture; a file or a face embedding is wanted")
+    check_read(group, adapters[group.adapter])
+    if not isinstance(base, Path):
+        check_base(group, adapters[group.adapter], base)
+
+
+def check_read(group: ImageGroup, reader: Adapter) -> None:
+    """Refuse what an adapter does not read. Raises UserError."""
     if group.faces and not reader.projection.faces:
         raise UserError(f"`face_embedding`: for FaceID adapters; {reader} reads pictures (`image`)")
     if group.structure_scale is not None and not reader.faceid_v2:
@@ -116,13 +129,10 @@ def check_faces(group: ImageGroup, reader: Adapter, embeddings: list[Features], 
 
 
 def check_base(group: ImageGroup, reader: Adapter, base: Base | Preset) -> None:
-    """Refuse what a base has not, as far as its name tells.
-
-    Raises:
-        UserError: names the argument.
-    """
+    """Refuse what a base has not, as far as its name tells. Raises UserError."""
     if isinstance(base, Preset):
         family, config = base.families[0], base.families[0].unet
+        # SDXL's second tower is that of ViT-bigG.
         second = ENCODERS[1].projection if len(family.text) == 2 else None
     else:
         family, config = drawn_by(base.family, base.config.channels), base.config
@@ -136,14 +146,10 @@ def check_text_tower(encoder: Path | Preset | None) -> None:
     """Refuse an image encoder without the text tower of the same CLIP, which `less` wants; SDXL may have it in the base."""
     if encoder is None:
         raise UserError("`less`: the text tower of the image encoder's CLIP is wanted; no image encoder was opened")
-    if (
-        encoder.alone
-        if isinstance(encoder, Preset)
-        else not any("text_projection" in key for key in read_part(encoder))
-    ):
-        name = f"`image_encoder` {encoder.name}" if isinstance(encoder, Preset) else encoder
+    named = isinstance(encoder, Preset)
+    if encoder.alone if named else not any("text_projection" in key for key in read_part(encoder)):
         raise UserError(
-            f"`less`: {name} has no text tower beside the image encoder; a whole CLIP as `image_encoder` has one"
+            f"`less`: {encoder} has no text tower beside the image encoder; a whole CLIP as `image_encoder` has one"
         )
 
 

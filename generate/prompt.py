@@ -10,7 +10,8 @@ from torch import Tensor
 from files.errors import UserError
 from files.features import Features
 from files.pictures import Picture
-from generate.embeddings import check_group, tokens
+from generate.embeddings import tokens
+from generate.fit import check_group
 from generate.framing import within
 from generate.group import ImageGroup, mask_tensor, swap, weighed
 from generate.layers import Factors, factors
@@ -57,7 +58,7 @@ def prompts(
     if alone or faces:
         groups.insert(0, ImageGroup(alone, faces=faces, structure_scale=structure_scale))
     for group in groups:  # before anything is read
-        check_group(models, group)
+        check_group(group, models.adapters, models.base)
     texts = encoded(models, text, negative, prompt_syntax, long_prompt, clip_skip)
     pair = [sized(Prompt(x, vector=pooled), models, models.side, models.side, pooled) for x, pooled in texts]
     if groups:

@@ -30,6 +30,9 @@ class Preset:
     faceid_v2: bool = False  # of a FaceID-plus adapter: v1 and v2 have the same tensors
     alone: bool = False  # of an image encoder: its file has no text tower beside it
 
+    def __str__(self) -> str:
+        return f"`{self.kind}` {self.name}"
+
     @property
     def side(self) -> int | None:
         """Of a base: pixels along the side of the pictures that it was trained on."""
