@@ -75,21 +75,20 @@ def clip_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
 
 
-def jitter(x: Tensor, shift: float, zoom: float, flip: bool) -> Tensor:
-    """Move, scale and mirror each drawing a little; what comes in from outside is white.
+def jitter(x: Tensor, shift: float, zoom: float, flip: bool, turn: float = 0.0) -> Tensor:
+    """Move, scale, mirror and turn each drawing a little; what comes in from outside is white.
 
     Args:
         x: (n, 3, H, W) in [-1, 1].
-        shift: largest move, as a share of the picture; zoom: largest change of size, as a share.
+        shift: largest move, as a share of the picture; zoom: largest change of size, as a share; turn: the largest, radians.
     """
     n = len(x)
     size = 1 + zoom * (2 * torch.rand(n, device=x.device) - 1)
     mirror = torch.where(torch.rand(n, device=x.device) < 0.5, -1.0, 1.0) if flip else torch.ones(n, device=x.device)
     move = 2 * shift * (2 * torch.rand(n, 2, device=x.device) - 1)
-    zero = torch.zeros_like(size)
-    theta = torch.stack(
-        [torch.stack([size * mirror, zero, move[:, 0]], 1), torch.stack([zero, size, move[:, 1]], 1)], 1
-    )
+    angle = turn * (2 * torch.rand(n, device=x.device) - 1) if turn else torch.zeros_like(size)
+    along, across = size * angle.cos(), size * angle.sin()
+    theta = torch.stack([along * mirror, -across, move[:, 0], across * mirror, along, move[:, 1]], 1).view(n, 2, 3)
     grid = affine_grid(theta, list(x.shape), align_corners=False)
     return grid_sample(x - 1, grid, mode="bilinear", align_corners=False) + 1  # zero padding is white
 
