@@ -24,6 +24,7 @@ from cli import start  # noqa: F401, isort: skip, before what is slow to import
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from files.pictures import save_picture
 from files.whole import write_text
 from generate import Models, open_models, pictures, prompts
 from ipadapter import Prompt
+from tiny.judge import classifier
 from training.data import open_pairs
 from training.measures import SCORES, batches, best_and_worst, open_judge, scores, shown, summary
 from training.pairs import Pair
@@ -43,6 +45,7 @@ from training.results import find_results, made_results, made_with, open_folder,
 from weights.diffusers import model_sha256
 
 MODELS = ("base", "adapter", "image_encoder", "vae")
+FLATTERS = "the tiny CLIP (its own adapters' encoder: it flatters) and the tiny judge (same thing, same style)"
 MAKING = ("steps", "guidance_scale", "scale", "seed", "height", "width", "text", "dtype_name")
 
 
@@ -60,6 +63,8 @@ def main() -> None:
     else:
         resolve_pictures({name: getattr(args, name) for name in MODELS})
     judge = open_judge(args.clip, args.device, args.clip_gelu)
+    if not args.clip:
+        judge = replace(judge, apart=classifier(args.device))
     if not args.results:
         models = open_models(*(getattr(args, name) for name in MODELS), device=args.device, dtype=args.dtype_name)
         check_reads_pictures(models)
@@ -87,7 +92,7 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_picture(best_and_worst(scored, pairs, found), args.output.with_suffix(".png"))
     write_text(args.output, json.dumps(result | {"settings": settings, "pairs": scored}, indent=1))
-    report(result, f"{args.clip or 'the tiny CLIP'}{f' ({judge.gelu} GELU)' if judge.gelu else ''}")
+    report(result, f"{args.clip or FLATTERS}{f' ({judge.gelu} GELU)' if judge.gelu else ''}")
     print(args.output, args.output.with_suffix(".png"), sep="\n")
     if left:
         print(f"not scored: {len(left):,} pictures in {folder}; the first: {left[0]}", file=sys.stderr)
@@ -124,7 +129,7 @@ def make(
 
 def report(result: dict, judge: str) -> None:
     print(f"{'':<12}   mean     95% interval")
-    for key, title in SCORES.items():
+    for key, title in ((key, title) for key, title in SCORES.items() if key in result):
         bounds = result[f"{key}_interval"] or []
         none = "no captions" if result[key] is None else "of one pair: none"
         print(f"{title:<12} {shown(result[key], 4):>7}   ", " to ".join(f"{b:.4f}" for b in bounds) or none)

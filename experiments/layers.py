@@ -23,7 +23,8 @@ from files.whole import write_text
 from generate.layers import factors
 from ipadapter import Prompt
 from tiny import drawings
-from tiny.measure import ADAPTERS, image_tokens, load_judge, pictures, told
+from tiny.judge import told
+from tiny.measure import ADAPTERS, image_tokens, load_judge, pictures
 from tiny.trainer import BASE, ENCODER, WEIGHTS
 from unet import layer_names
 from weights import load_adapter, load_image_encoder, open_base
@@ -64,13 +65,14 @@ def main() -> None:
                 asked = (Prompt(w, (adapter.prompt(t, scales),)) for w, t in ((words[beside], tokens), (empty, null)))
                 y = pictures(unet, vae, *asked, args.steps, args.guidance_scale, f"{kind}, {beside}, {name}")
                 columns[name] = y
+                own, other = (told(judge, y, asked, data.styles) for asked in (data.captions, things))
                 rows[name] = {
-                    "style": told(judge, y, data.captions, data.styles)["style"],
+                    "style": own["style"],
                     "colours": colours(y, x),
                     "silhouette": overlap(silhouette(y), silhouette(x)),
                     "edges": edge_score(y, x),
-                    "thing": told(judge, y, data.captions, data.styles)["thing"],
-                    "text's thing": told(judge, y, things, data.styles)["thing"],
+                    "thing": own["thing of five"],
+                    "text's thing": other["thing of five"],
                 }
                 print(f"{kind:10} {beside:8} {name:20}", *(f"{key} {value:.3f}" for key, value in rows[name].items()))
             found[f"{kind}, beside {beside}"] = rows

@@ -202,6 +202,7 @@ def test_a_name_goes_through_open_clip(tmp_path, data, results, clip_file, monke
     assert asked == [(("ViT-L-14", "openai"), True)]  # OpenAI's GELU, which the model's name does not say
     name, file = (json.loads((tmp_path / f"{kind}.json").read_text()) for kind in ("name", "file"))
     assert abs(name["clip_i"] - file["clip_i"]) <= 1e-5 and abs(name["clip_t"] - file["clip_t"]) <= 1e-5
+    assert "same_thing" not in name and "same_style" not in file
 
 
 def test_the_tiny_clip_knows_whose_caption_it_is(tmp_path, data):
@@ -209,6 +210,9 @@ def test_the_tiny_clip_knows_whose_caption_it_is(tmp_path, data):
     assert evaluate("--data", data, "--results", data, "--output", tmp_path / "o/x.json").returncode == 0
     found = json.loads((tmp_path / "o/x.json").read_text())
     assert abs(found["clip_i"] - 1) <= 1e-6 and found["clip_t"] > 0.3
+    assert (
+        abs(found["same_thing"] - 1) <= 1e-6 and found["same_style"] == 1
+    )  # by the judge, which comes with the tiny CLIP
     pairs = open_pairs(data)
     for i, pair in enumerate(pairs):
         pair.image.save(tmp_path / f"{i}.png")

@@ -10,6 +10,7 @@ from clip import tokenize
 from generate.layers import factors
 from ipadapter import Prompt
 from tiny import drawings, presets
+from tiny.judge import STYLES, known, looked_at, open_network, told
 from tiny.latents import scaled_vae, towers
 from tiny.places import GRID, cells, collect_queries, place
 from tiny.train_adapter import new_adapter
@@ -90,3 +91,38 @@ def test_style_and_layout_are_layers_apart() -> None:
     style, layout = (factors(spec, layer_names(presets.TINY_UNET), TINY).heard for spec in ("style", "layout"))
     assert {i for i, factor in enumerate(style) if factor} == {9, 10, 11, 12, 13, 14}
     assert {i for i, factor in enumerate(layout) if factor} == {2, 3}
+
+
+def test_the_judge_tells_drawings_that_it_has_not_learned_from() -> None:
+    """By their styles, which are as sure as it gets."""
+    data = drawings.load("unseen-drawings")
+    some = [i for i in range(len(data)) if not known(data.captions[i], data.styles[i])]
+    _, styles = looked_at(open_network(), drawings.to_unit(data.pixels[some]))
+    right = [STYLES[n] == data.styles[i] for n, i in zip(styles.argmax(1).tolist(), some, strict=True)]
+    assert len(some) > 60 and sum(right) / len(right) > 0.75  # chance is 1 / 7
+
+
+def test_what_the_judge_tells_is_counted_among_what_was_asked_for() -> None:
+    """Four pictures: the second shows more of the third's thing; the third is in another style; the fourth's thing is unknown."""
+    shown = torch.tensor([[0.9, 0.1, 0.2, 0.95], [0.1, 0.5, 0.6, 0.9], [0.0, 0.1, 0.8, 0.0]])
+    drawn = torch.eye(7)[[3, 3, 5]]
+
+    class Stub:
+        things = ("a", "b", "c", "never asked for")
+
+        def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            assert x[:, 0, 0, 0].tolist() == [0, 1, 2]
+            return shown, drawn
+
+    x = torch.arange(4.0).view(4, 1, 1, 1).expand(-1, 3, 8, 8)
+    found = told(Stub(), x, ["a", "b", "c", "d"], [STYLES[3]] * 4)
+    wanted = {
+        "thing": 2 / 3,
+        "thing of five": 1.0,
+        "style": 2 / 3,
+        "both": 1 / 3,
+        "both, of five": 2 / 3,
+        "pictures": 3,
+    }
+    assert found == pytest.approx(wanted)
+    assert told(Stub(), x, ["a", "b", "c", "d"], [STYLES[3]] * 4, among=1)["thing"] == 1.0

@@ -4,21 +4,30 @@ It shares nothing with what it judges: no weights, no text, no contrast; and its
 (`known`). What a thing looks like is the mean of its known drawings, so the file holds the network only.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize, relu
 
+from files.pictures import from_pil
 from tiny import drawings
 from tiny.draw import h
 from tiny.drawings import Drawings
+from tiny.presets import SIZE
+from tiny.trainer import WEIGHTS
+from training.measures import centre
+from weights import read
 
 STYLES = ("emojione", "fluent 3d", "fluent flat", "noto", "noto classic", "openmoji", "twemoji")
 WIDTHS = (32, 96, 176)  # channels at 32x32, 16x16 and 8x8 positions
 DIM = 128  # numbers that say which thing it is
+FILE = "judge-tiny.safetensors"
 HELD_BACK = 0.1  # share of all drawings that it has not learned from
+Told = dict[str, float]
 
 
 class Judge(nn.Module):
@@ -38,7 +47,9 @@ class Judge(nn.Module):
         middle = self.middle(self.fine(x))
         coarse = self.coarse(middle)
         most = coarse.amax((2, 3))
-        quarters = adaptive_avg_pool2d(coarse, 2).flatten(1)  # where in the picture: a thing has a shape, a style has none
+        quarters = adaptive_avg_pool2d(coarse, 2).flatten(
+            1
+        )  # where in the picture: a thing has a shape, a style has none
         outlines = [middle.mean((2, 3)), middle.amax((2, 3)), coarse.mean((2, 3)), most]
         return normalize(self.thing(torch.cat([quarters, most], 1)), dim=-1), self.style(torch.cat(outlines, 1))
 
@@ -96,30 +107,60 @@ def looked_at(judge: Judge, x: Tensor) -> tuple[Tensor, Tensor]:
     return normalize(things, dim=-1), styles
 
 
+def open_network(weights: Path = WEIGHTS) -> Judge:
+    judge = Judge().requires_grad_(False).eval()
+    judge.load_state_dict({key: value.float() for key, value in read(weights / FILE).items()})
+    return judge
+
+
+def classifier(device: torch.device) -> Callable[[list[Image.Image]], tuple[Tensor, Tensor]]:
+    """The network alone, for pictures of any size: what `looked_at` makes of them."""
+    judge = open_network().to(device)
+
+    def look(pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        return looked_at(judge, torch.cat([from_pil(centre(picture, SIZE)) for picture in pictures]).to(device))
+
+    return look
+
+
 def bench(judge: Judge, data: Drawings, learned: Tensor) -> Bench:
     """Look at all known drawings once."""
-    picked = learned.nonzero()[:, 0].tolist()
-    things = sorted({data.captions[i] for i in picked})
+    captions = [data.captions[i] for i in learned.nonzero()[:, 0].tolist()]
+    things = sorted(set(captions))
     place = {thing: i for i, thing in enumerate(things)}
-    rows = torch.tensor([place[data.captions[i]] for i in picked])
+    rows = torch.tensor([place[caption] for caption in captions])
     parts = data.pixels[learned].split(500)
     seen = torch.cat([looked_at(judge, drawings.to_unit(part))[0] for part in parts])
     sums = torch.zeros(len(things), seen.shape[1]).index_add_(0, rows, seen)
     return Bench(judge, things, normalize(sums, dim=-1))
 
 
-def accuracy(found: Bench, data: Drawings, held: list[int]) -> dict[str, float]:
-    """Of drawings that the judge has not seen, of things that it knows: right at once, among the first five; styles."""
-    place = {thing: i for i, thing in enumerate(found.things)}
-    held = [i for i in held if data.captions[i] in place]
-    things, styles = found(drawings.to_unit(data.pixels[held]))
-    right = torch.tensor([place[data.captions[i]] for i in held])
-    rank = (things > things.gather(1, right[:, None])).sum(1)
-    style = torch.tensor([STYLES.index(data.styles[i]) for i in held])
-    return {
-        "thing": (rank < 1).float().mean().item(),
-        "thing among five": (rank < 5).float().mean().item(),
-        "style": (styles.argmax(1) == style).float().mean().item(),
-        "drawings": len(held),
-        "things": len(found.things),
-    }
+def told(judge: Bench, y: Tensor, things: Sequence[str], styles: Sequence[str], among: int | None = None) -> Told:
+    """Share of pictures y (n, 3, 128, 128) that show what was asked for: the thing, the style, both.
+
+    The thing is told where of all the things that were asked for it is the likeliest ("of five": among the five likeliest),
+    the style where it is the likeliest of the seven. Pictures of things that the judge does not know are left out.
+
+    Args:
+        among: as if only so many had been asked for at a time; None: all of them.
+    """
+    place = {thing: i for i, thing in enumerate(judge.things)}
+    some = [i for i, thing in enumerate(things) if thing in place]
+    shown, drawn = judge(y[some])
+    right = torch.tensor([place[things[i]] for i in some])
+    ranks = []
+    for part in torch.arange(len(some)).split(among or len(some)):
+        at_hand, own = right[part].unique(return_inverse=True)
+        scores = shown[part][:, at_hand]
+        ranks.append((scores > scores.gather(1, own[:, None])).sum(1))
+    rank, style = torch.cat(ranks), drawn.argmax(1) == torch.tensor([STYLES.index(styles[i]) for i in some])
+    found = {"thing": rank < 1, "thing of five": rank < 5, "style": style, "both": (rank < 1) & style}
+    found["both, of five"] = (rank < 5) & style
+    return {name: right.float().mean().item() for name, right in found.items()} | {"pictures": len(some)}
+
+
+def ceiling(judge: Bench, data: Drawings, learned: Tensor, among: int | None = None) -> Told:
+    """What the judge makes of real drawings that it has not seen: nothing that is judged by it can be told oftener."""
+    held = (~learned).nonzero()[:, 0].tolist()
+    x = drawings.to_unit(data.pixels[held])
+    return told(judge, x, [data.captions[i] for i in held], [data.styles[i] for i in held], among)

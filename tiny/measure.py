@@ -2,6 +2,7 @@
 
 python -m tiny.measure
 python -m tiny.measure --runs image
+python -m tiny.measure --runs text+image --scales 0.3 0.5 0.8 --layers style
 
 Seen from outside: the models are read from their files like anybody's, and whether a result shows its image prompt is
 told by 16x16 colour thumbnails, which no adapter was trained with (the image tower was tuned so that a 32x32 copy can be
@@ -11,7 +12,7 @@ adapter's own encoder, and flatter.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,22 +24,25 @@ from tqdm import tqdm
 from clip import CLIPImage, CLIPText, tokenize
 from files.pictures import save_picture, to_pil
 from files.sheets import sheet
+from generate.layers import factors
 from generate.picture import denoise
 from ipadapter import IPAdapter, Prompt
+from ipadapter.scale import Scale
 from sampler import SAMPLERS, SD, guided, noise, numbered
 from tiny import drawings, presets
-from tiny.judge import STYLES, Bench, Judge, accuracy, bench, gather
+from tiny.judge import Bench, bench, ceiling, gather, open_network, told
 from tiny.trainer import BASE, ENCODER, WEIGHTS
-from unet import UNet
+from unet import UNet, layer_names
 from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base, read
+from weights.families import TINY
 
+AT_ONCE = 25  # pictures
 RUNS = {  # scale of the image prompt (None: there is none), and the text beside it
     "image": (1.0, "no text"),
-    "image-half": (0.5, "no text"),
-    "image-half-text": (0.5, "another drawing's text"),
-    "image-half-thing": (0.5, "another drawing's thing"),  # the style is left to the image prompt
     "text": (None, "its own text"),
+    "text+image": (0.5, "another drawing's thing"),  # the style is left to the image prompt
+    "styled-text+image": (0.5, "another drawing's text"),
 }
 ADAPTERS = {
     "base": "ip-adapter-tiny",
@@ -59,6 +63,9 @@ def main() -> None:
     parser.add_argument(
         "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="what to prompt with (default: all)"
     )
+    parser.add_argument("--scales", type=float, nargs="+", help="of the image prompt (default: the run's own)")
+    parser.add_argument("--layers", default="all", help="where it is heard, as in sample.py (default: %(default)s)")
+    parser.add_argument("--start", type=float, default=0.0, help="share of the steps without it (default: 0)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
@@ -79,7 +86,8 @@ def main() -> None:
     found: dict = {"split": args.split, "count": n, "clip": retrieval(texts @ images_of.T) | {"among": len(data)}}
     found["psnr"] = torch.cat([drawings.psnr(vae.decode(vae.encode(p)), p)[None] for p in x.split(1)]).mean().item()
 
-    judge, found["judge"] = load_judge(args.weights)
+    judge, known = load_judge(args.weights)
+    found["judge, of real drawings"] = {"of all things": ceiling(judge, *known), f"of {n}": ceiling(judge, *known, n)}
     print(json.dumps(found))
 
     empty = text(tokenize("")).expand(n, -1, -1)
@@ -92,28 +100,30 @@ def main() -> None:
         "another drawing's thing": text(tokenize([data.captions[i] for i in following])),
         "its own text": text(tokenize(captions[:n])),
     }
+    todo = [(run, scale) for run in args.runs for scale in (RUNS[run][0] and args.scales or [RUNS[run][0]])]
     rows = [to_pil(x[:20])]
+    factor = factors(args.layers, layer_names(unet.config), TINY)
+    heard = factor and factor.heard
     for kind in args.adapters:
         adapter = load_adapter(args.weights / f"{ADAPTERS[kind]}.safetensors" if kind in ADAPTERS else kind)
         tokens, null = image_tokens(adapter, encoder, x)
-        for run in args.runs:
-            scale, beside = RUNS[run]
+        for run, weight in todo:
+            beside = RUNS[run][1]
+            scale = weight and Scale(weight, heard, args.start)
             images, null_images = ((adapter.prompt(t, scale or 0.0),) for t in (tokens, null))
             asked = Prompt(words[beside], images), Prompt(empty, null_images)
-            y = pictures(unet, vae, *asked, args.steps, args.guidance_scale, f"{kind}: {run}")
+            name = f"{kind}: {run}" + (f" at {weight:g}" if weight else "")
+            y = pictures(unet, vae, *asked, args.steps, args.guidance_scale, name)
             made = image_embeds(encoder, y)
-            found[f"{kind}: {run}"] = {
-                "scale": scale,
+            things = [data.captions[i] for i in (following if beside.startswith("another") else range(n))]
+            found[name] = {
                 "beside": beside,
                 "thumbnails": retrieval(-torch.cdist(thumbnail(y), thumbnail(x))),
-                "clip_i": (made * images_of[:n]).sum(1).mean().item(),
+                "judge, the text's thing and the picture's style": told(judge, y, things, data.styles[:n]),
+                "clip_i, which flatters": (made * images_of[:n]).sum(1).mean().item(),
                 "clip_t of the other text": (made * other_embeds).sum(1).mean().item(),
-                "judge": told(judge, y, data.captions[:n], data.styles[:n]),
             }
-            if beside.startswith("another"):
-                things = [data.captions[i] for i in following]
-                found[f"{kind}: {run}"]["judge, thing of the text"] = told(judge, y, things, data.styles[:n])
-            print(f"{kind}: {run}", json.dumps(found[f"{kind}: {run}"]))
+            print(name, json.dumps(found[name]))
             rows.append(to_pil(y[:20]))
     print(json.dumps(found, indent=1))
     args.output.mkdir(parents=True, exist_ok=True)
@@ -128,34 +138,10 @@ def retrieval(scores: Tensor) -> dict[str, float]:
     return {"first": (rank < 1).float().mean().item(), "first five": (rank < 5).float().mean().item()}
 
 
-def load_judge(weights: Path) -> tuple[Bench, dict[str, float]]:
-    """The judge, and how often it is right on drawings that it has not seen."""
-    judge = Judge()
-    judge.load_state_dict({k: v.float() for k, v in read(weights / "judge-tiny.safetensors").items()})
-    data, learned = gather()
-    found = bench(judge.requires_grad_(False), data, learned)
-    return found, accuracy(found, data, (~learned).nonzero()[:, 0].tolist())
-
-
-def told(judge: Bench, y: Tensor, things: list[str], styles: list[str]) -> dict[str, float]:
-    """Share of pictures y that show what was asked for, by the judge: the thing, the style, both.
-
-    A thing is told when it is among the five likeliest of all that the judge knows; those that it does not are left out.
-    """
-    place = {thing: i for i, thing in enumerate(judge.things)}
-    some = [i for i, thing in enumerate(things) if thing in place]
-    shown, drawn = judge(y[some])
-    right = torch.tensor([place[things[i]] for i in some])
-    rank = (shown > shown.gather(1, right[:, None])).sum(1)
-    style = drawn.argmax(1) == torch.tensor([STYLES.index(styles[i]) for i in some])
-    return {
-        "thing first": (rank < 1).float().mean().item(),
-        "thing": (rank < 5).float().mean().item(),
-        "style": style.float().mean().item(),
-        "thing first and style": ((rank < 1) & style).float().mean().item(),
-        "thing and style": ((rank < 5) & style).float().mean().item(),
-        "pictures": len(some),
-    }
+def load_judge(weights: Path) -> tuple[Bench, tuple[drawings.Drawings, Tensor]]:
+    """The judge, and the drawings with those that it has learned from."""
+    known = gather()
+    return bench(open_network(weights), *known), known
 
 
 def thumbnail(x: Tensor) -> Tensor:
@@ -180,26 +166,32 @@ def image_tokens(adapter: IPAdapter, encoder: CLIPImage, x: Tensor) -> tuple[Ten
 
 
 def pictures(
-    unet: UNet, vae: VAE, prompt: Prompt, null: Prompt, steps: int, guidance_scale: float, name: str = "pictures"
+    unet: UNet,
+    vae: VAE,
+    prompt: Prompt,
+    null: Prompt,
+    steps: int,
+    guidance_scale: float,
+    name: str = "pictures",
+    followed: Callable[[slice], Callable] | None = None,
 ) -> Tensor:
-    """One picture per row of the prompt, picture j from the noise of seed j: (n, 3, 128, 128) in [-1, 1]."""
-    done, sampler = [], SAMPLERS["ddim"]
-    levels = numbered(sampler.levels(SD, steps))
-    starts = noise(0, len(prompt.text), presets.SIZE, presets.SIZE).split(25)
-    parts = zip(starts, rows(prompt, 25), rows(null, 25), strict=True)
-    for start, some, none in tqdm(parts, total=len(starts), desc=name):
-        done.append(vae.decode(denoise(sampler, guided(unet, some, none, guidance_scale), start, levels)))
+    """One picture per row of the prompt, picture j from the noise of seed j: (n, 3, 128, 128) in [-1, 1].
+
+    Args:
+        followed: the UNet for some of the rows, where each follows a hint of its own; None: the same for all.
+    """
+    done, sampler, n = [], SAMPLERS["ddim"], len(prompt.text)
+    levels, starts = numbered(sampler.levels(SD, steps)), noise(0, n, presets.SIZE, presets.SIZE)
+    for part in tqdm([slice(i, i + AT_ONCE) for i in range(0, n, AT_ONCE)], desc=name):
+        predict = guided(followed(part) if followed else unet, cut(prompt, part), cut(null, part), guidance_scale)
+        done.append(vae.decode(denoise(sampler, predict, starts[part], levels)))
     return torch.cat(done)
 
 
-def rows(prompt: Prompt, size: int) -> Iterator[Prompt]:
-    """Cut a prompt along the batch."""
-    for i in range(0, len(prompt.text), size):
-        images = tuple(
-            replace(image, key_values=[(k[i : i + size], v[i : i + size]) for k, v in image.key_values])
-            for image in prompt.images
-        )
-        yield Prompt(prompt.text[i : i + size], images)
+def cut(prompt: Prompt, part: slice) -> Prompt:
+    """Some rows of a batch."""
+    images = (replace(image, key_values=[(k[part], v[part]) for k, v in image.key_values]) for image in prompt.images)
+    return Prompt(prompt.text[part], tuple(images))
 
 
 if __name__ == "__main__":

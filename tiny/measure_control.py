@@ -10,6 +10,8 @@ silhouette is (shared area over joint area), and how often the result is nearest
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,19 +22,16 @@ from clip import tokenize
 from control import Control, controlled
 from files.pictures import save_picture, to_pil
 from files.sheets import sheet
-from generate.picture import denoise
 from ipadapter import Prompt
-from sampler import SAMPLERS, SD, guided, noise, numbered
-from tiny import drawings, presets
-from tiny.measure import image_tokens, retrieval, rows, thumbnail
+from tiny import drawings
+from tiny.measure import image_tokens, pictures, retrieval, thumbnail
 from tiny.train_control import HINTS
 from tiny.trainer import BASE, ENCODER, WEIGHTS
+from unet import UNet
 from weights import load_adapter, load_image_encoder, open_base
 from weights.control import Net, load_control
 from weights.hub import cached
 from weights.presets import PRESETS
-
-SIZE = 25  # pictures at once
 
 
 @torch.no_grad()
@@ -60,15 +59,9 @@ def main() -> None:
     empty = base.text()(tokenize("")).expand(len(pixels), -1, -1)
     prompt, absent = (Prompt(empty, (adapter.prompt(one, args.image_scale),)) for one in (tokens, null))
     columns = [to_pil(hints[:10].expand(-1, 3, -1, -1) * 2 - 1), to_pil(shown[:10])]
-    sampler = SAMPLERS["ddim"]
-    levels = numbered(sampler.levels(SD, args.steps))
     for scale in args.scales:
-        done = []
-        parts = zip(noise(0, len(pixels), presets.SIZE, presets.SIZE).split(SIZE), hints.split(SIZE), strict=True)
-        for (start, hint), some, none in zip(parts, rows(prompt, SIZE), rows(absent, SIZE), strict=True):
-            predict = guided(controlled(unet, [followed(net, hint, scale)]), some, none, args.guidance_scale)
-            done.append(vae.decode(denoise(sampler, predict, start, levels)))
-        y = torch.cat(done)
+        follow = partial(following, unet, net, hints, scale)
+        y = pictures(unet, vae, prompt, absent, args.steps, args.guidance_scale, f"at {scale:g}", follow)
         columns.append(to_pil(y[:10]))
         made = ((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         found = {
@@ -84,10 +77,10 @@ def main() -> None:
     save_picture(sheet(list(zip(*columns, strict=True))), args.output / f"{args.kind}.png")
 
 
-def followed(net: Net, hint: Tensor, scale: float) -> Control:
-    """A hint for each row of a batch of both halves of the guidance."""
-    hint = hint.expand(-1, 1 if hasattr(net.config, "hint_channels") else 3, -1, -1)
-    return Control(net, [torch.cat([part, part]) for part in net.encode(hint)], scale)
+def following(unet: UNet, net: Net, hints: Tensor, scale: float, part: slice) -> Callable[..., Tensor]:
+    """The UNet with a hint for each row of a batch of both halves of the guidance."""
+    hint = hints[part].expand(-1, 1 if hasattr(net.config, "hint_channels") else 3, -1, -1)
+    return controlled(unet, [Control(net, [torch.cat([part, part]) for part in net.encode(hint)], scale)])
 
 
 def seen(kind: str, pixels: Tensor) -> Tensor:

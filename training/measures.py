@@ -25,7 +25,8 @@ from weights.clip import load_clip
 from weights.hub import fetch
 from weights.presets import PRESETS
 
-SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_x2.5": "CLIP-T x2.5"}
+CLIP_SCORES = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_x2.5": "CLIP-T x2.5"}
+SCORES = CLIP_SCORES | {"same_thing": "same thing", "same_style": "same style"}
 SHOWN = 4  # on the sheet: pairs of the best and of the worst, and samples of each
 
 
@@ -36,6 +37,8 @@ class Judge:
     images: Callable[[list[Image.Image]], Tensor]
     texts: Callable[[list[str]], Tensor]
     gelu: str | None = None  # of a CLIP file, whose tensors cannot tell: quick or erf
+    # A classifier beside it, that no adapter has learned from: what thing each shows, (n, dim), and logits of styles
+    apart: Callable[[list[Image.Image]], tuple[Tensor, Tensor]] | None = None
 
 
 def open_judge(clip: str | None, device: torch.device, gelu: str | None = None) -> Judge:
@@ -112,17 +115,28 @@ def scores(
 ) -> list[dict[str, float]]:
     """Compare each pair with the pictures made of it: means over them, by the names in SCORES.
 
-    A picture without a caption has a CLIP-I alone.
+    A picture without a caption has a CLIP-I alone. A classifier beside the CLIP compares each result with the picture: the
+    cosine of what they show, and whether the likeliest style is the same.
     """
     texts = judge.texts([caption_prefix + pair.text for pair, _ in batch])
-    images = judge.images([picture for pair, made in batch for picture in (pair.image, *made)])
+    pictures = [picture for pair, made in batch for picture in (pair.image, *made)]
+    sizes = [1 + len(made) for _, made in batch]
+    images = judge.images(pictures)
     found = []
-    for (pair, made), text, part in zip(batch, texts, images.split([1 + len(made) for _, made in batch]), strict=True):
+    for (pair, made), text, part in zip(batch, texts, images.split(sizes), strict=True):
         clip_i, clip_t = part[1:] @ part[0], part[1:] @ text
         means = clip_i.mean().item(), clip_t.mean().item(), 2.5 * clip_t.clamp_min(0).mean().item()
         found.append(
-            {"samples": len(made), **dict(zip(SCORES, means if pair.texts else (means[0], None, None), strict=True))}
+            {
+                "samples": len(made),
+                **dict(zip(CLIP_SCORES, means if pair.texts else (means[0], None, None), strict=True)),
+            }
         )
+    if judge.apart:
+        things, styles = (values.split(sizes) for values in judge.apart(pictures))
+        for row, thing, style in zip(found, things, (part.argmax(-1) for part in styles), strict=True):
+            row["same_thing"] = (thing[1:] @ thing[0]).mean().item()
+            row["same_style"] = (style[1:] == style[0]).float().mean().item()
     return found
 
 
@@ -132,7 +146,7 @@ def summary(scored: list[dict]) -> dict:
     CLIP-T is of the pairs that have captions; None without any.
     """
     found = {"n": len(scored), "samples": sum(pair["samples"] for pair in scored)}
-    for key in SCORES:
+    for key in (key for key in SCORES if key in scored[0]):
         values = [pair[key] for pair in scored if pair[key] is not None]
         mean = found[key] = statistics.fmean(values) if values else None
         half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -153,7 +167,7 @@ def best_and_worst(
         entry, pair = order[rank], pairs[order[rank]["number"]]
         lines = [
             f"{rank + 1} of {len(order)}",
-            *(f"{title} {shown(entry[key], 3)}" for key, title in SCORES.items()),
+            *(f"{title} {shown(entry[key], 3)}" for key, title in SCORES.items() if key in entry),
             "",
         ]
         lines += textwrap.wrap(pair.name, 26)[:2] + textwrap.wrap(pair.text, 26)[:6]
