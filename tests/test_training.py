@@ -14,6 +14,7 @@ from diffusers.optimization import get_scheduler
 from torch.nn.functional import mse_loss
 
 from files.sheets import curve
+from files.whole import read_checked, write
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
 from sampler import SD, Schedule, add_noise, loss_weight, noise
@@ -383,6 +384,17 @@ def test_a_state_goes_on_bit_for_bit(unet):
     ours, theirs = second.state(), straight.state()
     assert ours[1] == theirs[1]
     assert all(torch.equal(ours[0][key], value) for key, value in theirs[0].items())
+
+
+def test_levels_of_8_bit_moments_that_all_parameters_share_are_kept(unet, tmp_path):
+    """As bitsandbytes has them."""
+    ours, levels = trainer(unet, optimizer="adamw"), torch.linspace(-1, 1, 256)
+    for p in ours.params.values():
+        ours.optimizer.state[p] = {"step": 3, "state1": torch.zeros_like(p, dtype=torch.uint8), "qmap1": levels}
+    tensors, _ = ours.state()
+    write(tmp_path / "state.safetensors", tensors, {})
+    found, _ = read_checked(tmp_path / "state.safetensors")
+    assert all(torch.equal(found[f"qmap1.{key}"], levels) for key in ours.params)
 
 
 def test_recomputed_layers_give_the_same_gradients(unet):

@@ -170,8 +170,10 @@ class Trainer:
         tensors = {f"adapter.{key}": p.detach() for key, p in self.params.items()}
         tensors |= {f"ema.{key}": average for key, average in self.averages.items()}
         for key, p in self.params.items():
-            kept = self.optimizer.state[p].items()
-            tensors |= {f"{name}.{key}": torch.as_tensor(value) for name, value in kept if value is not None}
+            for name, value in self.optimizer.state[p].items():
+                # The levels of 8-bit moments (qmap) are one tensor for all parameters, which a file does not take.
+                if value is not None:
+                    tensors[f"{name}.{key}"] = value.clone() if name.startswith("qmap") else torch.as_tensor(value)
         numbers = {name: getattr(self, name) for name in COUNTS}
         return tensors, numbers | {"scaler": self.scaler.state_dict()}
 
