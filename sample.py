@@ -62,7 +62,9 @@ def main() -> None:
             check_hints(models, hints, drawing["height"], drawing["width"])
         # One prompt, or one for each picture of a folder; the first is read before the bar appears.
         variants, reading = opened.variants(args.images, images), opened.reading(asked)
-        kept = opened.saved(models, args.images, [some for _, some in variants])
+        kept = [some for _, some in variants]
+        if any(group.save_embedding for group in args.images):
+            kept = opened.saved(models, args.images, kept)
         pairs = (prompts(models, images=some, **reading) for some in kept)
         first, run = next(pairs), steps_that_run(models.base, canvas, args.steps)
         told, made = opened.recorded(asked, folder) | drawing, {}

@@ -66,7 +66,8 @@ class ImageGroup:
         check_framing(self.framing, self.crop_position)
         if not 0 <= self.negative_noise <= 1:
             raise UserError(f"`negative_noise`: {self.negative_noise:g} given, 0 to 1 is wanted")
-        if not self.faces and not any(isinstance(one, Features) or is_features(one) for one in self.images):
+        counted = not self.faces and not any(isinstance(one, Features) or is_features(one) for one in self.images)
+        if self.weights and counted:
             check_weights(self.weights, len(self.images))
         if self.framing == "tile" and len(self.images) != 1:
             raise UserError("`framing` tile: one picture to a group; others want an `image` of their own")

@@ -111,7 +111,7 @@ def record(
         "text_encoder": [public(path) for path in models.base.text_files],
         "faceid_v2": bool(first.get("faceid_v2")),
         "lora": [[public(lora.path), weight] for lora, weight in models.loras],
-        "embedding": called(models, f"{settings.get('prompt')} {settings.get('negative_prompt')}"),
+        "embedding": called(models, settings) if models.embeddings else [],
         "dtype": str(models.dtype).removeprefix("torch."),
         "storage": models.storage,
         "low_memory": models.low_memory,
@@ -121,8 +121,9 @@ def record(
     }
 
 
-def called(models: Models, texts: str) -> list[list[str]]:
-    """The embeddings that these texts call, each with the name; the others change nothing."""
+def called(models: Models, settings: Mapping[str, object]) -> list[list[str]]:
+    """The embeddings that the texts call, each with the name; the others change nothing."""
+    texts = f"{settings.get('prompt')} {settings.get('negative_prompt')}"
     words = " ".join(texts.replace("\\", "").lower().split())
     found = ((one.path, next((n for n in one.names if n.lower() in words), None)) for one in models.embeddings)
     return [[public(path), name] for path, name in found if name]

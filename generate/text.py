@@ -63,7 +63,9 @@ def encoded(
     encoder = models.text_encoder()
     negative_half = encoder.null(texts[1]) if syntax == "plain" else encoder(texts[1], clip_skip)
     features, pooled = zip(encoder(texts[0], clip_skip), negative_half, strict=True)
-    return list(zip(even(features), pooled, strict=True))
+    if len({x.shape[1] for x in features}) > 1:
+        features = even(features)
+    return list(zip(features, pooled, strict=True))
 
 
 def composed(models: Models, given: dict[str, str], syntax: str, long: bool) -> list[Text]:
