@@ -41,6 +41,7 @@ from test_sample import sample
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, layer_norm, pixel_unshuffle, relu
 
+from clip import preprocess
 from control import Control, ControlNet, StyleAdapter, T2IAdapter, attentions, controlled, joined
 from control.canny import canny
 from control.controlled import added
@@ -352,6 +353,27 @@ def test_with_sdxl_a_picture_under_control_equals_diffusers(sdxl, nets):
         StableDiffusionXLControlNetPipeline, sdxl.pipeline, {"controlnet": net}, image=picture(1), guidance_scale=7.5
     )
     assert_same_picture(ours(sdxl, [file], [Hint(picture(1))]), found)
+
+
+@torch.no_grad()
+def test_a_picture_with_a_style_is_one_whose_text_has_its_tokens(sd1, style, image_tower):
+    state, file = style
+    tower = {f"image encoder {(path := Path('tower'))}": image_tower}
+    kinds = {file: load_control(file, sd1.base, device="meta")}
+    plain = opened(sd1)
+    models = replace(
+        plain, controls=(file,), control_kinds=kinds, files={"style_encoder": path}, held=plain.held | tower
+    )
+    pixels = preprocess(picture(9, 80, 60), 64)
+    features = transformers_image(image_tower)(pixels, output_hidden_states=True).hidden_states[-1]
+    pair = prompts(models, TEXT)
+    texts = pair[0].text, 0.9 * their_style(state, features), pair[1].text, pair[1].text[:, -8:]
+    wider = [replace(one, text=torch.cat(texts[i : i + 2], dim=1)) for one, i in zip(pair, (0, 2), strict=True)]
+    how = {"seed": SEED, "steps": 2, "height": 64, "width": 64}
+    (found,) = pictures(models, *pair, controls=[Hint(picture(9, 80, 60), scale=0.9)], **how)
+    (wanted,), (without,) = pictures(models, *wider, **how), pictures(models, *pair, **how)
+    apart = [np.abs(np.asarray(found, dtype=int) - np.asarray(one, dtype=int)).max() for one in (wanted, without)]
+    assert apart[0] <= 1 < apart[1]
 
 
 @pytest.mark.slow
