@@ -112,7 +112,7 @@ def main() -> None:
             scale = weight and Scale(weight, heard, args.start)
             images, null_images = ((adapter.prompt(t, scale or 0.0),) for t in (tokens, null))
             asked = Prompt(words[beside], images), Prompt(empty, null_images)
-            name = f"{kind}: {run}" + (f" at {weight:g}" if weight else "")
+            name = f"{kind}: {run}" + ("" if weight is None else f" at {weight:g}")
             y = pictures(unet, vae, *asked, args.steps, args.guidance_scale, name)
             made = image_embeds(encoder, y)
             things = [data.captions[i] for i in (following if beside.startswith("another") else range(n))]
@@ -129,7 +129,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "measure.json").write_text(json.dumps(found, indent=1))
     # The first drawings of the split, ten to a line: image prompts, and below them what each run makes of them.
-    save_picture(sheet([row[i : i + 10] for i in (0, 10) for row in rows]), args.output / "measure.png")
+    save_picture(
+        sheet([row[i : i + 10] for i in range(0, len(rows[0]), 10) for row in rows]), args.output / "measure.png"
+    )
 
 
 def retrieval(scores: Tensor) -> dict[str, float]:
