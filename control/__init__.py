@@ -3,12 +3,11 @@
 import ipadapter  # noqa: F401, isort: skip, first: it sees to it that what follows are our rooms
 
 from control.controlled import Control, attentions, controlled, joined
-from control.controlnet import HINT, ControlNet, ControlNetUnion
+from control.controlnet import ControlNet, ControlNetUnion
 from control.style import StyleAdapter
 from control.t2i import T2IAdapter, T2IConfig
 
 __all__ = [
-    "HINT",
     "Control",
     "ControlNet",
     "ControlNetUnion",

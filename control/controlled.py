@@ -103,10 +103,10 @@ def left(prompt: Prompt, styles: Sequence[Control]) -> Prompt:
 def added(control: Control, x: Tensor, t: Tensor, prompt: Prompt) -> Added:
     """What one control adds at this step, scaled and masked."""
     x, prompt = x[:, :4], replace(prompt, images=())  # an inpainting UNet's further channels are not the net's
-    heeding = None
+    heeding, count = None, len(x)
     if (control.guess or control.pool) and any(prompt.absent):
-        heeding = torch.tensor(prompt.absent, device=x.device).logical_not()
-        if not heeding.any():
+        heeding = [row for row, absent in enumerate(prompt.absent) if not absent]
+        if not heeding:
             return Added()
         x, prompt = x[heeding], of_rows(prompt, heeding)
     found = control.net(x, t, prompt, *control.hint)
@@ -116,9 +116,10 @@ def added(control: Control, x: Tensor, t: Tensor, prompt: Prompt) -> Added:
         size, output = output.shape[2:], output * (control.scale * fade)
         output = output.mean(dim=(2, 3), keepdim=True) if control.pool else output
         output = masked(output, control.mask, size)
-        skips[i] = output if heeding is None else output.new_zeros(len(heeding), *output.shape[1:])
         if heeding is not None:
-            skips[i][heeding] = output
+            part, output = output, output.new_zeros(count, *output.shape[1:])
+            output[heeding] = part
+        skips[i] = output
     features = {
         i: masked(control.scale * output, control.mask, output.shape[2:]) for i, output in found.features.items()
     }
@@ -129,7 +130,7 @@ def masked(output: Tensor, mask: Tensor | None, size: Sequence[int]) -> Tensor:
     return output if mask is None else output * interpolate(mask, size=tuple(size), mode="area").to(output)
 
 
-def of_rows(prompt: Prompt, rows: Tensor) -> Prompt:
+def of_rows(prompt: Prompt, rows: list[int]) -> Prompt:
     """Some rows of a prompt without images."""
     text, vector = prompt.text, prompt.vector
     text = text[rows] if isinstance(text, Tensor) else [(k[rows], v[rows]) for k, v in text]

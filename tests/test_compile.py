@@ -7,6 +7,7 @@ import torch
 from counterparts import randomise
 from torch._dynamo.testing import CompileCounter
 
+from control import Control, ControlNet, controlled
 from ipadapter import ImageProjection, IPAdapter, Prompt, Scale
 from sampler import SAMPLERS, SD, guided, noise
 from unet import SD15, UNet
@@ -38,3 +39,13 @@ def test_a_run_with_every_kind_of_image_prompt_is_one_graph():
     x, t, prompt = draw(1, 4, 8, 8), torch.tensor(481), replace(prompt, images=(faded,), step=(2, 4))
     assert torch.equal(compiled(x, t, prompt), unet(x, t, prompt))
     assert not torch.allclose(compiled(x, t, prompt), unet(x, t, replace(prompt, images=())))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_unet_that_follows_a_hint_in_one_half_of_the_guidance_is_one_graph():
+    net = randomise(ControlNet(replace(CONFIG, up=(), out_channels=0), hint=(3, 8, 8, 8, 8)), 3)
+    unet = controlled(randomise(UNet(CONFIG), 1), [Control(net, net.encode(draw(1, 3, 64, 64)), 0.7, guess=True)])
+    x, t, prompt = draw(2, 4, 8, 8), torch.tensor(481), Prompt(draw(2, 77, 32), absent=(True, False))
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, t, prompt), unet(x, t, prompt))
