@@ -1,7 +1,7 @@
 """How exactly our models and whole runs agree with diffusers, transformers and open_clip, on random weights in fp32.
 
     python -m benchmarks.exact              full size: SD 1.5 and ViT-H/14; minutes, 14 GB of memory
-    python -m benchmarks.exact --narrow     the same at small widths; seconds
+    python -m benchmarks.exact --narrow     the same at small widths, whole runs at 128x128; seconds
     python -m benchmarks.exact --only "ControlNet" "T2I-Adapter"      these whole runs, a side at a time: 12 GB
 
 Needs diffusers, transformers, accelerate and open_clip_torch; downloads nothing. Both sides read the same files
@@ -36,7 +36,7 @@ from vae import VAE
 from weights import load_adapter, load_image_encoder, open_base
 
 MODULE, LATENTS, PIXELS = 1e-5, 1e-4, 1.0  # allowed: relative L2 of a module, of final latents; 1/255 in any pixel
-SEED, STEPS, GUIDANCE, SIDE = 7, 4, 7.5, 256
+SEED, STEPS, GUIDANCE, SIDE = 7, 4, 7.5, 256  # a side of what single modules are given
 TEXT, NEGATIVE = "A red fox's photo, 35mm; café in the snow!", "blurry, low quality"
 TEXTS = [TEXT, NEGATIVE, "", "don't  STOP & 1234, 🙂 日本 naïve", "word " * 100]
 RUNS = [  # name, adapter, scale, prompt, negative prompt
@@ -111,7 +111,7 @@ def against_diffusers(files: Files) -> Iterator[Row]:
     """Everything else, against one diffusers pipeline on the same files."""
     theirs = reference.pipeline(files)
     base = open_base(files.base)
-    picture = open_picture(files.picture)
+    picture, side = open_picture(files.picture), files.side
     encoder, text_tower = load_image_encoder(files.image_encoder / "model.safetensors"), base.text()
     yield from clip_towers(theirs, text_tower, encoder, files)
     pixels = preprocess(picture)
@@ -138,14 +138,14 @@ def against_diffusers(files: Files) -> Iterator[Row]:
         prompt, null = (Prompt(*parts) for parts in zip(texts, images, strict=True))
         predict = guided(unet, prompt, null, GUIDANCE)
         x = denoise(
-            SAMPLERS["ddim"], predict, noise(SEED, 1, SIDE, SIDE), SAMPLERS["ddim"].levels(base.schedule, STEPS)
+            SAMPLERS["ddim"], predict, noise(SEED, 1, side, side), SAMPLERS["ddim"].levels(base.schedule, STEPS)
         )
 
         if kind:
             theirs.set_ip_adapter_scale(scale)
         latents = []
         kept = {"callback_on_step_end": lambda pipe, i, t, now, latents=latents: latents.append(now["latents"]) or {}}
-        size = {"height": SIDE, "width": SIDE}
+        size = {"height": side, "width": side}
         seen = picture if kind else None
         found = reference.drawn(theirs, text, negative, seen, STEPS, GUIDANCE, SEED, **size, **kept)
         yield Row(f"run, {name}: latents", distance(x, latents[-1]), LATENTS)
@@ -159,14 +159,14 @@ def heard(theirs: nn.Module, files: Files) -> Iterator[Row]:
     """Whole runs with two adapters, in some layers, in parts of the picture, in some steps; the plus adapter stays."""
     named = files.base, [files.adapter, files.plus], files.image_encoder
     models = open_models(*named, device="cpu", dtype="float32", keep=False)
-    how = {"text": TEXT, "negative": NEGATIVE, "seed": SEED, "side": SIDE, "steps": STEPS, "guidance": GUIDANCE}
+    how = {"text": TEXT, "negative": NEGATIVE, "seed": SEED, "side": files.side, "steps": STEPS, "guidance": GUIDANCE}
     for name, ours, found in controlled.runs(models, theirs, open_picture(files.picture), **how):
         yield Row(f"run, {name}: pixels", steps_apart(ours, found), PIXELS)
 
 
 def structured(files: Files, names: tuple[str, ...], theirs: nn.Module | None = None) -> Iterator[Row]:
     """Whole runs beside the plus adapter; without a pipeline that has it, ours are over before theirs are begun."""
-    asked = Asked(TEXT, NEGATIVE, SEED, SIDE, STEPS, GUIDANCE)
+    asked = Asked(TEXT, NEGATIVE, SEED, files.side, STEPS, GUIDANCE)
     ours = dict(structures.ours(files, asked, names))
     if theirs is None:
         theirs = reference.pipeline(files)

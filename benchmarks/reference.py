@@ -32,6 +32,7 @@ class Sizes:
     image: CLIPImageConfig
     resampler: dict[str, int]
     num_tokens: int = 4
+    side: int = 256  # of whole runs' pictures
 
 
 FULL = Sizes(SD15, SD_VAE, SD15_TEXT, VIT_H, {"dim": 768, "depth": 4, "heads": 12, "num_tokens": 16})
@@ -41,14 +42,16 @@ NARROW = Sizes(
     text=replace(SD15_TEXT, width=64, layers=2, heads=4, mlp=256),
     image=replace(VIT_H, width=128, layers=3, heads=2, mlp=512, projection=96),
     resampler={"dim": 128, "depth": 4, "heads": 2, "num_tokens": 8},  # diffusers knows no other depth
+    side=128,
 )
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where `write` puts things inside one folder."""
+    """Where `write` puts things inside one folder, and how large the pictures are that they make."""
 
     folder: Path
+    side: int = FULL.side
 
     @property
     def base(self) -> Path:  # a whole SD 1.x checkpoint, original layout
@@ -91,7 +94,7 @@ def randomize(shapes: Mapping[str, Tensor], seed: int, dtype: torch.dtype) -> di
 
 def write(folder: Path, sizes: Sizes, dtype: torch.dtype = torch.float16) -> Files:
     """Write all files of one pipeline (4 GB at full size in fp16); those that are there already are kept."""
-    files = Files(folder)
+    files = Files(folder, sizes.side)
     context_dim = sizes.unet.context_dim
     with torch.device("meta"):
         unet = UNet(sizes.unet)

@@ -765,9 +765,9 @@ def text_file(rng: Random, folder: Path) -> Path:
     return written(folder / "x.txt", changed(rng, rng.choice(TEXTS).encode(), rng.choice(TEXTS).encode()))
 
 
-def read_texts(path: Path) -> None:
-    """As every kind of flag, by the parser that the scripts have."""
-    text = os.fsdecode(path.read_bytes()).replace("\0", "")  # no argument of a process can have one
+@cache
+def parsers() -> tuple[flags.Parser, ...]:
+    """One with a flag of each kind; to make a parser takes longer than to parse."""
     kinds = (
         flags.whole(0),
         flags.whole(1, 9),
@@ -777,12 +777,18 @@ def read_texts(path: Path) -> None:
         flags.text,
         flags.weighted,
         flags.called,
-        flags.side,
-        flags.device,
     )
-    for kind in (*kinds, flags.path):
-        parser = flags.Parser(exit_on_error=True)
-        parser.add_argument("--x", type=kind)
+    made = []
+    for kind in (*kinds, flags.side, flags.device, flags.path):
+        made.append(flags.Parser(exit_on_error=True))
+        made[-1].add_argument("--x", type=kind)
+    return tuple(made)
+
+
+def read_texts(path: Path) -> None:
+    """As every kind of flag, by the parser that the scripts have."""
+    text = os.fsdecode(path.read_bytes()).replace("\0", "")  # no argument of a process can have one
+    for parser in parsers():
         with contextlib.suppress(SystemExit):
             parser.parse_args([f"--x={text}"])
 
