@@ -33,7 +33,7 @@ def reserved(
             for picture, name in zip(pictures, names): save_picture(picture, name)
 
     So two runs into one folder never share a name, and a name that cannot be is told before the work. What has been
-    written stays, however the run ends.
+    written stays, however the run ends; a run that wrote nothing leaves no folder that was not there.
 
     Args:
         output: `cat.png` (.jpg, .jpeg, .webp), of several cat_0.png, cat_1.png, ...; or a folder, made if need be: the
@@ -57,6 +57,7 @@ def reserved(
         raise UserError(f"`output` {output}: a name that ends in {', '.join(WRITTEN)}, or a folder, is wanted")
     folder = output.parent if named else output
     try:
+        new = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -73,6 +74,9 @@ def reserved(
         yield names
     finally:
         release(made)
+        with suppress(OSError):  # one that is not empty stays, and so do those above it
+            for place in new:
+                place.rmdir()
 
 
 def spread(firsts: list[Path], count: int, grid: bool, attention: bool = False) -> list[Path]:

@@ -132,6 +132,21 @@ def test_a_run_that_fails_keeps_what_it_has_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a_0.png"]
 
 
+def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path):
+    (tmp_path / "old").mkdir()
+    for output in ("new/deeper", "new/a.png", "old", "old/new"):
+        with reserved(tmp_path / output):
+            pass
+    with reserved(tmp_path / "kept/deeper") as paths:
+        paths[0].write_text("picture")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "kept",
+        "kept/deeper",
+        "kept/deeper/00000.png",
+        "old",
+    ]
+
+
 def run_at_once(folder: Path, i: int) -> list[str]:
     return names(folder, 1 + i % 3, i % 2 == 0)
 
