@@ -103,7 +103,9 @@ def parse() -> argparse.Namespace:
         sys.exit(0)
     before, nets = (), ()
     if args.again:  # what is not said anew is as it was
-        settings = again(args.again, parser.given("image"), *groups.given_anew(args.groups, vars(args)))
+        anew = parser.given("image")
+        settings = again(args.again, anew, *groups.given_anew(args.groups, vars(args)))
+        settings = parser.typed(settings, anew, f"--again {args.again}")
         before, nets = settings.pop("groups"), settings.pop("controls")
         parser.set_defaults(**settings)
         args = parser.parse_args()

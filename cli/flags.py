@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,6 +36,40 @@ class Parser(argparse.ArgumentParser):
         return found.keys() - {"groups"} | {
             name for group in found.get("groups", ()) if hasattr(group, opener) for name in vars(group)
         }
+
+    def typed(self, settings: dict[str, object], anew: Container[str], source: str) -> dict[str, object]:
+        """Settings that somebody else wrote, as if each had been typed behind its flag; groups' and nets' too.
+
+        Args:
+            anew: the names of those that are typed, and hold instead.
+
+        Raises:
+            UserError: what no one may type; it names the source and the flag.
+        """
+        left = {name: value for name, value in settings.items() if name not in anew}
+        for action in self._actions:
+            for given in (left, *settings["groups"], *settings["controls"]):
+                value = given.get(action.dest)
+                if value is not None and action.nargs != 0:
+                    try:
+                        given[action.dest] = self.typed_one(action, value)
+                    except argparse.ArgumentError as error:
+                        raise UserError(f"{source}: its {action.option_strings[-1]}: {error.message}") from None
+        return left
+
+    def typed_one(self, action: argparse.Action, value: object) -> object:
+        """One of them, or a list. Raises ArgumentError."""
+        if isinstance(value, list):
+            if isinstance(action.nargs, int) and len(value) != action.nargs:
+                raise argparse.ArgumentError(action, f"{len(value)} given, {action.nargs} are wanted")
+            return [self.typed_one(action, one) for one in value]
+        if isinstance(value, tuple):  # a file and its weight, or its name
+            if isinstance(value[1], float | int) and not math.isfinite(value[1]):
+                raise argparse.ArgumentError(action, f"the weight of {value[0]} is {value[1]}, a number is wanted")
+            return value
+        found = self._get_value(action, str(value))
+        self._check_value(action, found)
+        return found
 
 
 class Opens(argparse.Action):

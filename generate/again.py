@@ -9,11 +9,34 @@ from files.errors import UserError
 from files.hashes import recall, sha256
 from files.pictures import read_settings
 from generate.named import ROLES
-from generate.record import CONTROL, GROUP, each
+from generate.record import CONTROL, GROUP, NUMBER, each
 from weights.diffusers import model_sha256
 from weights.hub import cached
 from weights.presets import PRESETS
 
+# What settings are, and what stands in their lists; those of an image prompt and of a net are beside `record`
+TEXTS = (
+    *ROLES,
+    "style_encoder",
+    "init",
+    "inpaint",
+    "sampler",
+    "prediction",
+    "spacing",
+    "storage",
+    "dtype",
+    "prompt_syntax",
+)
+SETTINGS = {
+    **dict.fromkeys((*TEXTS, "prompt", "negative_prompt"), ((str,), str)),
+    **dict.fromkeys(("seed", "steps", "height", "width", "clip_skip", "only_masked"), ((int,), str)),
+    **dict.fromkeys(("guidance_scale", "guidance_rescale", "image_guidance_scale", "strength"), ((NUMBER,), str)),
+    **dict.fromkeys(("lora", "embedding"), ((list,), list)),
+    **dict.fromkeys(("groups", "controls"), ((list,), dict)),
+    "outpaint": ((list,), int),
+    "text_encoder": ((list,), str),
+    "sha256": ((dict,), str),
+}
 NEARBY = 1000  # files of a folder that are looked through at most
 
 
@@ -34,11 +57,14 @@ def again(
         controls: likewise of each net for structure.
 
     Raises:
-        UserError: no picture of ours, one that does not say what each file was, or a file that is nowhere.
+        UserError: no picture of ours, one that does not say what each file was, a setting of another kind, or a file
+            that is nowhere. Ranges are not looked at.
     """
     settings = read_settings(picture)
-    if not settings or not sound(settings):
+    if not settings:
         raise UserError(f"`again` {picture}: holds no settings that make it again")
+    if flaw := unsound(settings):
+        raise UserError(f"`again` {picture}: holds no settings that make it again (its {flaw} is none)")
     hashes, beside = settings["sha256"], picture.parent
 
     def found(name: str) -> str:
@@ -60,18 +86,19 @@ def again(
     for role in ("base", "vae", "style_encoder"):
         arguments |= {role: found(settings[role])} if settings.get(role) and role not in given else {}
     if "text_encoder" not in given:
-        arguments["text_encoder"] = [found(path) for path in settings.get("text_encoder", ())]
+        arguments["text_encoder"] = [found(path) for path in settings.get("text_encoder") or ()]
     for name in ("init", "inpaint"):
         arguments |= {name: found(settings[name])} if settings.get(name) and name not in given else {}
     arguments |= {name: settings.get(name) for name in ("strength", "outpaint", "only_masked")}
     if "lora" not in given:
-        arguments["lora"] = [(found(path), weight) for path, weight in settings.get("lora", ())]
+        arguments["lora"] = [(found(path), weight) for path, weight in settings.get("lora") or ()]
     if "embedding" not in given:
-        arguments["embedding"] = [(found(path), called) for path, called in settings.get("embedding", ())]
-    old = settings.get("groups", [settings] if settings.get("image") or settings.get("face_embedding") else [])
+        arguments["embedding"] = [(found(path), called) for path, called in settings.get("embedding") or ()]
+    alone = [settings] if settings.get("image") or settings.get("face_embedding") else []
+    old = alone if settings.get("groups") is None else settings["groups"]
     anew = groups or [given] * len(old)
     arguments["groups"] = [group_again(group, names, found) for group, names in zip(old, anew, strict=False)]
-    nets = settings.get("controls", [])
+    nets = settings.get("controls") or []
     anew = zip(nets, controls or [()] * len(nets), strict=False)
     left = [{name: net[name] for name in net if name in CONTROL and name not in names} for net, names in anew]
     files = ("control", "hint", "mask")
@@ -88,73 +115,43 @@ def group_again(group: Mapping[str, object], given: Container[str], found: Calla
         said |= {name: [found(path) for path in said[name]]} if name in said else {}
     for name in ("adapter", "image_encoder", "mask"):
         said |= {name: found(said[name])} if name in said else {}
+    if isinstance(said.get("curve"), list):
+        said["curve"] = ",".join(map(str, said["curve"]))
     if "scale" in said:
         said["scale"] = said["scale"] if isinstance(said["scale"], list) else [said["scale"]]
     return said
 
 
-def sound(settings: dict) -> bool:
-    """Whether settings are such as `record` writes, each of its kind: a picture may come from anywhere."""
-
-    def are(kinds: type | UnionType, *values: object) -> bool:
-        return all(isinstance(value, kinds) for value in values)
-
-    def of(*names: str) -> list[object]:
-        return [settings.get(name) for name in names]
-
-    hashes, groups = settings.get("sha256"), settings.get("groups", [])
-    controls = settings.get("controls", [])
-    if not are(list, groups, controls) or not are(dict, *groups, *controls):
-        return False
-    if not all(sound_group(group) for group in (settings, *groups)):
-        return False
-    if not all(sound_group(net, CONTROL) and "control" in net for net in controls):
-        return False
-    lists = {name: settings.get(name, []) for name in ("text_encoder", "lora", "embedding")}
-    if not (are(dict, hashes) and are(list, *lists.values()) and {"base", "seed"} <= settings.keys()):
-        return False
-    loras, embeddings = lists.pop("lora"), lists.pop("embedding")
-    names = [name for paths in lists.values() for name in paths]
-    return (
-        are(
-            str | None,
-            *hashes.values(),
-            *of(
-                *ROLES,
-                "style_encoder",
-                "init",
-                "inpaint",
-                "sampler",
-                "prediction",
-                "spacing",
-                "storage",
-                "dtype",
-                "prompt_syntax",
-            ),
-        )
-        and are(str, *names, *of("prompt", "negative_prompt"))
-        and are(int | None, *of("seed", "steps", "height", "width", "clip_skip", "only_masked"))
-        and are(list | None, settings.get("outpaint"))
-        and are(int, *(settings.get("outpaint") or ()))
-        and are(
-            float | int | None,
-            *of("guidance_scale", "guidance_rescale", "image_guidance_scale", "strength"),
-        )
-        and all(
-            are(list, pair) and len(pair) == 2 and are(str, pair[0]) and are(float | int, pair[1]) for pair in loras
-        )
-        and all(are(list, pair) and len(pair) == 2 and are(str, *pair) for pair in embeddings)
-    )
+def unsound(settings: dict) -> str | None:
+    """The first setting that is not such as `record` writes, each of its kind: a picture may come from anywhere."""
+    groups, nets = settings.get("groups") or [], settings.get("controls") or []
+    needed = ("seed", "prompt", "negative_prompt", "sha256")
+    if lost := [name for name in needed if settings.get(name) is None] + ["base"] * ("base" not in settings):
+        return lost[0]
+    if flaw := unlike(settings, SETTINGS | GROUP):
+        return flaw
+    loras, embeddings = (settings.get(name) or [] for name in ("lora", "embedding"))
+    pairs = [("lora", pair, NUMBER) for pair in loras] + [("embedding", pair, str) for pair in embeddings]
+    bad = [name for name, pair, kind in pairs if len(pair) != 2 or not are(str, pair[0]) or not are(kind, pair[1])]
+    bad += ["sha256"] * (not are(str | None, *settings["sha256"].values()))
+    bad += ["controls"] * any("control" not in net for net in nets)
+    flaws = [unlike(group, GROUP) for group in groups] + [unlike(net, CONTROL) for net in nets]
+    return next((flaw for flaw in (*bad, *flaws) if flaw), None)
 
 
-def sound_group(group: dict, kinds_of: Mapping[str, tuple] = GROUP) -> bool:
-    """Likewise of one image prompt, or of one net for structure."""
-    return all(
-        any(isinstance(value, kind) for kind in kinds)
-        and all(isinstance(one, within) for one in (value if isinstance(value, list) else ()))
-        for name, (kinds, within) in kinds_of.items()
-        if (value := group.get(name)) is not None
-    )
+def unlike(settings: Mapping[str, object], kinds_of: Mapping[str, tuple]) -> str | None:
+    """The first setting of another kind than the table says, or a list in which something of another kind stands."""
+    for name, (kinds, within) in kinds_of.items():
+        value = settings.get(name)
+        if value is not None and not any(are(kind, value) for kind in kinds):
+            return name
+        if isinstance(value, list) and not are(within, *value):
+            return name
+    return None
+
+
+def are(kind: type | UnionType, *values: object) -> bool:
+    return all(isinstance(value, kind) for value in values)
 
 
 def find_again(name: str, wanted: str | None, beside: Path) -> Path:

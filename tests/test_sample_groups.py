@@ -110,6 +110,53 @@ def test_a_picture_from_before_there_were_groups_is_made_again(folder, tmp_path)
     assert np.array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / "new.png"))
 
 
+def test_settings_that_nobody_may_type_are_refused_by_their_names(two, tmp_path):
+    """A picture may come from anywhere; what is said anew holds instead."""
+    good, path = settings(two), tmp_path / "x.png"
+
+    def again(wrong: dict, *flags: object) -> str:
+        info = PngInfo()
+        info.add_itxt("ipadapter", json.dumps(good | wrong))
+        Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+        done = sample("--again", path, *flags, "--output", tmp_path / "made.png")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"--again {path}: " in done.stderr, done.stderr
+        return done.stderr
+
+    def of_group(**wrong: object) -> dict:
+        return {"groups": [good["groups"][0] | wrong]}
+
+    for wrong, told in (
+        ({"steps": -3}, "its --steps: '-3' given, a whole number, 1 to 1000, is wanted"),
+        ({"steps": 10**9}, "its --steps: '1000000000' given"),
+        ({"steps": "many"}, "(its steps is none)"),
+        ({"height": 7}, "its --height: '7' given, a whole number, 8 to"),
+        ({"width": 1001}, "its --width: 1001 given, a multiple of 8 is wanted"),
+        ({"seed": -7}, "its --seed: "),
+        ({"seed": None}, "(its seed is none)"),
+        ({"sampler": "best"}, "its --sampler: invalid choice: 'best'"),
+        ({"storage": "int4"}, "its --storage: invalid choice"),
+        ({"dtype": "float1"}, "its --dtype: invalid choice"),
+        ({"prompt_syntax": "mine"}, "its --prompt-syntax: invalid choice"),
+        ({"guidance_scale": float("nan")}, "its --guidance-scale: 'nan' given, a number is wanted"),
+        ({"guidance_rescale": -1}, "its --guidance-rescale: '-1' given"),
+        ({"strength": 1.5}, "its --strength: '1.5' given, a number from 0 to 1 is wanted"),
+        ({"outpaint": [8]}, "its --outpaint: 1 given, 4 are wanted"),
+        ({"outpaint": [8, 0, -8, 0]}, "its --outpaint: '-8' given"),
+        ({"clip_skip": True}, "its --clip-skip: 'True' given"),
+        ({"lora": [[good["base"], float("inf")]]}, "its --lora: the weight of"),
+        ({"lora": [["x"]]}, "(its lora is none)"),
+        ({"controls": [{}]}, "(its controls is none)"),
+        (of_group(scale="loud"), "(its scale is none)"),
+        (of_group(scale=float("inf")), "its --scale: 'inf' given"),
+        (of_group(until=2), "its --until: '2' given"),
+        (of_group(framing="round"), "its --framing: invalid choice"),
+        (of_group(weights=[1, float("nan")]), "its --weights: 'nan' given"),
+    ):
+        assert told in again(wrong), told
+    assert "its --height" in again({"steps": -3, "height": 7}, "--steps", 2)
+    assert not (tmp_path / "made.png").exists()
+
+
 IMAGE = ["--image", "red.png"]
 MISTAKES = {
     "no picture": (["--image", "--image", "red.png"], "--image: a group without a picture; a file"),
