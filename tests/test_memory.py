@@ -164,6 +164,17 @@ def test_a_new_weight_is_used_as_it_is():
     assert torch.equal(layer(torch.ones(1, 8)), torch.full((1, 2), 8.0))
 
 
+def test_a_new_weight_may_be_trained(draw):
+    """Of a convolution the gradient to its weight reads the input, which a stored one does not keep."""
+    layer, x = store(nn.Conv2d(4, 4, 3), torch.float32, torch.float32), draw(1, 4, 8, 8).requires_grad_()
+    layer.weight = nn.Parameter(draw(4, 4, 3, 3))
+    layer(x).square().sum().backward()
+    plain, y = nn.Conv2d(4, 4, 3), x.detach().requires_grad_()
+    plain.load_state_dict(layer.state_dict())
+    plain(y).square().sum().backward()
+    assert torch.equal(layer._parameters["weight"].grad, plain.weight.grad) and torch.equal(x.grad, y.grad)
+
+
 def test_weights_come_to_the_device_that_computes(unet, draw):
     """On `meta`: a weight that stayed behind would be an error there."""
     stored = store(copy.deepcopy(unet), torch.float16, torch.float32, "meta")

@@ -88,20 +88,20 @@ ROWS = [
     ),
     # Bases for inpainting (9 channels), and one that follows instructions (8).
     base_1(
-        *("sd15-inpainting", "sd-v1-5-inpainting.ckpt", 4265, "with `init` and `inpaint`"),
+        *("sd15-inpainting", "sd-v1-5-inpainting.ckpt", 4265, "with `init`, `inpaint`"),
         repo="stable-diffusion-v1-5/stable-diffusion-inpainting",
     ),
     base(
-        *("sd2-inpainting", "512-inpainting-ema.safetensors", 5215, "with `init` and `inpaint`"),
+        *("sd2-inpainting", "512-inpainting-ema.safetensors", 5215, "with `init`, `inpaint`"),
         repo="sd2-community/stable-diffusion-2-inpainting",
         families=(SD2_BASE,),
     ),
     base_xl(
-        *("sdxl-inpainting", "sd_xl_base_1.0_inpainting_0.1.safetensors", 6938, "with `init` and `inpaint`"),
+        *("sdxl-inpainting", "sd_xl_base_1.0_inpainting_0.1.safetensors", 6938, "with `init`, `inpaint`"),
         repo="benjamin-paine/sd-xl-alternative-bases",
     ),
     base_1(
-        *("instruct-pix2pix", "instruct-pix2pix-00-22000.safetensors", 7703, "with `init`, the picture to change"),
+        *("instruct-pix2pix", "instruct-pix2pix-00-22000.safetensors", 7703, "`init`, changed by text"),
         repo="timbrooks/instruct-pix2pix",
     ),
     base_xl("sdxl", "sd_xl_base_1.0.safetensors", 6938, repo="stabilityai/stable-diffusion-xl-base-1.0"),

@@ -30,9 +30,9 @@ class Stored(nn.Module):
     used: Tensor | None = None  # the weight as it was brought up, while a step of a training computes with it
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._parameters["weight"].requires_grad:
             return super().forward(x)
-        self.used = self.weight
+        self.__dict__["used"] = self.weight  # as it is, it may be a parameter, which a module would take for one more
         memory = self.used.untyped_storage().data_ptr()
 
         def pack(saved: Tensor) -> tuple[bool, tuple]:
@@ -51,7 +51,7 @@ class Stored(nn.Module):
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 return super().forward(x)
         finally:
-            self.used = None
+            self.__dict__["used"] = None
 
     @property
     def weight(self) -> Tensor:
