@@ -86,7 +86,7 @@ def test_what_an_adapter_reads_is_told_by_its_name():
             stem = Path(preset.file).stem
             for this, that in alike.items():
                 stem = stem.replace(this, that)
-            projection = RELEASED[stem.replace("ip-adapter-faceid", "faceid")][1]()
+            projection = on_meta(RELEASED[stem.replace("ip-adapter-faceid", "faceid")][1])
             told = [(one.patches, one.faces, one.feature_dim) for one in (preset, projection)]
             assert told[0] == told[1], preset.name
             found[preset.name] = told[0]
