@@ -155,3 +155,11 @@ finally:
             counted |= {(file, first + i) for i, line in enumerate(block) if line.strip()}
     assert (str(ROOT / "sample.py"),) in {(file,) for file, _ in counted} and (tmp_path / "x.png").exists()
     assert len(counted) <= 3380, len(counted)
+
+
+def test_a_file_is_read_in_one_sitting():
+    """Beside tests, each has 300 lines at most; the UNet stays in one, as its original does."""
+    beside = {ROOT / "tests", ROOT / ".venv"}
+    files = [path for path in ROOT.glob("*/*.py") if path.parent not in beside] + [*ROOT.glob("*.py")]
+    longer = {str(path.relative_to(ROOT)) for path in files if len(path.read_text().splitlines()) > 300}
+    assert len(files) > 150 and longer == {"unet/unet.py"}
