@@ -151,7 +151,13 @@ def test_the_adapter_is_read_by_sample_and_by_diffusers(run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_validation_and_curve_are_pictures(tmp_path, data, cache):
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation pictures in a few steps; how many there are in earnest is seen beside `held_out`."""
+    monkeypatch.setattr("training.validation.STEPS", 4)
+
+
+def test_validation_and_curve_are_pictures(tmp_path, data, cache, sketched):
     flags = ["--data", data, "--cache", cache, "--output", tmp_path / "run", "--validate-every", 1]
     done = train(*QUICK, *flags)
     assert done.returncode == 0, done.stderr
@@ -223,7 +229,7 @@ class Board:
     finish = close
 
 
-def test_tensorboard_and_wandb_get_what_the_log_gets(tmp_path, data, cache):
+def test_tensorboard_and_wandb_get_what_the_log_gets(tmp_path, data, cache, sketched):
     tensorboard, wandb = ModuleType("torch.utils.tensorboard"), ModuleType("wandb")
     tensorboard.SummaryWriter, wandb.init, wandb.Image = Board, Board, lambda picture: picture.mode
     flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--save-every", 1]
