@@ -25,9 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from clip import tokenize
 from files.faces import FaceError, read_embedding
 from tiny import drawings
+from training import tars
 from training.captions import DataError
 from training.data import identity, open_pairs
 from training.pairs import BadSample, Pairs
+from training.tars import unpack
 
 
 def png(shade: int) -> bytes:
@@ -214,6 +216,22 @@ def test_a_packed_shard_keeps_what_can_be_unpacked_before_a_cut(tmp_path):
     assert 20 <= whole and abs(len(pairs) - 3 - whole) <= 1
     assert pairs.skipped == [f"{path}: cut short or damaged after {len(pairs) - 3} samples"]
     assert [pairs[i].text for i in (0, -4, -3, -2, -1)] == ["x", "x", "caption 0", "caption 1", "caption 2"]
+
+
+def test_a_shard_that_would_fill_the_disk_is_refused_whole(tmp_path, monkeypatch):
+    path, start = tmp_path / "a.tar.gz", b"of other shards"
+    path.write_bytes(30 * gzip.compress(bytes(1 << 20)))
+    unpacked = io.BytesIO(start)
+    with pytest.raises(DataError, match=rf"{path}: its 3\d,\d+ bytes unpack to more than 19,\d+,\d+; .* 100 times"):
+        unpack(str(path), unpacked)
+    assert unpacked.getvalue() == start
+    with pytest.raises(DataError, match="unpack to more than"):
+        open_pairs(path)
+    path = write_tar(tmp_path / "b.tar.gz", samples(3))
+    assert len(open_pairs(path)) == 3
+    monkeypatch.setattr(tars.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 0, 5000))
+    with pytest.raises(DataError, match=r"unpack to more than 4,500; .* \(5,000 bytes\)"):
+        open_pairs(path)
 
 
 def test_a_damaged_header_ends_a_shard(tmp_path):
