@@ -7,6 +7,7 @@ A change is a small value with `delta(weight)`: what is to be added to a weight,
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
 import torch
@@ -162,7 +163,14 @@ def merge(model: nn.Module, changes: Mapping[str, Weighted], keep: bool = True) 
 
     Returns:
         A function that takes these changes out again. It raises RuntimeError if they were merged for good.
+
+    Raises:
+        RuntimeError: a weight reads as a copy, for it is stored in fewer bits; then nothing was changed.
     """
+    if copies := [name for name in changes if not isinstance(attrgetter(name)(model), nn.Parameter)]:
+        raise RuntimeError(
+            f"{len(copies)} weights ({copies[0]}, ...) are stored in fewer bits: merge first, then store"
+        )
     call, parameters = object(), {name: model.get_parameter(name) for name in changes}
     for name, p in parameters.items():
         merged = vars(p).get("merged")

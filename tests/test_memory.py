@@ -12,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import unet.unet as unet_file
 import weights.storage as storage_file
+from files.errors import UserError
 from files.tensors import read
 from ipadapter import Prompt
 from unet.unet import attention, fused
 from weights import open_base, pages
 from weights.fill import fill
+from weights.lora import merge, read_lora
 from weights.pages import ABSENT, give_back, kinds, whole_pages
 from weights.storage import LARGEST, STORAGES, Stored, store
 
@@ -156,6 +158,38 @@ def test_a_copy_added_to_is_refused():
     assert isinstance(layer, Stored) and isinstance(layer, nn.Linear)
     with pytest.raises(TypeError, match="weight"):
         layer.weight += 1
+
+
+def test_what_is_to_be_taken_out_again_is_not_stored(unet, draw, tmp_path):
+    """Nothing is changed by what is refused; merged for good, the weights are those of a file that was merged before."""
+    key = "output_blocks.3.1.transformer_blocks.0.attn1.to_q"
+    out, width = unet.get_submodule(key).weight.shape
+    flat = f"lora_unet_{key.replace('.', '_')}"
+    save_file(
+        {f"{flat}.lora_down.weight": draw(2, width), f"{flat}.lora_up.weight": draw(out, 2)}, tmp_path / "x.safetensors"
+    )
+    loras, model = [(read_lora(tmp_path / "x.safetensors"), 0.5)], copy.deepcopy(unet)
+    undo = merge(model, loras, "unet")
+    merged, types = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    with pytest.raises(UserError, match=f"merged into 1 weights .{key}.weight.* `keep` False"):
+        store(model, torch.float16, torch.float32)
+    assert types == [type(module) for module in model.modules()] and not different(model.state_dict(), merged)
+    undo()
+    assert not different(model.state_dict(), unet.state_dict())
+    merge(model, loras, "unet", keep=False)
+    assert not different(model.state_dict(), merged)
+    stored = copy.deepcopy(store(model, torch.float16, torch.float32).state_dict())
+    wanted = copy.deepcopy(unet)
+    wanted.load_state_dict(merged)
+    assert not different(stored, store(wanted, torch.float16, torch.float32).state_dict())
+    with pytest.raises(RuntimeError, match=f"1 weights .{key}.weight.* are stored in fewer bits"):
+        merge(model, loras, "unet")
+    assert not different(model.state_dict(), stored)
+
+
+def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    """The tensors that are not equal bit for bit."""
+    return {key for key, w in one.items() if w.dtype != other[key].dtype or not torch.equal(w, other[key])}
 
 
 def test_a_new_weight_is_used_as_it_is():

@@ -10,6 +10,7 @@ so out of an fp32 file the small ones are rounded to them, too.)
 import torch
 from torch import Tensor, nn
 
+from files.errors import UserError
 from weights.fill import layout
 from weights.pages import give_back, give_back_freed
 
@@ -69,13 +70,21 @@ def store(
 ) -> nn.Module:
     """Keep a model's large weights in `storage`, compute in `compute`; the model is changed and returned.
 
-    Merge LoRAs first: a weight reads as a copy, and what is added to that is lost. fp8 (e4m3, 3 bits of mantissa) is
-    scaled row by row, or weights of 1 / 64 and less would lose those bits too.
+    Merge LoRAs first, and for good: a weight reads as a copy, and out of a rounded one nothing can be taken. fp8 (e4m3,
+    3 bits of mantissa) is scaled row by row, or weights of 1 / 64 and less would lose those bits too.
 
     Args:
         device: where to compute, if not where the weights lie: each weight is brought there when it is used, and only
             the small tensors stay there.
+
+    Raises:
+        UserError: changes are merged that could be taken out again; then nothing was changed.
     """
+    if held := [name for name, p in model.named_parameters() if "merged" in vars(p)]:
+        raise UserError(
+            f"LoRAs are merged into {len(held)} weights ({held[0]}, ...) such that they can be taken out again, which they "
+            "cannot of stored weights: merge them for good, with `keep` False, or take them out first"
+        )
     layers = [
         (name, module)
         for name, module in model.named_modules()
