@@ -109,6 +109,7 @@ def merge(model: nn.Module, loras: list[tuple[LoRA, float]], part: str, keep: bo
 
     Raises:
         WeightsError: a layer of a LoRA fits none of the model; then nothing was changed.
+        RuntimeError: as `low_rank.merge`, of a model that is stored in fewer bits.
     """
     changes: dict[str, list[tuple[float, Change]]] = {}
     for lora, weight in loras:
