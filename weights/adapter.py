@@ -62,7 +62,7 @@ def build_projection(state: State, context_dim: int) -> torch.nn.Module:
 
     if "image_proj.latents" in state:  # plus
         _, num_tokens, dim = shape("latents")
-        depth, heads = count(state, r"image_proj\.layers\.(\d+)\."), shape("layers.0.0.to_q.weight")[0] // 64
+        depth, heads = count(state, "image_proj.layers."), shape("layers.0.0.to_q.weight")[0] // 64
         return Resampler(shape("proj_in.weight")[1], dim, depth, heads, num_tokens, context_dim)
     if "image_proj.proj.weight" in state:  # base, light
         rows, embed_dim = shape("proj.weight")
@@ -73,7 +73,7 @@ def build_projection(state: State, context_dim: int) -> torch.nn.Module:
     if "image_proj.perceiver_resampler.proj_in.weight" not in state:  # FaceID, portrait
         return FaceProjection(face_dim, context_dim, num_tokens)
     perceiver = "perceiver_resampler."
-    depth = count(state, r"image_proj\.perceiver_resampler\.layers\.(\d+)\.")
+    depth = count(state, "image_proj.perceiver_resampler.layers.")
     heads = shape(f"{perceiver}layers.0.0.to_q.weight")[0] // 64
     feature_dim = shape(f"{perceiver}proj_in.weight")[1]
     return FacePlusProjection(face_dim, feature_dim, depth, heads, num_tokens, context_dim)

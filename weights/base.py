@@ -288,7 +288,7 @@ def text_state(state: State, tower: Tower) -> State:
         state = text_from_openclip(state)
     state = from_diffusers(state)  # many early fine-tuned models have no `text_model.`
     # A whole tower of SD 2.x has 24 layers and a projection; folders, and files made of them, come without the last.
-    layers = count(state, r"text_model\.encoder\.layers\.(\d+)\.")
+    layers = count(state, "text_model.encoder.layers.")
     if tower.penultimate and (layers == 24 or "text_projection.weight" in state):
         unused = (f"text_model.encoder.layers.{layers - 1}.", "text_projection")
         state = {key: w for key, w in state.items() if not key.startswith(unused)}

@@ -1,6 +1,5 @@
 """Reads the shape of a model off its tensors; what they cannot tell (heads, the GELU kind) comes from the family."""
 
-import re
 from dataclasses import replace
 
 from clip import CLIPImageConfig, CLIPTextConfig
@@ -10,13 +9,13 @@ from unet import UNetConfig
 from vae import SD_VAE, VAEConfig
 
 
-def count(state: State, pattern: str) -> int:
-    """How many different numbers stand where the pattern has its group.
+def count(state: State, prefix: str) -> int:
+    """How many different numbers stand behind a prefix, and before a dot.
 
     Not one more than the largest: a damaged name would have a model of a billion layers built.
     """
-    found = (re.match(pattern, key) for key in state)
-    return len({match[1] for match in found if match})
+    behind = {key[len(prefix) :].partition(".")[:2] for key in state if key.startswith(prefix)}
+    return sum(number.isdecimal() for number, dot in behind if dot)
 
 
 def unet_config(state: State) -> UNetConfig:
@@ -32,7 +31,7 @@ def encoder_config(state: State) -> UNetConfig:
     """From a UNet's way down and its middle, which are all that a ControlNet has."""
     # Going down, each level ends with a Downsample (`op`), except the last.
     channels, down, level = [], [], []
-    for i in range(1, count(state, r"input_blocks\.(\d+)\.")):
+    for i in range(1, count(state, "input_blocks.")):
         if f"input_blocks.{i}.0.op.weight" in state:
             down.append(tuple(level))
             level = []
@@ -43,7 +42,7 @@ def encoder_config(state: State) -> UNetConfig:
     down.append(tuple(level))
 
     middle: list[int] = []
-    for i in range(count(state, r"middle_block\.(\d+)\.")):
+    for i in range(count(state, "middle_block.")):
         if f"middle_block.{i}.in_layers.0.weight" in state:
             middle.append(0)
         else:  # a transformer, behind the ResBlock before it
@@ -70,13 +69,13 @@ def encoder_config(state: State) -> UNetConfig:
 
 def depth(state: State, transformer: str) -> int:
     """How many blocks a transformer has: 0 where there is none, -1 where there are its norm and projections alone."""
-    blocks = count(state, rf"{re.escape(transformer)}\.transformer_blocks\.(\d+)\.")
+    blocks = count(state, f"{transformer}.transformer_blocks.")
     return blocks or -(f"{transformer}.proj_in.weight" in state)
 
 
 def hint_widths(state: State) -> tuple[int, ...]:
     """Of a ControlNet's hint encoder: of the picture, then what every second convolution gives."""
-    first, *rest = range(0, 2 * count(state, r"input_hint_block\.(\d+)\."), 2)
+    first, *rest = range(0, 2 * count(state, "input_hint_block."), 2)
     return (
         state[f"input_hint_block.{first}.weight"].shape[1],
         state[f"input_hint_block.{first}.weight"].shape[0],
@@ -88,7 +87,7 @@ def t2i_config(state: State) -> T2IConfig:
     """From a T2I-Adapter in the original layout. SDXL's shrinks a hint of 1 or 3 channels by 16, the others by 8."""
     light = "conv_in.weight" not in state
     before = state["body.0.in_conv.weight" if light else "conv_in.weight"].shape[1]
-    blocks = count(state, r"body\.(\d+)\.")
+    blocks = count(state, "body.")
     if light:
         channels = tuple(state[f"body.{i}.out_conv.weight"].shape[0] for i in range(blocks))
         return T2IConfig(before // 64, channels, light=True)
@@ -104,10 +103,10 @@ def t2i_config(state: State) -> T2IConfig:
 
 def vae_config(state: State, latent_scale: float = SD_VAE.latent_scale) -> VAEConfig:
     """From an autoencoder in the original layout."""
-    levels = count(state, r"encoder\.down\.(\d+)\.")
+    levels = count(state, "encoder.down.")
     return VAEConfig(
         channels=tuple(state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)),
-        res_blocks=count(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        res_blocks=count(state, "encoder.down.0.block."),
         latent_channels=state["post_quant_conv.weight"].shape[0],
         latent_scale=latent_scale,
     )
@@ -123,7 +122,7 @@ def text_config(state: State, quick_gelu: bool = True, heads: int | None = None)
     projection = state.get("text_projection.weight")
     return CLIPTextConfig(
         width=tokens.shape[1],
-        layers=count(state, r"text_model\.encoder\.layers\.(\d+)\."),
+        layers=count(state, "text_model.encoder.layers."),
         heads=heads or TEXT_HEADS.get(tokens.shape[1], max(1, tokens.shape[1] // 64)),
         mlp=state["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         quick_gelu=quick_gelu,
@@ -141,7 +140,7 @@ def image_config(state: State, quick_gelu: bool = False, heads: int | None = Non
     width, patch = patches.shape[0], patches.shape[-1]
     return CLIPImageConfig(
         width=width,
-        layers=count(state, r"vision_model\.encoder\.layers\.(\d+)\."),
+        layers=count(state, "vision_model.encoder.layers."),
         heads=heads or IMAGE_HEADS.get(width, max(1, width // 64)),
         mlp=state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         quick_gelu=quick_gelu,

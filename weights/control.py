@@ -20,7 +20,7 @@ from weights.names import names
 
 Net = ControlNet | T2IAdapter | StyleAdapter
 LORA, DIFFERENCE = "lora_controlnet", "difference"  # keys without a meaning but that they are there
-STYLE_LAYERS = r"transformer_layes\.(\d+)\."  # of a style adapter
+STYLE_LAYERS = "transformer_layes."  # of a style adapter, spelled as in its file
 ENCODER = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 TASKS = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")  # of a Union, in its order
 SAME = {  # other names of the hints that these are for

@@ -90,8 +90,9 @@ def family(state: State) -> str:
     def starts(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in state)
 
+    names = "\n".join(key.removeprefix(UNET) for key in state)  # searched as one: key by key takes longer than opening
     for name, sign in OTHERS.items():
-        if any(re.search(sign, key.removeprefix(UNET)) for key in state):
+        if re.search(sign, names, re.MULTILINE):
             return name
     unet = unet_state(state)
     if "label_emb.0.0.weight" in unet:
