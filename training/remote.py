@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from threading import Event
+from time import monotonic
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -32,6 +33,10 @@ CURL = {6: "no such host", 7: "no connection", 18: "cut off", 28: "no connection
 
 class Broken(Exception):
     """A transfer that another try may bring to its end."""
+
+
+class Stopped(Exception):
+    """Another transfer has failed for good, and that one is told of."""
 
 
 def is_remote(item: str) -> bool:
@@ -98,6 +103,8 @@ def fetched(
             if mine:
                 try:
                     fetch(missing[names[i]], names[i], stall, waits, stop)
+                except Stopped:
+                    return
                 except BaseException:
                     stop.set()  # before another stream takes this shard over
                     raise
@@ -132,7 +139,7 @@ def place(url: str, folder: Path) -> Path:
 
 
 def fetch(url: str, path: Path, stall: float, waits: Sequence[float], stop: Event) -> None:
-    """Bring one shard, whole or not at all; begun anew where it breaks off. Raises DataError."""
+    """Bring one shard, whole or not at all; begun anew where it breaks off. Raises DataError, or Stopped."""
     for wait in (*waits, None):
         try:
             with whole(path) as part:
@@ -143,6 +150,8 @@ def fetch(url: str, path: Path, stall: float, waits: Sequence[float], stop: Even
                 raise DataError(
                     f"{url}: does not come ({error}; {len(waits) + 1} tries); whole shards are kept"
                 ) from None
+            if stop.wait(wait):
+                raise Stopped from None
         except OSError as error:
             raise DataError(f"{url}: cannot be kept as {path} ({error.strerror or error})") from None
 
@@ -152,6 +161,7 @@ def transfer(url: str, part: Path, stall: float, stop: Event) -> None:
 
     Raises:
         Broken: it stalls or breaks off.
+        Stopped: `stop` was set meanwhile.
         DataError: there is nothing for us.
     """
     from webdataset.gopen import gopen
@@ -163,10 +173,12 @@ def transfer(url: str, part: Path, stall: float, stop: Event) -> None:
     try:
         with part.open("wb") as file:
             while True:
-                if not select.select([source.stream], [], [], stall)[0]:
-                    raise Broken(f"no byte within {stall:g} s")
+                late = monotonic() + stall
+                while not select.select([source.stream], [], [], min(stall, 0.5))[0] and not stop.is_set():
+                    if monotonic() >= late:
+                        raise Broken(f"no byte within {stall:g} s")
                 if stop.is_set():
-                    raise Broken("stopped")
+                    raise Stopped
                 chunk = os.read(source.stream.fileno(), CHUNK)
                 if not chunk:
                     break
