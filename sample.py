@@ -52,20 +52,22 @@ def main() -> None:
     # What was brought is opened before anything slow.
     images, canvas = opened.image_groups(args.images), opened.canvas(asked)
     hints = [opened.hint(net, i) for i, net in enumerate(args.nets)]
+    # Of one prompt, or of one for each picture of a folder: what is recorded, and what it is made of.
+    variants = opened.variants(args.images, images)
+    prompting = [some for _, some in variants]
     sweep, folder = opened.sweep(asked), opened.folder(args.images)
     files = args.output, sweep.each, args.grid, args.overwrite, brought, args.attention, opened.stems(folder)
     with reserved(*files) as names:
-        models = open_models(**opened.opening(asked, images), tell=terminal.say)
+        models = open_models(**opened.opening(asked, [*chain(*prompting)]), tell=terminal.say)
         began, hashes = time.time(), Hashes(models, brought, terminal.PIPED)
         drawing = opened.drawing(asked, models, canvas)
         if hints:
             check_hints(models, hints, drawing["height"], drawing["width"])
-        # One prompt, or one for each picture of a folder; the first is read before the bar appears.
-        variants, reading = opened.variants(args.images, images), opened.reading(asked)
-        kept = [some for _, some in variants]
+        reading = opened.reading(asked)
         if any(group.save_embedding for group in args.images):
-            kept = opened.saved(models, args.images, kept)
-        pairs = (prompts(models, images=some, **reading) for some in kept)
+            prompting = opened.saved(models, args.images, prompting)
+        pairs = (prompts(models, images=some, **reading) for some in prompting)
+        # The first prompt is read before the bar appears.
         first, run = next(pairs), steps_that_run(models.base, canvas, args.steps)
         told, made = opened.recorded(asked, folder) | drawing, {}
         if args.attention:

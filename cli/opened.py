@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -29,7 +30,7 @@ BEGINNING = ("init", "inpaint", "strength", "outpaint", "only_masked")
 
 
 def opening(asked: Mapping[str, object], images: Sequence[ImageGroup]) -> dict[str, object]:
-    """What `open_models` takes, of all that was asked for; `images` are the image prompts, opened."""
+    """What `open_models` takes, of all that was asked for; `images` are the image prompts of all `variants`."""
     groups = asked["images"]
     names = ("base", "vae", "style_encoder", "text_encoder", "prediction", "spacing", "device", "storage", "low_memory")
     adapters, given = adapters_of(groups), asked["image_encoder"]
@@ -40,7 +41,7 @@ def opening(asked: Mapping[str, object], images: Sequence[ImageGroup]) -> dict[s
         "embeddings": asked["embedding"],
         "controls": [net.control for net in asked["nets"]],
         "image": bool(groups),
-        "groups": [image for _, some in variants(groups, images) for image in some],
+        "groups": images,
         "adapter": [file for file, *_ in adapters] or None,
         "image_encoder": encoder or [known for *_, known in adapters] or None,
         "encode": [any(image.encodes for image in images if image.adapter == i) for i in range(len(adapters))] or True,
@@ -196,14 +197,11 @@ def check_saves(groups: Iterable[Group], overwrite: bool) -> None:
                 else "a name that ends in .safetensors is wanted"
             )
             raise UserError(f"`save_embedding` {group.save_embedding}: {wanted}")
-    paths = [path for group in groups for path in saves(group)]
-    for path in paths:
+    for path, count in Counter(path for group in groups for path in saves(group)).items():
         if os.path.exists(path) and not overwrite:
             raise UserError(f"`save_embedding` {path}: exists; another name is wanted, or `overwrite`")
-        if paths.count(path) > 1:
-            raise UserError(
-                f"`save_embedding` {path}: given for {paths.count(path)} image prompts; it belongs behind one"
-            )
+        if count > 1:
+            raise UserError(f"`save_embedding` {path}: given for {count} image prompts; it belongs behind one")
         check_writable("--save-embedding", path, path.absolute().parent)
 
 
@@ -218,11 +216,11 @@ def saved(
     models: Models, groups: Sequence[Group], prompts: Iterable[Sequence[ImageGroup]]
 ) -> Iterator[list[ImageGroup]]:
     """Of each prompt its image prompts; those that are to be kept are written as embeddings, which then stand for them."""
-    kept = {}
+    kept, paths = {}, list(map(saves, groups))
     for number, images in enumerate(prompts):
         for i, group in enumerate(groups):
             if group.save_embedding and (group.each or i not in kept):
-                kept[i] = save_features(models, images[i], saves(group)[number if group.each else 0])
+                kept[i] = save_features(models, images[i], paths[i][number if group.each else 0])
         yield [kept.get(i, image) for i, image in enumerate(images)]
 
 

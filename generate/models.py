@@ -11,7 +11,7 @@ from clip import CLIPImage, TextEncoder, TwoTowerEncoder
 from control import StyleAdapter
 from files.errors import UserError
 from generate import threads
-from generate.fit import Adapter, check_group, check_named
+from generate.fit import Adapter, check_base, check_named
 from generate.group import ImageGroup
 from generate.memory import check_adapters
 from generate.named import Named, base_named, lora_of, rows_of, together
@@ -203,8 +203,8 @@ def open_models(
         raise UserError(
             f"{files['base']}: its UNet reads {opened.channels} channels; adapters are trained on those of 4"
         )
-    for group in groups:
-        check_group(group, known, opened)
+    for group in groups:  # what its name did not tell
+        check_base(group, known[group.adapter], opened)
     if inversions:
         check_embeddings(inversions, [text.width for text in opened.texts])
     followed = tuple(file(net, tell) for net in nets)
