@@ -13,9 +13,9 @@ from weights.control import SAME, SHUFFLE, TASKS
 from weights.storage import STORAGES
 
 PADDING = 32  # pixels around a mask, of --only-masked without a number
-OF_IMAGE = {"action": Belongs, "groups": ("image",)}
-OF_CONTROL = {"action": Belongs, "groups": ("control",)}
-OF_BOTH = {"action": Belongs, "groups": ("image", "control")}
+BEHIND_IMAGE = {"action": Belongs, "groups": ("image",)}
+BEHIND_CONTROL = {"action": Belongs, "groups": ("control",)}
+BEHIND_EITHER = {"action": Belongs, "groups": ("image", "control")}
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -61,42 +61,42 @@ def images(parser: argparse.ArgumentParser) -> None:
     together = "pictures, or embeddings of them, that prompt together; - is a pipe; given again: another image prompt beside it"
     add("--image", nargs="*", action=Opens, metavar="FILE", help=together)
     weight = "weight of the image prompt; several: one picture for each (default: 1.0, with text 0.6)"
-    add("--scale", nargs="+", type=number(), metavar="S", help=weight, **OF_BOTH)
-    add("--weights", nargs="+", type=number(), metavar="W", help="of each of its pictures (or FILE:W)", **OF_IMAGE)
+    add("--scale", nargs="+", type=number(), metavar="S", help=weight, **BEHIND_EITHER)
+    add("--weights", nargs="+", type=number(), metavar="W", help="of each of its pictures (or FILE:W)", **BEHIND_IMAGE)
     parts = "all, style, layout, style+layout, down, middle, up, or blocks as down.block_2=0.3,up.block_0.1=1, or a weight type "
     parts += "of ComfyUI: ease-in, weak-output, strong-middle, style-transfer, style-precise, ... (default: all)"
-    add("--layers", metavar="SPEC", help=parts, **OF_IMAGE)
-    add("--from", dest="start", type=share, metavar="A", help="the share of the steps where it begins", **OF_BOTH)
-    add("--until", type=share, metavar="B", help="the share of the steps where it ends", **OF_BOTH)
+    add("--layers", metavar="SPEC", help=parts, **BEHIND_IMAGE)
+    add("--from", dest="start", type=share, metavar="A", help="the share of the steps where it begins", **BEHIND_EITHER)
+    add("--until", type=share, metavar="B", help="the share of the steps where it ends", **BEHIND_EITHER)
     curve = "over the steps: constant, fade-in, fade-out, or weights as 1,0.5,0, each for an equal share of them"
-    add("--curve", help=curve, **OF_IMAGE)
-    add("--mask", metavar="FILE", help="where it acts: a grey picture, white is here, black is not", **OF_BOTH)
+    add("--curve", help=curve, **BEHIND_IMAGE)
+    add("--mask", metavar="FILE", help="where it acts: a grey picture, white is here, black is not", **BEHIND_EITHER)
     seen(parser)
     add = parser.add_argument_group("FaceID adapters").add_argument
     numbers = "512 numbers, .npy, .safetensors or .bin: insightface's normed_embedding (default: those in --image)"
-    add("--face-embedding", nargs="+", metavar="FILE", help=numbers, **OF_IMAGE)
+    add("--face-embedding", nargs="+", metavar="FILE", help=numbers, **BEHIND_IMAGE)
     version = "the file is FaceID-plus version 2; no tensor tells"
-    add("--faceid-v2", nargs=0, const=True, help=version, **OF_IMAGE)
+    add("--faceid-v2", nargs=0, const=True, help=version, **BEHIND_IMAGE)
     structure = "version 2: how far to follow the picture of the face, beside the embedding (default: 1.0)"
-    add("--structure-scale", type=number(0), metavar="S", help=structure, **OF_IMAGE)
+    add("--structure-scale", type=number(0), metavar="S", help=structure, **BEHIND_IMAGE)
 
 
 def seen(parser: argparse.ArgumentParser) -> None:
     """--framing, --crop-position, --negative-image, --negative-noise, --less, --save-embedding, --each."""
     add = parser.add_argument_group("what an adapter sees; behind an --image, as above").add_argument
     framing = "crop a square, pad to one, squash, or tile: squares of a long picture, which act where they lie (default: crop)"
-    add("--framing", choices=FRAMINGS, help=framing, **OF_IMAGE)
-    add("--crop-position", choices=POSITIONS, metavar="WHERE", help=f"{', '.join(POSITIONS)}", **OF_IMAGE)
+    add("--framing", choices=FRAMINGS, help=framing, **BEHIND_IMAGE)
+    add("--crop-position", choices=POSITIONS, metavar="WHERE", help=f"{', '.join(POSITIONS)}", **BEHIND_IMAGE)
     against = "pictures in the place of no image on the unconditional side: one for all, or one for each"
-    add("--negative-image", nargs="+", metavar="FILE", help=against, **OF_IMAGE)
+    add("--negative-image", nargs="+", metavar="FILE", help=against, **BEHIND_IMAGE)
     noise = "how much of a picture of noise is blended in there, 0 to 1"
-    add("--negative-noise", type=share, metavar="X", help=noise, **OF_IMAGE)
+    add("--negative-noise", type=share, metavar="X", help=noise, **BEHIND_IMAGE)
     off = "take a text off the picture's embedding, so much of it (default: 1)"
-    add("--less", type=text, metavar="TEXT[:W]", help=off, **OF_IMAGE)
+    add("--less", type=text, metavar="TEXT[:W]", help=off, **BEHIND_IMAGE)
     keep = "write what the adapter reads of the pictures; as --image it gives what they give"
-    add("--save-embedding", type=path, metavar="FILE.safetensors", help=keep, **OF_IMAGE)
+    add("--save-embedding", type=path, metavar="FILE.safetensors", help=keep, **BEHIND_IMAGE)
     each = "a result for each picture of the folder (or of the files), named after it"
-    add("--each", nargs=0, const=True, help=each, **OF_IMAGE)
+    add("--each", nargs=0, const=True, help=each, **BEHIND_IMAGE)
 
 
 def structure(parser: argparse.ArgumentParser) -> None:
@@ -109,15 +109,15 @@ def structure(parser: argparse.ArgumentParser) -> None:
     several = "a ControlNet or T2I-Adapter, a file or a name; given again: another beside it"
     add("--control", action=Opens, metavar="FILE", help=several)
     shown = "what it is to follow: edges, depth, a skeleton, ...; of a Union several, of as many types"
-    add("--hint", nargs="+", metavar="PICTURE", help=shown, **OF_CONTROL)
-    add("--hint-from", metavar="PICTURE", help="a picture in which --edges finds the hint", **OF_CONTROL)
-    add("--edges", nargs=0, const=True, help="of --hint-from: white on black, Canny's", **OF_CONTROL)
+    add("--hint", nargs="+", metavar="PICTURE", help=shown, **BEHIND_CONTROL)
+    add("--hint-from", metavar="PICTURE", help="a picture in which --edges finds the hint", **BEHIND_CONTROL)
+    add("--edges", nargs=0, const=True, help="of --hint-from: white on black, Canny's", **BEHIND_CONTROL)
     weakly = "follow it with the prompt alone, and more weakly the finer: for prompts that say little"
-    add("--guess", nargs=0, const=True, help=weakly, **OF_CONTROL)
+    add("--guess", nargs=0, const=True, help=weakly, **BEHIND_CONTROL)
     kinds = (
         "for a Union: which type each hint is; shuffle, inpaint: a ControlNet for that (default: by the file's name)"
     )
-    add("--control-type", nargs="+", choices=(*TASKS, *SAME, SHUFFLE), metavar="TYPE", help=kinds, **OF_CONTROL)
+    add("--control-type", nargs="+", choices=(*TASKS, *SAME, SHUFFLE), metavar="TYPE", help=kinds, **BEHIND_CONTROL)
 
 
 def texts(parser: argparse.ArgumentParser) -> None:

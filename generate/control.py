@@ -81,7 +81,7 @@ def follow(
 
 def read(net: Net, models: Models, hint: Hint, height: int, width: int, canvas: Canvas | None) -> Control:
     file, kind = models.controls[hint.net], hint.control_type
-    scale, how, pool = hint.scale, {}, False
+    scale, how = hint.scale, {}
     if isinstance(net, StyleAdapter):
         return Control(net, net.encode(look(models, picture_of(hint.picture, canvas))), scale, hint.start, hint.until)
     box = canvas.part(height, width) if canvas else None

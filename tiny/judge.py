@@ -47,9 +47,8 @@ class Judge(nn.Module):
         middle = self.middle(self.fine(x))
         coarse = self.coarse(middle)
         most = coarse.amax((2, 3))
-        quarters = adaptive_avg_pool2d(coarse, 2).flatten(
-            1
-        )  # where in the picture: a thing has a shape, a style has none
+        # Where in the picture: a thing has a shape, a style has none.
+        quarters = adaptive_avg_pool2d(coarse, 2).flatten(1)
         outlines = [middle.mean((2, 3)), middle.amax((2, 3)), coarse.mean((2, 3)), most]
         return normalize(self.thing(torch.cat([quarters, most], 1)), dim=-1), self.style(torch.cat(outlines, 1))
 

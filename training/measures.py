@@ -126,12 +126,8 @@ def scores(
     for (pair, made), text, part in zip(batch, texts, images.split(sizes), strict=True):
         clip_i, clip_t = part[1:] @ part[0], part[1:] @ text
         means = clip_i.mean().item(), clip_t.mean().item(), 2.5 * clip_t.clamp_min(0).mean().item()
-        found.append(
-            {
-                "samples": len(made),
-                **dict(zip(CLIP_SCORES, means if pair.texts else (means[0], None, None), strict=True)),
-            }
-        )
+        told = means if pair.texts else (means[0], None, None)
+        found.append({"samples": len(made)} | dict(zip(CLIP_SCORES, told, strict=True)))
     if judge.apart:
         things, styles = (values.split(sizes) for values in judge.apart(pictures))
         for row, thing, style in zip(found, things, (part.argmax(-1) for part in styles), strict=True):

@@ -96,7 +96,7 @@ def fetched(
         except OSError as error:
             raise DataError(f"{parent}: shards cannot be kept there ({error.strerror})") from None
 
-    def work(_: int) -> None:
+    def work() -> None:
         for i, mine in shared(names):
             if stop.is_set():
                 return
@@ -111,7 +111,7 @@ def fetched(
                 on_shard(len(names))
 
     with ThreadPoolExecutor(STREAMS) as pool:
-        works = [pool.submit(work, i) for i in range(min(STREAMS, len(names)))]
+        works = [pool.submit(work) for _ in range(min(STREAMS, len(names)))]
         try:
             for one in works:
                 one.result()
