@@ -23,18 +23,20 @@ def to_rgb(image: Image.Image, levels: tuple[float, float] | None = None) -> Ima
     profile = image.info.get("icc_profile")
     if deep(image):
         image = to_grey(image, levels or levels_of(image))
-    alpha = None
-    if image.has_transparency_data:
-        clear = image.convert("RGBA")
-        alpha = clear.getchannel("A")
-        image = image.convert("L") if inks(image) == "L" else clear.convert("RGB")
+    return on_white(image, profile) if image.has_transparency_data else opaque(image, profile)
+
+
+def opaque(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile and (transform := srgb(profile, inks(image))):
         image = ImageCms.applyTransform(image.convert(inks(image)), transform)
-    image = image.convert("RGB")
-    if alpha:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image
+    return image.convert("RGB")
+
+
+def on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
+    clear = image.convert("RGBA")
+    image = opaque(image.convert("L") if inks(image) == "L" else clear.convert("RGB"), profile)
+    image.putalpha(clear.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def inks(image: Image.Image) -> str:

@@ -21,6 +21,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "H
 FORMATS += ("ICNS", "PSD", "QOI", "DDS", "PCX", "SGI", "SUN", "XBM", "XPM")
 HEIF = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1|avif|avis)", re.DOTALL)
 LARGE = 1 << 26  # pixels; JPEG, PNG and TIFF that have more are brought down while they are read
+SHRUNK = ("JPEG", "MPO", "PNG", "TIFF")  # those kinds; others may have no more
 LARGEST_JPEG = 1 << 28  # pixels; it is made smaller while it is decoded, where PNG and TIFF first take their memory
 END = b"\xff\xd9"  # of a JPEG
 MISSING = 0.2  # share of a picture that may be missing below
@@ -48,17 +49,23 @@ def decoded(source: BinaryIO, name: str | Path, mend: bool) -> Image.Image:
     except OSError:
         if not mend or image.format not in ("JPEG", "MPO"):
             raise
-        image = mended(source)
-        missing = grey_rows(image) / image.height
-        if missing > MISSING:
-            raise PictureError(f"{name}: damaged or cut short (the lower {missing:.0%} of it is missing)") from None
-        lost = f"the lower {missing:.1%} of it is missing" if missing else "its end is missing"
-        blurred = ", and with that detail" if image.info.get("progressive") else ""
-        warnings.warn(f"{name}: cut short, {lost}{blurred}", PictureWarning, stacklevel=2)
+        image = mended(source, name)
     return image
 
 
-def mended(source: BinaryIO) -> Image.Image:
+def mended(source: BinaryIO, name: str | Path) -> Image.Image:
+    """A JPEG that lacks its end, with a PictureWarning. Raises PictureError where it lacks more than that."""
+    image = with_end(source)
+    missing = grey_rows(image) / image.height
+    if missing > MISSING:
+        raise PictureError(f"{name}: damaged or cut short (the lower {missing:.0%} of it is missing)") from None
+    lost = f"the lower {missing:.1%} of it is missing" if missing else "its end is missing"
+    blurred = ", and with that detail" if image.info.get("progressive") else ""
+    warnings.warn(f"{name}: cut short, {lost}{blurred}", PictureWarning, stacklevel=3)
+    return image
+
+
+def with_end(source: BinaryIO) -> Image.Image:
     """A JPEG with a mark where its end should be: what was behind that is mid-grey."""
     source.seek(0)
     content = source.read()
@@ -74,26 +81,37 @@ def mended(source: BinaryIO) -> Image.Image:
 def opened(source: BinaryIO) -> Image.Image:
     """The picture before it is decoded; a large JPEG will be decoded at a fraction of its size."""
     source.seek(0)
-    if HEIF.match(source.read(12)) and "HEIF" not in Image.OPEN and find_spec("pillow_heif"):
+    if HEIF.match(source.read(12)):
+        learn_heif()
+    Image.init()
+    try:
+        image = Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+    except Image.DecompressionBombError:
+        image = huge_jpeg(source)
+    if image.format not in SHRUNK and image.width * image.height > LARGE:
+        raise TooLarge(LARGE)
+    image.draft(None, [max(1, side // factor(image)) for side in image.size])
+    return image
+
+
+def learn_heif() -> None:
+    """Let Pillow open HEIC pictures, if what it wants for that is installed."""
+    if "HEIF" not in Image.OPEN and find_spec("pillow_heif"):
         with suppress(ImportError):  # installed, and not for this machine
             from pillow_heif import register_heif_opener
 
             register_heif_opener()
-    Image.init()
-    most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
-    try:
-        image = Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN])
-        if image.format not in ("JPEG", "MPO", "PNG", "TIFF"):
-            most = LARGE
-    except Image.DecompressionBombError:
-        source.seek(0)
-        if source.read(3) != b"\xff\xd8\xff":
-            raise TooLarge(most) from None
-        source.seek(0)
-        image, most = JpegImageFile(source), LARGEST_JPEG
-    if image.width * image.height > most:
-        raise TooLarge(most)
-    image.draft(None, [max(1, side // factor(image)) for side in image.size])
+
+
+def huge_jpeg(source: BinaryIO) -> Image.Image:
+    """A picture that has more pixels than Pillow opens. Raises TooLarge, unless it is a JPEG of not too many."""
+    source.seek(0)
+    if source.read(3) != b"\xff\xd8\xff":
+        raise TooLarge(2 * Image.MAX_IMAGE_PIXELS) from None
+    source.seek(0)
+    image = JpegImageFile(source)
+    if image.width * image.height > LARGEST_JPEG:
+        raise TooLarge(LARGEST_JPEG)
     return image
 
 
@@ -120,8 +138,7 @@ def orientation(image: Image.Image) -> int | None:
 def check_profile(image: Image.Image, name: str | Path) -> None:
     """Drop a colour profile that cannot be used: the picture is then taken for sRGB."""
     try:
-        if profile := image.info.get("icc_profile"):
-            srgb(profile, inks(image))
+        srgb(image.info["icc_profile"], inks(image))
     except ImageCms.PyCMSError:
         del image.info["icc_profile"]
         warnings.warn(f"{name}: its colour profile cannot be used, taken for sRGB", PictureWarning, stacklevel=2)
@@ -129,11 +146,14 @@ def check_profile(image: Image.Image, name: str | Path) -> None:
 
 def small_rgb(image: Image.Image) -> Image.Image:
     """As RGB; a large picture in bands of rows, each brought down at once, for the memory's sake."""
-    if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.SampleFormat) in (None, 1, (1,)):
+    if image.mode == "I" and image.format == "TIFF":
         image = unsigned(image)
     by = factor(image)
-    if by == 1:
-        return to_rgb(image)
+    return to_rgb(image) if by == 1 else reduced(image, by)
+
+
+def reduced(image: Image.Image, by: int) -> Image.Image:
+    """As RGB, both sides divided by a whole number."""
     levels = levels_of(image) if deep(image) else None
     small = Image.new("RGB", [math.ceil(side / by) for side in image.size])
     rows = by * max(1, (1 << 22) // (by * image.width))
@@ -144,7 +164,9 @@ def small_rgb(image: Image.Image) -> Image.Image:
 
 
 def unsigned(image: Image.Image) -> Image.Image:
-    """Pillow takes 32 bits for signed, in which great values are below zero."""
+    """A TIFF's grey values; Pillow takes 32 bits for signed, in which great values are below zero."""
+    if image.tag_v2.get(ExifTags.Base.SampleFormat) not in (None, 1, (1,)):
+        return image
     values = np.asarray(image)
     return Image.fromarray(values.view(np.uint32).astype(np.float32)) if values.min() < 0 else image
 
@@ -153,6 +175,8 @@ def unknown(source: BinaryIO) -> str:
     """What to tell of bytes that Pillow does not take for a picture."""
     source.seek(0)
     start = source.read(12)
+    if not start:
+        return "the file is empty"
     if found := HEIF.match(start):
         if b"avi" in found[1] and "AVIF" not in Image.OPEN:
             return "an AVIF picture, which Pillow reads from 11.3 on: pip install -U pillow, or convert it to JPEG"

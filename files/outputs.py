@@ -61,11 +61,9 @@ def reserved(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        if stems:
-            firsts = [folder / f"{stem}.png" for stem in stems]
+        if stems or named:
+            firsts = [folder / f"{stem}.png" for stem in stems] or [output]
             made = take(names := spread(firsts, count, grid, attention), overwrite, inputs)
-        elif named:
-            made = take(names := spread([output], count, grid, attention), overwrite, inputs)
         else:
             made = names = take_number(folder, count, grid, attention)
     except OSError as error:
@@ -112,14 +110,19 @@ def take(names: list[Path], overwrite: bool = False, inputs: Sequence[str | Path
                 os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
                 made.append(name)
             except FileExistsError:
-                if any(same(name, one) for one in inputs):
-                    raise Taken(f"`output` {name}: the file that is read as input; another name is wanted") from None
-                if not overwrite or not os.path.isfile(name):
-                    raise Taken(f"`output` {name}: exists; another name is wanted, or `overwrite`") from None
+                check_replaced(name, overwrite, inputs)
     except BaseException:
         release(made)
         raise
     return made
+
+
+def check_replaced(name: Path, overwrite: bool, inputs: Sequence[str | Path]) -> None:
+    """Raises Taken for a file that may not be replaced."""
+    if any(same(name, one) for one in inputs):
+        raise Taken(f"`output` {name}: the file that is read as input; another name is wanted") from None
+    if not overwrite or not os.path.isfile(name):
+        raise Taken(f"`output` {name}: exists; another name is wanted, or `overwrite`") from None
 
 
 def release(made: list[Path]) -> None:

@@ -45,6 +45,7 @@ WRITTEN = {
     ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"},
     ".webp": {"format": "WEBP", "lossless": True},
 }
+SIDES = {"PNG": 1 << 31, "JPEG": 65500, "WEBP": 16383}  # pixels that a format holds at most
 Picture = str | Path | Image.Image  # a file, or opened
 KEY = "ipadapter"  # under which a picture holds its settings
 LONGEST = 65_000  # bytes; a JPEG's EXIF has no room for more
@@ -64,22 +65,26 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
     """
     if not isinstance(source, (str, os.PathLike)):
         name = str(getattr(source, "name", "the picture")).replace("<stdin>", "standard input")
-        return read_some(io.BytesIO(source.read(MOST)), name)
-    if re.match(r"\w\w+:/", str(source)):
-        raise PictureError(f"{source}: a URL, not a file; download the picture first")
-    if os.path.isdir(source):
-        raise PictureError(f"{source}: a folder, not a picture")
+        return read_picture(io.BytesIO(source.read(MOST)), name, mend=True)
     try:
         with open(source, "rb") as file:
             regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)  # else a pipe: it cannot be sought in
-            return read_some(file if regular else io.BytesIO(file.read(MOST)), source)
-    except FileNotFoundError:
-        raise PictureError(f"{source}: no such picture") from None
+            return read_picture(file if regular else io.BytesIO(file.read(MOST)), source, mend=True)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else error  # ValueError: a name that no file can have
-        raise PictureError(f"{source}: cannot be read ({reason})") from None
+        raise PictureError(f"{source}: {unopened(source, error)}") from None
+
+
+def unopened(source: str | Path, error: Exception) -> str:
+    """What to tell of a file that cannot be opened."""
+    if re.match(r"\w\w+:/", str(source)):
+        return "a URL, not a file; download the picture first"
+    if isinstance(error, ValueError):  # a name that no file can have
+        return f"cannot be read ({error})"
+    if os.path.isdir(source):
+        return "a folder, not a picture"
+    return "no such picture" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
 
 
 def picture_size(source: BinaryIO) -> tuple[int, int]:
@@ -90,12 +95,6 @@ def picture_size(source: BinaryIO) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
     except Exception:  # noqa: BLE001, as in `read_picture`, which will tell
         return 0, 0
-
-
-def read_some(source: BinaryIO, name: str | Path) -> Image.Image:
-    if not source.seek(0, io.SEEK_END):
-        raise PictureError(f"{name}: the file is empty")
-    return read_picture(source, name, mend=True)
 
 
 def read_picture(source: BinaryIO, name: str | Path, mend: bool = False) -> Image.Image:
@@ -110,20 +109,25 @@ def read_picture(source: BinaryIO, name: str | Path, mend: bool = False) -> Imag
     try:
         with decoded(source, name, mend) as image:
             turn = UPRIGHT.get(orientation(image))
-            check_profile(image, name)
+            if image.info.get("icc_profile"):
+                check_profile(image, name)
             image = small_rgb(image)
         return image.transpose(turn) if turn is not None else image
     except (PictureError, PictureWarning):
         raise
-    except TooLarge as error:
-        raise PictureError(f"{name}: too large, over {error} pixels") from None
-    except MemoryError:
-        raise PictureError(f"{name}: too large for the memory here") from None
-    except Image.UnidentifiedImageError:
-        raise PictureError(f"{name}: {unknown(source)}") from None
     except Exception as error:  # noqa: BLE001, on damaged bytes Pillow's many readers raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise PictureError(f"{name}: the picture is damaged or cut short ({reason})") from None
+        raise PictureError(f"{name}: {unread(source, error)}") from None
+
+
+def unread(source: BinaryIO, error: Exception) -> str:
+    """What to tell of bytes that cannot be read."""
+    if isinstance(error, TooLarge):
+        return f"too large, over {error} pixels"
+    if isinstance(error, MemoryError):
+        return "too large for the memory here"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return unknown(source)
+    return f"the picture is damaged or cut short ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
@@ -146,27 +150,35 @@ def save_picture(image: Image.Image, path: Path, settings: dict | None = None) -
     Raises:
         PictureError: a name that ends otherwise, or a picture larger than its format holds.
     """
-    if path.suffix.lower() not in WRITTEN:
+    how = WRITTEN.get(path.suffix.lower())
+    if how is None:
         raise PictureError(f"{path}: a name that ends in {', '.join(WRITTEN)} is wanted")
-    how = dict(WRITTEN[path.suffix.lower()])
-    if max(image.size) > (most := {"PNG": 1 << 31, "JPEG": 65500, "WEBP": 16383}[how["format"]]):
-        raise PictureError(
-            f"{path}: {image.width}x{image.height} pixels; {how['format']} holds {most} a side, .png more"
-        )
-    if settings is not None and how["format"] == "PNG":
-        how["pnginfo"] = PngInfo()
-        how["pnginfo"].add_itxt(KEY, json.dumps(settings))
-    elif settings is not None:
-        comment = b"ASCII\0\0\0" + json.dumps({KEY: settings}).encode()
-        if how["format"] == "WEBP" or len(comment) <= LONGEST:
-            how["exif"] = Image.Exif()
-            how["exif"][ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
-        else:
-            warnings.warn(
-                f"{path}: the settings are too long for a JPEG, and left out; a .png holds them", PictureWarning, 2
-            )
+    if max(image.size) > (most := SIDES[how["format"]]):
+        told = f"{image.width}x{image.height} pixels; {how['format']} holds {most} a side, .png more"
+        raise PictureError(f"{path}: {told}")
+    if settings is not None:
+        how = how | (as_text(settings) if how["format"] == "PNG" else as_exif(settings, how["format"], path))
     with whole(path) as part:
         image.save(part, **how)
+
+
+def as_text(settings: dict) -> dict[str, PngInfo]:
+    """Settings for a PNG, as an argument of Pillow's `save`."""
+    text = PngInfo()
+    text.add_itxt(KEY, json.dumps(settings))
+    return {"pnginfo": text}
+
+
+def as_exif(settings: dict, kind: str, path: Path) -> dict[str, Image.Exif]:
+    """Likewise for JPEG and WebP; of a JPEG none, with a PictureWarning, if they are too long."""
+    comment = b"ASCII\0\0\0" + json.dumps({KEY: settings}).encode()
+    if kind == "JPEG" and len(comment) > LONGEST:
+        told = "the settings are too long for a JPEG, and left out; a .png holds them"
+        warnings.warn(f"{path}: {told}", PictureWarning, stacklevel=3)
+        return {}
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
+    return {"exif": exif}
 
 
 def read_settings(path: str | Path) -> dict | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from files.errors import WeightsError, untrusted
+from files.errors import WeightsError, reason, untrusted
 from files.pickles import read_pickle
 
 State = dict[str, Tensor]
@@ -47,6 +47,21 @@ def read(path: str | Path) -> State:
         WeightsError: missing, empty, cut short, no weight file, or a pickle that holds code.
     """
     path = Path(path)
+    try:
+        state = load_file(path)
+    except Exception as error:  # noqa: BLE001, another kind of file, or a damaged one, on which it raises nearly anything
+        state = read_other(path, error)
+    if not state:
+        raise WeightsError(f"{path}: holds no tensors")
+    for sign, kind in QUANTISED.items():
+        if mark := next((key for key in state if re.search(sign, key)), None):
+            told = f"{kind} are not read (it has {mark}); plain fp16, bf16, fp32 or fp8 ones are wanted"
+            raise WeightsError(f"{path}: {told}")
+    return unwrapped(state)
+
+
+def read_other(path: Path, error: Exception) -> State:
+    """As `read`, where safetensors could not read it for this reason: an index, a pickle, or what is no weight file."""
     if not os.path.exists(path):  # unlike Path.exists, no error for names that no file can have
         raise WeightsError(f"{path}: no such file")
     if path.is_dir():
@@ -56,8 +71,8 @@ def read(path: str | Path) -> State:
     try:
         with path.open("rb") as file:
             head = file.read(512)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
+    except OSError as unread:
+        raise WeightsError(f"{path}: cannot be read ({unread.strerror})") from None
     if not head:
         raise WeightsError(f"{path}: the file is empty")
     if head.lstrip()[:1] == b"<":
@@ -65,26 +80,10 @@ def read(path: str | Path) -> State:
     if kind := next((kind for start, kind in KINDS.items() if head.startswith(start)), None):
         raise WeightsError(f"{path}: {kind}")
     if head[8:9] == b"{":
-        state = read_safetensors(path)
-    elif head.startswith(b"PK") or head[:1] == b"\x80":
-        state = read_pickle(path)
-    else:
-        raise WeightsError(
-            f"{path}: neither safetensors nor a PyTorch file; it is cut short, damaged or something else"
-        )
-    if not state:
-        raise WeightsError(f"{path}: holds no tensors")
-    for sign, kind in QUANTISED.items():
-        if mark := next((key for key in state if re.search(sign, key)), None):
-            raise WeightsError(
-                f"{path}: {kind} are not read (it has {mark}); plain fp16, bf16, fp32 or fp8 ones are wanted"
-            )
-    return unwrapped(state)
-
-
-def read_safetensors(path: Path) -> State:
-    with untrusted(WeightsError, f"{path}: damaged or cut short, not a whole safetensors file"):
-        return load_file(path)
+        raise WeightsError(f"{path}: damaged or cut short, not a whole safetensors file ({reason(error)})")
+    if head.startswith(b"PK") or head[:1] == b"\x80":
+        return read_pickle(path)
+    raise WeightsError(f"{path}: neither safetensors nor a PyTorch file; it is cut short, damaged or something else")
 
 
 def shards(index: Path) -> list[Path]:
