@@ -250,7 +250,7 @@ def named(content: object) -> Iterator[tuple[str, Inert]]:
             value = value.state
         if isinstance(value, Inert) and value.name == PARAMETERS and isinstance(value.state, Mapping):
             value = value.state.get("_parameters")
-        if isinstance(value, list) and not name:
+        if isinstance(value, list) and (not name or any(isinstance(item, Mapping) for item in value)):
             value = dict(enumerate(value))
         if isinstance(value, Mapping):
             inner = [(f"{name}.{key}" if name else str(key), item, depth + 1) for key, item in value.items()]

@@ -17,9 +17,16 @@ KINDS = {  # of files that are brought for weights, by their first bytes
     b"version https://git-lfs": "a Git LFS pointer, not the weights; run 'git lfs pull' where it came from",
     b"GGUF": "a GGUF file, weights quantised for other programs; the safetensors file of the same model is wanted",
     b"\x89HDF": "an HDF5 file (Keras), not PyTorch's; a safetensors file is wanted",
-    b"\x1f\x8b": "a gzip archive, not weights; give what is in it, unpacked",
-    b"7z\xbc\xaf": "a 7z archive, not weights; give what is in it, unpacked",
-    b"Rar!": "a RAR archive, not weights; give what is in it, unpacked",
+    b"\x93NUMPY": "an array of NumPy's, not weights",
+    **dict.fromkeys(
+        (bytes([8, version, 18]) for version in range(3, 20)),
+        "an ONNX model, not PyTorch's; a safetensors file is wanted",
+    ),
+    b"%PDF": "a PDF, not weights",
+    **dict.fromkeys(
+        (b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
+        "an archive (gzip, 7z, RAR, bzip2, xz or zstd), not weights; give what is in it, unpacked",
+    ),
     b"\x89PNG": "a picture (PNG), not weights",
     b"\xff\xd8\xff": "a picture (JPEG), not weights",
     b"RIFF": "a picture (WebP) or a sound, not weights",
@@ -30,9 +37,11 @@ QUANTISED = {  # by names that only such files have; without their scales the we
     r"\.(qweight|qzeros)$": "weights quantised in 4 bits (GPTQ, AWQ or SVDQuant)",
     r"\.weight\.?_(data|scale)$": "weights quantised by quanto",
 }
+TEXT = re.compile(rb"[\t\n\r\x20-\x7e]{4,}")
 # What wrappers for several GPUs, for compiling and for saving memory put into names.
-MODULE = re.compile(r"^(?:module\.)+")
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module)\.")
+WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|_forward_module)\."
+)
 
 
 def read(path: str | Path) -> State:
@@ -79,6 +88,12 @@ def read_other(path: Path, error: Exception) -> State:
         raise WeightsError(f"{path}: a web page (HTML or XML), not weights; the download went wrong")
     if kind := next((kind for start, kind in KINDS.items() if head.startswith(start)), None):
         raise WeightsError(f"{path}: {kind}")
+    if head[257:262] == b"ustar":
+        raise WeightsError(f"{path}: a tar archive, not weights; give what is in it")
+    if not head.strip(b"\0") and len(head) == 512:
+        raise WeightsError(f"{path}: begins with zeros; the download is not finished, or the disk lost it")
+    if TEXT.fullmatch(head):
+        raise WeightsError(f"{path}: a text, not weights; it says {head[:80].decode()!r}")
     if head[8:9] == b"{":
         raise WeightsError(f"{path}: damaged or cut short, not a whole safetensors file ({reason(error)})")
     if head.startswith(b"PK") or head[:1] == b"\x80":
@@ -107,6 +122,4 @@ def shards(index: Path) -> list[Path]:
 
 def unwrapped(state: State) -> State:
     """Without what wrappers put into the names."""
-    if all(key.startswith("module.") for key in state):
-        state = {MODULE.sub("", key): value for key, value in state.items()}
     return {WRAPPERS.sub("", key): value for key, value in state.items()}

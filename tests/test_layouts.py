@@ -478,11 +478,16 @@ def test_a_zip_archive_of_other_things_is_told(tmp_path, image_tower):
 
 
 KINDS = {
+    b"\x08\x09\x12\x07pytorch": "an ONNX model",
+    b"\x28\xb5\x2f\xfd": "an archive",
+    b"\x93NUMPY": "an array of NumPy's",
+    b"x" * 257 + b"ustar": "a tar archive",
+    b"Entry not found": "a text, not weights; it says 'Entry not found'",
     b"GGUF\x03": "a GGUF file",
     b"\x89PNG\r\n": "a picture (PNG)",
     b"\xff\xd8\xff\xe0": "a picture (JPEG)",
-    b"\x1f\x8b\x08": "a gzip archive",
-    b"7z\xbc\xaf": "a 7z archive",
+    b"\x1f\x8b\x08": "an archive (gzip",
+    b"7z\xbc\xaf": "an archive (gzip",
     b"\x89HDF\r\n": "an HDF5 file",
 }
 
@@ -508,7 +513,7 @@ def test_quantised_weights_are_told_wherever_they_are_brought(tmp_path, image_to
 def test_whole_numbers_are_no_weights(tmp_path, image_tower):
     key = "vision_model.encoder.layers.1.mlp.fc1.weight"
     path = saved(tmp_path / "x.safetensors", image_tower.state_dict() | {key: torch.ones(512, 128, dtype=torch.int8)})
-    assert f"1 of whole numbers: {key} (torch.int8)" in refused(load_image_encoder, path)
+    assert f"1 of no floating-point numbers: {key} (torch.int8)" in refused(load_image_encoder, path)
 
 
 @pytest.mark.parametrize("head", KINDS, ids=KINDS.get)

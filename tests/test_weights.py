@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from clip import CLIPImage, CLIPImageConfig, CLIPText, CLIPTextConfig
+from files.errors import Notice
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Resampler
 from unet import SD15, UNet
 from vae import VAE, VAEConfig
 from weights import WeightsError, check_fit, load_adapter, load_image_encoder, load_vae, open_base, read
+from weights.families import SD1
 from weights.kinds import what_is
+from weights.settings import schedule_of
 
 State = dict[str, Tensor]
 UNET_CONFIG = SD15.__class__(**{**vars(SD15), "channels": (32, 32, 64, 64), "context_dim": 64})
@@ -150,6 +153,78 @@ def test_text_projection_beside_the_text_tower_is_left_aside(tmp_path, models, b
     extra = {"cond_stage_model.transformer.text_projection.weight": torch.ones(64, 64)}
     save_file(base_state | extra, tmp_path / "base.safetensors")
     assert same(open_base(tmp_path / "base.safetensors").text(), models["text"])
+
+
+# Names of which somebody made something else
+
+
+@pytest.mark.parametrize("wrap", ["model.", "module.net."])
+def test_what_stands_before_all_names_is_taken_off(tmp_path, models, base_state, wrap):
+    adapter = models["adapter"]
+    for name, state in {"base": base_state, "adapter": adapter.state_dict(), "vae": models["vae"].state_dict()}.items():
+        save_file({wrap + key: value for key, value in state.items()}, tmp_path / name)
+    assert same(open_base(tmp_path / "base").unet(), models["unet"])
+    assert same(load_adapter(tmp_path / "adapter"), adapter)
+    assert same(load_vae(tmp_path / "vae"), models["vae"])
+
+
+def test_what_a_pickle_holds_within_something_is_found(tmp_path, models, base_state):
+    for content in ({"params": base_state, "step": 3}, {"state_dict": {"state_dict": base_state}}):
+        torch.save(content, tmp_path / "base.ckpt")
+        assert same(open_base(tmp_path / "base.ckpt").text(), models["text"])
+    state = models["adapter"].state_dict()
+    torch.save({key.replace("image_proj.", "image_proj.module."): w for key, w in state.items()}, tmp_path / "a.bin")
+    assert same(load_adapter(tmp_path / "a.bin"), models["adapter"])
+
+
+def test_other_models_beside_are_left_aside_and_told(tmp_path, models, base_state):
+    beside = {"safety_checker.x": torch.ones(1), "control_model.x": torch.ones(1), "lora_unet_x.alpha": torch.ones(1)}
+    save_file(base_state | beside, tmp_path / "base.safetensors")
+    with pytest.warns(
+        Notice, match=r"base.safetensors: other models .* \(control_model., lora_unet_, safety_checker.\)"
+    ):
+        assert same(open_base(tmp_path / "base.safetensors").unet(), models["unet"])
+    save_file(models["adapter"].state_dict() | {"vae.x": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.warns(Notice, match=r"a.safetensors: other models in it are left aside \(vae.\)"):
+        assert same(load_adapter(tmp_path / "a.safetensors"), models["adapter"])
+
+
+def test_attention_that_a_converter_passed_over(tmp_path, models, base_state):
+    """As many files of 2023 have it: linear layers, in diffusers' names, within an autoencoder in the original ones."""
+    names = {".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0.", ".norm.": ".group_norm."}
+    for renamed in ({}, names):
+        state = dict(base_state)
+        for key in [key for key in state if ".mid.attn_1." in key]:
+            name = key
+            for ours, theirs in renamed.items():
+                name = name.replace(ours, theirs)
+            value = state.pop(key)
+            state[name] = value[:, :, 0, 0] if value.ndim == 4 else value
+        save_file({k: w for k, w in state.items() if k.startswith("first_stage_model.")}, tmp_path / "vae.safetensors")
+        assert same(load_vae(tmp_path / "vae.safetensors"), models["vae"])
+    save_file(state, tmp_path / "base.safetensors")
+    assert same(open_base(tmp_path / "base.safetensors").vae(), models["vae"])
+
+
+def test_the_only_file_of_a_folder_is_read_whatever_its_name(tmp_path, models, base_state):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").mkdir()
+    save_file(base_state, tmp_path / "b" / "my model v2.safetensors")
+    save_file(models["adapter"].state_dict(), tmp_path / "a" / "ip-adapter_sd15.safetensors")
+    assert same(open_base(tmp_path / "b").unet(), models["unet"])
+    assert same(load_adapter(tmp_path / "a"), models["adapter"])
+    save_file(base_state, tmp_path / "a" / "another.safetensors")
+    assert "another.safetensors, ip-adapter_sd15" in refused(tmp_path / "a", lambda: load_adapter(tmp_path / "a"))
+
+
+def test_how_metadata_spell_what_is_predicted(tmp_path):
+    def predicts(said: str) -> str:
+        save_file({"x": torch.ones(1)}, tmp_path / "base.safetensors", {"modelspec.prediction_type": said})
+        return schedule_of(tmp_path / "base.safetensors", {}, SD1).prediction
+
+    assert list(map(predicts, ("V", "v-prediction", "Epsilon"))) == ["v", "v", "eps"]
+    with pytest.warns(Notice, match="says that it predicts 'flow'"):
+        assert predicts("flow") == "eps"
 
 
 # Autoencoders
@@ -300,9 +375,9 @@ NO_WEIGHTS = {
     "web page after blanks": (b"\n\n  <html></html>", "a web page"),
     "xml": (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "a web page"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265146304\n", "a Git LFS pointer"),
-    "text": (b"these are no weights at all", "neither safetensors nor a PyTorch file"),
-    "json": (b'{"error": "not found"}', "neither safetensors nor a PyTorch file"),
-    "zeros": (bytes(4096), "neither safetensors nor a PyTorch file"),
+    "text": (b"these are no weights at all", "a text, not weights; it says 'these are no"),
+    "json": (b'{"error": "not found"}', "a text, not weights"),
+    "zeros": (bytes(4096), "begins with zeros; the download is not finished"),
     "short": (b"PK\x03\x04", "damaged or cut short"),
     "zip of nothing": (b"PK\x05\x06" + bytes(18), "damaged or cut short"),
     "no header": ((8).to_bytes(8, "little") + b"{nonsens", "damaged or cut short"),

@@ -14,7 +14,7 @@ from weights.base import Base
 from weights.configs import count
 from weights.diffusers import read_part
 from weights.families import ENCODERS, of_width
-from weights.fill import fill
+from weights.fill import fill, peeled, strangers
 from weights.kinds import adapter_base, other_base, what_is
 
 
@@ -43,6 +43,7 @@ def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: t
             f"{path}: a Resampler of raw face embeddings (InstantID, the 'unnorm' portrait) is not supported; the other "
             "FaceID adapters are"
         )
+    state = {key: state[key] for key in strangers(state, path)}
     return fill(build_adapter, state, path, dtype, device)
 
 
@@ -94,6 +95,7 @@ def adapter_names(state: State) -> State:
     but once: under `unet.*.processor`. Then their numbers follow from the order of diffusers' `unet.attn_processors`
     (down, up, middle), in which the trainers number them too.
     """
+    state = peeled(state, "image_proj", "ip_adapter.", "adapter_modules.")
     state = {adapter_key(key): value for key, value in state.items()}
     found = {key: match for key in state if (match := PROCESSOR.match(key))}
     inner = {key: value for key, value in state.items() if not key.startswith("unet.") and key not in found}

@@ -18,7 +18,7 @@ from weights.configs import count, text_config, unet_config, vae_config
 from weights.diffusers import read_folder, read_part
 from weights.diffusers_names import from_diffusers
 from weights.families import FAMILIES, SD2, SD2_BASE, TURBO, Family, Tower
-from weights.fill import IGNORED, build, fill, under
+from weights.fill import IGNORED, build, fill, peeled, strangers, under
 from weights.kinds import AUTOENCODER, UNET, family, what_is
 from weights.lora import LoRA, check, merge
 from weights.openclip import text_from_openclip
@@ -136,7 +136,7 @@ def open_base(
     found = parts(state, kind)
     check_whole(path, found, kind)
     used = (*(part.prefix for part in found.values()), *(prefix for tower in kind.text for prefix in tower.prefixes))
-    left = [key for key in state if not key.startswith((*used, *MARKS)) and not IGNORED.match(key)]
+    left = strangers([key for key in state if not key.startswith((*used, *MARKS)) and not IGNORED.match(key)], path)
     files = files_of(path, vae, text_encoder)
     unet, _, *texts = (
         build(part.make, part.state, files[name], left if name == "UNet" else None) for name, part in found.items()
@@ -175,6 +175,7 @@ def gather(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -> 
     """
     elsewhere = (*["vae"] * bool(vae), *["text_encoder", "text_encoder_2"] * bool(text_encoder))
     state = read_folder(path, elsewhere) if os.path.isdir(path) else read(path)
+    state = peeled(state, UNET, "input_blocks.", "down_blocks.")
     named = from_diffusers(state)
     if any(key.startswith("output_blocks.") for key in named):  # a UNet alone
         state = {UNET + key: w for key, w in named.items()}
@@ -270,7 +271,9 @@ def parts(state: State, kind: Family) -> dict[str, Part]:
     unet = {key.replace("time_embed.cond_proj.", "cond_proj."): w for key, w in under(UNET, state).items()}
     found = {
         "UNet": Part(UNET, unet, lambda part: UNet(unet_config(part))),
-        "autoencoder": Part(AUTOENCODER, under(AUTOENCODER, state), lambda part: VAE(vae_config(part, scale))),
+        "autoencoder": Part(
+            AUTOENCODER, from_diffusers(under(AUTOENCODER, state)), lambda part: VAE(vae_config(part, scale))
+        ),
     }
     for name, tower in zip(("text tower", "second text tower"), kind.text, strict=False):
         prefix = next((p for p in tower.prefixes if any(key.startswith(p) for key in state)), tower.prefixes[0])

@@ -14,7 +14,7 @@ from weights.configs import count, encoder_config, hint_widths, t2i_config
 from weights.diffusers import read_part
 from weights.diffusers_names import control_from_diffusers, t2i_from_diffusers
 from weights.families import drawn_by, of_width
-from weights.fill import IGNORED, fill, under
+from weights.fill import IGNORED, fill, peeled, under
 from weights.kinds import what_is
 from weights.names import names
 
@@ -64,7 +64,7 @@ def control_state(path: str | Path, state: State) -> State:
         )
     if "style_embedding" in (style := under("adapter.", state) or state):
         return style
-    state = under("control_model.", state) or control_from_diffusers(state)
+    state = under("control_model.", state) or control_from_diffusers(peeled(state, "zero_convs.", "controlnet_"))
     if "zero_convs.0.0.weight" in state:
         return {key: w for key, w in state.items() if not IGNORED.match(key)}
     state = t2i_from_diffusers(under("adapter.", state) or state)

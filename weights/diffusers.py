@@ -45,7 +45,7 @@ def read_folder(path: str | Path, elsewhere: Collection[str] = ()) -> State:
         WeightsError: a part or a shard is missing, or a file cannot be read.
     """
     path = Path(path)
-    if not (path / "unet").is_dir() and any(map(WEIGHTS.fullmatch, listed(path))):
+    if not (path / "unet").is_dir() and (any(map(WEIGHTS.fullmatch, listed(path))) or only_weights(path)):
         return from_diffusers(read_part(path))
     places = PLACES | (TWO_TOWERS if (path / "text_encoder_2").is_dir() else {})
     places = {part: place for part, place in places.items() if part not in elsewhere}
@@ -75,20 +75,27 @@ def read_part(path: str | Path) -> State:
 def part_files(folder: str | Path) -> list[Path]:
     """The weight files of a folder of one model: of variants the plain one, then `.fp16`; of formats safetensors.
 
-    Where it has none itself, those of `image_encoder/` in it: so they lie in h94/IP-Adapter.
+    Where it has none by the usual names, its only file of weights, whatever that is called; or those of `image_encoder/` in
+    it: so they lie in h94/IP-Adapter.
 
     Raises:
         WeightsError: no weights here, or a shard is missing.
     """
     folder = Path(folder)
-    names = filter(WEIGHTS.fullmatch, listed(folder))
+    names = [name for name in listed(folder) if WEIGHTS.fullmatch(name)] or only_weights(folder)
     names = sorted(names, key=lambda n: ("open_clip" in n, "fp16" in n, ".bin" in n, "index" in n))
     if not names and (folder / "image_encoder").is_dir():
         return part_files(folder / "image_encoder")
     if not names:
-        wanted = "diffusion_pytorch_model or model, .safetensors or .bin"
+        wanted = "diffusion_pytorch_model or model, .safetensors or .bin; or one file of weights alone"
         raise WeightsError(f"{folder}: a folder without weights ({wanted}); {listing(folder)}")
     return shards(folder / names[0]) if names[0].endswith(".json") else [folder / names[0]]
+
+
+def only_weights(folder: Path) -> list[str]:
+    """The one file of weights in a folder, by any name."""
+    names = [name for name in listed(folder) if name.lower().endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth"))]
+    return names if len(names) == 1 else []
 
 
 def folder_files(path: str | Path) -> list[Path]:

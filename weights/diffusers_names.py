@@ -32,17 +32,20 @@ CONTROL = {
     r"controlnet_cond_embedding\.conv_in": "input_hint_block.0",
     "controlnet_mid_block": "middle_block_out.0",
 }
+VAE_ATTENTION = {
+    r"\.(?:to_)?([qkv])(?:uery|ey|alue)?\.": r".\1.",  # query, key, value: files older than 2023
+    r"\.(proj_attn|to_out\.0)\.": ".proj_out.",
+    r"(group|conv)_norm": "norm",
+}
 VAE = {
     r"mid_block\.resnets\.0": "mid.block_1",
     r"mid_block\.resnets\.1": "mid.block_2",
     r"mid_block\.attentions\.0": "mid.attn_1",
-    r"\.(?:to_)?([qkv])(?:uery|ey|alue)?\.": r".\1.",  # query, key, value: files older than 2023
-    r"\.(proj_attn|to_out\.0)\.": ".proj_out.",
+    **VAE_ATTENTION,
     r"down_blocks": "down",
     r"resnets": "block",
     r"(down|up)samplers\.0": r"\1sample",
     r"conv_shortcut": "nin_shortcut",
-    r"(group|conv)_norm": "norm",
 }
 
 
@@ -51,7 +54,8 @@ def from_diffusers(state: State) -> State:
     if {"conv_in.weight", "conv_out.weight", "down_blocks.0.resnets.0.conv1.weight"} <= state.keys():
         res_blocks, attentive = unet_shape(state)
         return {unet_key(key, res_blocks, attentive): w for key, w in state.items()}
-    if levels := len(numbers(state, r"decoder\.up_blocks\.(\d+)\.")):
+    levels = len(numbers(state, r"decoder\.up_blocks\.(\d+)\."))
+    if levels or any(".mid.attn_1." in key and (w.ndim == 2 or ".to_" in key) for key, w in state.items()):
         renamed = {vae_key(key, levels): w for key, w in state.items()}
         return {key: w[:, :, None, None] if ".attn_1." in key and w.ndim == 2 else w for key, w in renamed.items()}
     if "embeddings.token_embedding.weight" in state:  # as transformers 5 saves a tower without projection
@@ -122,9 +126,12 @@ def unet_key(key: str, res_blocks: int, attentive: set[int]) -> str:
 
 
 def vae_key(key: str, levels: int) -> str:
-    """One name of diffusers' AutoencoderKL -> the original name."""
-    for old, new in VAE.items():
-        key = re.sub(old, new, key)
+    """One name of diffusers' AutoencoderKL -> the original name.
+
+    Without `levels` all are that already, but perhaps for the attention, which converters of 2023 passed over.
+    """
+    for old, new in (VAE if levels else VAE_ATTENTION).items():
+        key = re.sub(old, new, key) if levels or ".mid.attn_1." in key else key
     return re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", key)  # the finest is up.0
 
 

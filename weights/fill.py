@@ -4,13 +4,15 @@ Every key of a file is used, or stands in a short list of what is left aside; an
 """
 
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from files.errors import Notice
 from files.tensors import State, WeightsError
 from weights.kinds import what_is
 from weights.pages import give_back, give_back_freed
@@ -21,10 +23,33 @@ IGNORED = re.compile(
     r"model_ema\.|(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|"
     r"log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|"
     r"posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|logvar|scale_factor|global_step|"
-    r"lvlb_weights|denoiser\.sigmas|v_pred)$|(.*\.)?position_ids$|(first_stage_model\.)?loss\.|optimizer_states\.|"
+    r"lvlb_weights|ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)|denoiser\.sigmas|v_pred)$|(.*\.)?position_ids$|"
+    r"(first_stage_model\.)?(loss|model_ema)\.|optimizer_states\.|"
     r"lr_schedulers\.|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?(logit_scale|attn_mask)$|"
-    r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_projection\.weight$"
+    r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.((text|visual)_projection\.weight$|vision_model\.)"
 )
+
+# Other models that people's files hold besides: of one that is read they are left aside, and that is told.
+BESIDE = re.compile(
+    r"(safety_checker|embedding_manager|control_model|depth_model|feature_extractor|image_encoder|text_encoder(_2)?|vae|ema)\.|"
+    r"lora_(unet|te\d?)_"
+)
+
+
+def peeled(state: State, *roots: str) -> State:
+    """Without what somebody has put before all names (`state_dict.`, `net.`): told by where the roots of a model stand."""
+    if any(key.startswith(roots) for key in state):
+        return state
+    wrap = next((key[: at + 1] for key in state for root in roots if (at := key.find(f".{root}")) > 0), "")
+    return {key.removeprefix(wrap): w for key, w in state.items()}
+
+
+def strangers(keys: Iterable[str], path: str | Path) -> list[str]:
+    """Those of other models in the file are told in a Notice; the others are returned."""
+    of_others = {key: BESIDE.match(key) for key in keys}
+    if names := dict.fromkeys(match[0] for match in of_others.values() if match):
+        warnings.warn(Notice(f"{path}: other models in it are left aside ({', '.join(names)})"), stacklevel=2)
+    return [key for key, match in of_others.items() if not match]
 
 
 def under(prefix: str, state: State) -> State:
@@ -54,8 +79,10 @@ def build(
         model = on_meta(lambda: make(state))
     except KeyError as error:
         raise WeightsError(f"{path}: the key {error} is missing; the file is {what_is(state)}") from None
-    except Exception as error:  # noqa: BLE001, of what shapes may be wrong in there is no end
-        raise WeightsError(f"{path}: tensors are missing or of a wrong shape, no model has them ({error})") from None
+    except Exception:  # noqa: BLE001, of what shapes may be wrong in there is no end
+        raise WeightsError(
+            f"{path}: tensors are missing or of a wrong shape; of what it has, it is {what_is(state)}"
+        ) from None
     check(model, state, path, left)
     return model
 
@@ -92,7 +119,12 @@ def check(model: nn.Module, state: State, path: str | Path, left: list[str] | No
         if key in state and state[key].shape != wanted[key].shape
     ]
     whole = [f"{key} ({state[key].dtype})" for key in wanted if key in state and not state[key].is_floating_point()]
-    sides = [("missing", missing), ("not known", extra), ("of a wrong shape", wrong), ("of whole numbers", whole)]
+    sides = [
+        ("missing", missing),
+        ("not known", extra),
+        ("of a wrong shape", wrong),
+        ("of no floating-point numbers", whole),
+    ]
     if missing or extra or wrong or whole:
         text = "; ".join(f"{len(keys)} {side}: {sample(keys)}" for side, keys in sides if keys)
         raise WeightsError(f"{path}: its keys do not fit a {type(model).__name__}: {text}")

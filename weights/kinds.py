@@ -55,6 +55,12 @@ SMALL = (  # what is trained beside a base model, and is no adapter of ours
         f"{INVERSION}, which `embedding` opens",
         r"^(\d+\.)?(emb_params$|string_to_param\.|clip_[lg]$|text_encoders_[01]$|<[^>]*>$)",
     ),
+    ("a hypernetwork, which is not supported", r"^\d+\.\d+\.linear"),
+    ("a LoRA of 2022, whose names do not tell its layers", r"^unet:\d+:(up|down)$"),
+    (
+        "a checkpoint whose UNet is there as an average alone (model_ema), which is not read",
+        r"^model_ema\.diffusion_model",
+    ),
     ("the state of an optimizer, not a model", r"^(optimizer\.)?(state\.\d+\.(exp_avg|step)|exp_avg)"),
     ("a PuLID adapter", r"^(pulid_|id_adapter)"),
     ("an IP-Adapter for a transformer, which is not supported", r"^blocks\.\d+\..*_ip\."),

@@ -6,6 +6,7 @@ LoKr, DoRA, whole differences (`weights/lora_forms.py`).
 """
 
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 
 from files.errors import Notice
-from files.tensors import State, WeightsError, read
+from files.tensors import State, WeightsError
 from ipadapter import low_rank
 from ipadapter.low_rank import Change, LowRank
+from weights.diffusers import part_files, read_part
 from weights.diffusers_names import unet_key, unet_shape
 from weights.families import of_width
 from weights.kinds import what_is
@@ -39,7 +41,7 @@ TENSORS = (
     (r"(?:[._]lora(?:_linear_layer)?)?(?:\.down\.weight)?\.(alpha)$", {}),
 )
 WHAT = {"unet": "the UNet", "text": "the text tower", "text_2": "a second text tower"}
-OTHERS = {r"\.(oft_|boft_)": "OFT", r"\.(glora_|a1\.|b1\.)": "GLoRA"}
+OTHERS = {r"\.on_input$": "IA3", r"\.(oft_|boft_)": "OFT", r"\.(glora_|a1\.|b1\.)": "GLoRA"}
 BUNDLED = re.compile(r"^bundle_emb\.([^.]+)\.")  # textual inversions that some trainers put into the same file
 OPENCLIP = re.compile(r"^(?:transformer_)?resblocks_(\d+)_(\w+)$")
 INSIDE = {"attn_out_proj": "self_attn_out_proj", "mlp_c_fc": "mlp_fc1", "mlp_c_proj": "mlp_fc2"}
@@ -56,14 +58,14 @@ class LoRA:
 
 
 def read_lora(path: str | Path) -> LoRA:
-    """A LoRA of any form that is read, in any of the names (.safetensors or .bin).
+    """A LoRA of any form that is read, in any of the names (.safetensors or .bin), or a folder of it.
 
     Textual inversions in the same file are left aside, with a Notice.
 
     Raises:
         WeightsError: unreadable, no LoRA, one of another form (OFT, ...), or keys left over.
     """
-    state = read(path)
+    state, path = read_part(path), part_files(path)[0] if os.path.isdir(path) else path
     for mark, kind in OTHERS.items():
         if key := next((key for key in state if re.search(mark, key)), None):
             raise WeightsError(f"{path}: {kind} is not supported ({key}); LoRA, LoCon, LoHa, LoKr and DoRA are")
@@ -192,7 +194,9 @@ def layers_of(name: str, changes: dict[str, Change]) -> Iterator[tuple[str, str,
 def made_for(lora: LoRA) -> str:
     """Which base a LoRA seems to belong to, by its names and shapes."""
     unet = lora.parts.get("unet", {})
-    if any(re.search("(double|single|joint)_blocks|^transformer|single_transformer", name) for name in unet):
+    if any(
+        re.search("(double|single|joint)_blocks|^(transformer|blocks_\\d)|single_transformer", name) for name in unet
+    ):
         return "a transformer (FLUX, SD 3 or another), not a UNet"
     shapes = {c["weight"].shape for name, c in unet.items() if name.endswith("attn2_to_k") and "weight" in c}
     widths = {shape[1] for shape in shapes if len(shape) > 1}

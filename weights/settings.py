@@ -6,12 +6,14 @@ It is used, or refused where it cannot be; nothing is passed over.
 import math
 import os
 import re
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from files.errors import Notice
 from files.tensors import State, WeightsError
 from sampler import Schedule
 from weights.diffusers import SCHEDULER, VAE_CONFIG, read_json
@@ -19,7 +21,7 @@ from weights.families import SDXL, Family
 from weights.kinds import UNET
 
 MARKS = ("v_pred", "ztsnr")  # keys of files: v is predicted; the schedule ends in pure noise
-PREDICTIONS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}  # as metadata and schedulers call them
+PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}  # as metadata and schedulers call them
 # What is read of a scheduler's config, by its names and those of `Schedule`; and what else it may say.
 NAMED = {
     "beta_start": "beta_start",
@@ -52,8 +54,13 @@ def schedule_of(path: str | Path, state: State, kind: Family, **asked: str | Non
     said = scheduler_says(path) if os.path.isdir(path) else {}
     if kind is not SDXL:  # diffusers' pipelines of the others correct it too
         said.pop("steps_offset", None)
-    if told := PREDICTIONS.get(metadata(path).get("modelspec.prediction_type")):
-        said["prediction"] = told
+    if told := metadata(path).get("modelspec.prediction_type"):
+        if told.lower().replace("-", "_") not in PREDICTIONS:
+            warnings.warn(
+                Notice(f"{path}: its metadata says that it predicts {told!r}, which is not known"), stacklevel=2
+            )
+        else:
+            said["prediction"] = PREDICTIONS[told.lower().replace("-", "_")]
     if "v_pred" in state:
         said["prediction"] = "v"
     if "ztsnr" in state:

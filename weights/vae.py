@@ -9,7 +9,7 @@ from vae import SD_VAE, VAE
 from weights.configs import vae_config
 from weights.diffusers import CONFIG, read_part
 from weights.diffusers_names import from_diffusers
-from weights.fill import IGNORED, fill, under
+from weights.fill import IGNORED, fill, peeled, under
 from weights.kinds import AUTOENCODER, what_is
 from weights.settings import vae_says
 
@@ -35,8 +35,8 @@ def load_vae(
 
 def vae_state(path: str | Path) -> State:
     """The tensors of an autoencoder of 4 latent channels, in the original names."""
-    state = read_part(path)
-    inner = under(AUTOENCODER, state) or {key: w for key, w in from_diffusers(state).items() if not IGNORED.match(key)}
+    state = peeled(read_part(path), AUTOENCODER, "encoder.conv_in.", "decoder.conv_in.")
+    inner = from_diffusers(under(AUTOENCODER, state) or {key: w for key, w in state.items() if not IGNORED.match(key)})
     whole = {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= inner.keys()
     if not whole and not (kind := what_is(state)).startswith("an autoencoder"):  # else `fill` says what it lacks
         raise WeightsError(f"{path}: an autoencoder is wanted here; this is {kind}")
