@@ -13,12 +13,14 @@ from counterparts import diffusers_unet_with, rel
 from diffusers.optimization import get_scheduler
 from torch.nn.functional import mse_loss
 
+from clip import TextEncoder, tokenize
 from files.sheets import curve
 from files.whole import read_checked, write
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
 from sampler import SD, Schedule, add_noise, loss_weight, noise
 from training.chance import draws, generator_at
+from training.features import Encoders
 from training.order import Places, pair_at, places
 from training.pairs import BadSample
 from training.ranks import Ranks
@@ -145,6 +147,31 @@ def test_drops_are_one_uniform_draw():
     }
     text, image = drops(u, 0.5, 0.2, 0.0)
     assert (text.sum(), image.sum(), (text & image).sum()) == (500, 200, 0)
+
+
+def test_what_is_dropped_is_not_encoded_and_a_caption_once(unet, vae, text_tower, image_tower, draw):
+    """The loss of a step is that of everything encoded; the towers see no more than is read."""
+    ours, encoders = trainer(unet, drop=(0.3, 0.3, 0.2)), Encoders(vae, TextEncoder(text_tower), image_tower, False)
+    at = list(range(6))
+    no_text, no_image = ours.dropped(at)
+    assert 0 < no_text.sum() < 6 and 0 < no_image.sum() < 6
+    batch = {"pixels": draw(6, 3, 64, 64), "clip": draw(6, 3, 64, 64), "tokens": tokenize([*"abcabc"])}
+    read = {image_tower: [], text_tower: []}
+    hooks = [tower.register_forward_pre_hook(lambda tower, given: read[tower].append(len(given[0]))) for tower in read]
+    found = encoders(batch, no_text, no_image)
+    assert read[text_tower] == [1] * len({"abcabc"[i] for i in at if not no_text[i]})
+    everything = encoders(batch)
+    nothing = encoders(batch, *torch.ones(2, 6, dtype=torch.bool))
+    assert nothing.keys() == {"mean", "std"}
+    assert read == {image_tower: [int((~no_image).sum()), 6], text_tower: [1, 1, 1]}
+    for hook in hooks:
+        hook.remove()
+    for key in ("mean", "std", "text", "image"):
+        kept = ~{"text": no_text, "image": no_image}.get(key, torch.zeros(6, dtype=torch.bool))
+        assert rel(found[key][kept], everything[key][kept]) <= 1e-5
+    with torch.no_grad():
+        losses = [ours.objective(**ours.noised(at, features)) for features in (found, everything)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
 
 
 def test_a_new_adapter_starts_from_the_text_weights(unet):

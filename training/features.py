@@ -9,9 +9,10 @@ A trained step sees a pair as a dictionary of its features, with one of its capt
     sizes       (6,)            of the picture as it was, its crop's corner and its own, in pixels: SDXL is told of both
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from vae import VAE
 Features = dict[str, Tensor]  # of one pair, or of a batch
 TEXTS = ("text", "pooled")  # what is made of a caption; all else is of a picture:
 PROMPTS = ("image", "face")  # of the image prompt
+REMEMBERED = 256  # captions, the latest
 
 
 class Crop(NamedTuple):
@@ -187,19 +189,25 @@ class Encoders:
         self.vae, self.text, self.image, self.patches, self.faces = vae, text, image, patches, faces
         self.device, self.dtype = next(vae.parameters()).device, dtype
         self.sized = isinstance(text, TwoTowerEncoder)  # SDXL is told sizes beside the text
+        self.caption = lru_cache(REMEMBERED)(lambda *tokens: self.texts(torch.tensor([tokens])))
 
     @torch.no_grad()
-    def __call__(self, batch: Features) -> Features:
-        """A batch of what `Prepared.take` gives -> features, in `dtype`."""
-        return self.pictures(batch) | self.texts(batch["tokens"])
+    def __call__(self, batch: Features, no_text: Tensor | None = None, no_image: Tensor | None = None) -> Features:
+        """A batch of what `Prepared.take` gives -> features, in `dtype`.
+
+        Args:
+            no_text, no_image: (batch,) bools, which samples will lose these: there they are not computed.
+        """
+        texts = self.captions if self.device.type == "cpu" else self.texts
+        return self.pictures(batch, no_image) | of_kept(texts, batch["tokens"], no_text)
 
     @torch.no_grad()
-    def pictures(self, batch: Features) -> Features:
+    def pictures(self, batch: Features, no_image: Tensor | None = None) -> Features:
         """All features but those of the text."""
         mean, std = self.vae.posterior(batch["pixels"].to(self.device, next(self.vae.parameters()).dtype))
         found = {"mean": mean.to(self.dtype), "std": std.to(self.dtype)}
         if self.image:
-            found["image"] = self.image_features(batch["clip"])
+            found |= of_kept(lambda pixels: {"image": self.image_features(pixels)}, batch["clip"], no_image)
         if self.faces:
             found["face"] = batch["face"].to(self.device, self.dtype)
         return found | ({"sizes": batch["sizes"].to(self.device)} if self.sized else {})
@@ -210,6 +218,11 @@ class Encoders:
         parts = [self.text.read(part) for part in tokens.split(64)]
         found = {"text": torch.cat([text for text, _ in parts])}
         return found | ({"pooled": torch.cat([pooled for _, pooled in parts])} if self.sized else {})
+
+    def captions(self, tokens: Tensor) -> Features:
+        """The same, one by one, so that a resumed run, which remembers none, computes the same bits."""
+        rows = [self.caption(*row) for row in tokens.tolist()]
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
     @torch.no_grad()
     def negative(self) -> Features:
@@ -233,3 +246,16 @@ class Encoders:
         if self.faces:
             found["face"] = torch.zeros(1, FACE_DIM, device=self.device, dtype=self.dtype)
         return {key: value[0] for key, value in found.items()}
+
+
+def of_kept(encode: Callable[[Tensor], Features], batch: Tensor, dropped: Tensor | None) -> Features:
+    """What is encoded of a batch without some rows, whose features are zeros; of none no features at all."""
+    if dropped is None or not dropped.any():
+        return encode(batch)
+    if dropped.all():
+        return {}
+    found = encode(batch[~dropped])
+    kept = (~dropped).nonzero().flatten().to(next(iter(found.values())).device)
+    return {
+        key: value.new_zeros(len(batch), *value.shape[1:]).index_copy(0, kept, value) for key, value in found.items()
+    }

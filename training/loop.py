@@ -58,7 +58,7 @@ def training(
     while trainer.step < steps and not stop:
         parts = []
         for at, pairs_or_features, bad in islice(batches, accumulation):
-            parts.append((at, ready.encode(pairs_or_features)))
+            parts.append((at, ready.encode(pairs_or_features, *trainer.dropped(at))))
             run.skipped += bad
         with ranks.together():
             loss = trainer.update(parts)

@@ -26,7 +26,7 @@ class Ready:
     """What is left of data and encoders when the training begins."""
 
     source: Dataset  # features from the cache, or prepared pairs
-    encode: Callable[[Features], Features]  # nothing more to do, or the encoders
+    encode: Callable[..., Features]  # nothing more to do, or the encoders
     null: Features  # of the empty prompt and of no image
     encoder: CLIPImageConfig | None  # None: the adapter reads faces alone
     resolution: int
@@ -87,7 +87,7 @@ def ready(
     return Ready(
         source,
         resolution=resolution,
-        encode=(lambda features: features) if cache else encoders,
+        encode=(lambda features, *dropped: features) if cache else encoders,
         null=null,
         encoder=image.config if image else None,
         prompts=prompts[:drawn],

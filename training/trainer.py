@@ -132,6 +132,11 @@ class Trainer:
             "weight": loss_weight(t, self.loss, schedule),
         }
 
+    def dropped(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """Which of the samples at these places lose their text, and which their image: two (batch,) bools."""
+        u, *_ = draws(self.seed, places, ())  # drawn before all else, whatever the shape
+        return drops(u, *self.drop)
+
     def conditions(self, features: Features, drop_text: Tensor, drop_image: Tensor) -> dict[str, Tensor]:
         """The arguments of `Objective.prompt` of a batch, in which some, (batch,), lose their text, or their image.
 
