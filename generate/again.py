@@ -115,11 +115,19 @@ def group_again(group: Mapping[str, object], given: Container[str], found: Calla
         said |= {name: [found(path) for path in said[name]]} if name in said else {}
     for name in ("adapter", "image_encoder", "mask"):
         said |= {name: found(said[name])} if name in said else {}
+    if "adapter" in said and not {*said, *given} & {"image_encoder"}:  # made of embeddings; a picture anew wants it
+        said |= {"image_encoder": encoder_of(Path(said["adapter"]))}
     if isinstance(said.get("curve"), list):
         said["curve"] = ",".join(map(str, said["curve"]))
     if "scale" in said:
         said["scale"] = said["scale"] if isinstance(said["scale"], list) else [said["scale"]]
     return said
+
+
+def encoder_of(adapter: Path) -> str | None:
+    """What a published adapter reads, by name; None: another file, or of face embeddings alone."""
+    rows = [row for row in PRESETS.values() if row.kind == "adapter" and row.image_encoder]
+    return next((row.image_encoder for row in rows if adapter == cached(row) or sha256(adapter) == row.sha256), None)
 
 
 def unsound(settings: dict) -> str | None:

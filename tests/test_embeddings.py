@@ -17,6 +17,7 @@ from clip import CLIPImage, CLIPText, preprocess, tokenize
 from files.errors import Notice, UserError
 from files.features import Features, read_features, write_features
 from generate import ImageGroup, Models, features, open_models, pictures, prompts
+from generate.again import again as repeated
 from generate.embeddings import noise_picture, signed
 from ipadapter import FacePlusProjection, FaceProjection, ImageProjection, IPAdapter, Prompt
 from weights.presets import PRESETS
@@ -308,6 +309,7 @@ def test_an_embedding_is_saved_and_makes_the_picture_again(folder, tmp_path):
     assert (made("--image", x, "--adapter", "tiny", "--output", tmp_path / "x.png") == first).all()
     settings = json.loads(Image.open(tmp_path / "x.png").text["ipadapter"])
     assert "image_encoder" not in settings["groups"][0] or settings["groups"][0]["image_encoder"] is None
+    assert [one["image_encoder"] for one in repeated(tmp_path / "x.png", (), [{"image"}])["groups"]] == ["tiny"]
     settings = json.loads(Image.open(out).text["ipadapter"])["groups"][0]
     assert settings["less"] == "a fox:0.5" and settings["framing"] == "pad" and "save_embedding" not in settings
     assert (made("--again", out, "--output", tmp_path / "again.png") == first).all()
