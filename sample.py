@@ -20,6 +20,7 @@ from cli import start  # noqa: F401, isort: skip, before what is slow to import
 
 import argparse
 import time
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from generate.control import check_hints
 from generate.editing import steps_that_run
 from generate.prompt import default_scale
 from generate.record import Hashes, record
-from generate.sweep import sweep_sheet, swept
+from generate.sweep import swept
 from generate.syntax import parts
 from generate.text import words_of
 from sampler import SAMPLERS
@@ -56,7 +57,8 @@ def main() -> None:
     variants = opened.variants(args.images, images)
     prompting = [some for _, some in variants]
     sweep, folder = opened.sweep(asked), opened.folder(args.images)
-    files = args.output, sweep.each, args.grid, args.overwrite, brought, args.attention, opened.stems(folder)
+    stems = opened.stems(folder) if folder else ()
+    files = args.output, sweep.each, args.grid, args.overwrite, brought, args.attention, stems
     with reserved(*files) as names:
         models = open_models(**opened.opening(asked, [*chain(*prompting)]), tell=terminal.say)
         began, hashes = time.time(), Hashes(models, brought, terminal.PIPED)
@@ -84,12 +86,9 @@ def main() -> None:
                 if args.grid:
                     made[job.number] = picture
         if args.grid:
-            titles = [f"scale {scale:g}" for scale in sweep.scales] if images else [args.prompt]
-            shown = opened.beside(args.images, images, args.num_images)
-            page = sweep_sheet(sweep, made, titles, shown, canvas and canvas.picture)
             heard = sweep.told(variants[0][0], sweep.scales)
             settings = None if folder else record(models, hashes, heard, **told, seed=args.seed)
-            save_picture(page, names[-1], settings)
+            save_picture(opened.sheet(asked, sweep, made, images, canvas), names[-1], settings)
     terminal.say(opened.said(asked, run, time.time() - began))
     print(*names, sep="\n")
     if models.bundled and [group.image for group in args.images] == [[str(EXAMPLE)]]:
@@ -104,12 +103,8 @@ def parse() -> argparse.Namespace:
         print(terminal.flagged(table()))
         sys.exit(0)
     before, nets = (), ()
-    if args.again:  # what is not said anew is as it was
-        anew = parser.given("image")
-        settings = again(args.again, anew, *groups.given_anew(args.groups, vars(args)))
-        settings = parser.typed(settings, anew, f"--again {args.again}")
-        before, nets = settings.pop("groups"), settings.pop("controls")
-        parser.set_defaults(**settings)
+    if args.again:
+        before, nets = remembered(parser, args.again, vars(args))
         args = parser.parse_args()
     prompted = before or any(hasattr(group, "image") for group in args.groups) or args.face_embedding
     args.nets = groups.control_groups(args.groups, vars(args), nets, args.init)
@@ -128,21 +123,36 @@ def parse() -> argparse.Namespace:
         raise UserError(f"--grid: a sheet has at most {MOST_ROWS} rows, one for each picture of the folder")
     if any(group.save_embedding for group in args.images):
         opened.check_saves(args.images, args.overwrite)
-    if args.prompt_syntax != "plain":  # before anything is opened
-        for name in ("prompt", "negative_prompt"):
-            parts(getattr(args, name), args.prompt_syntax, name)
+    if args.prompt_syntax != "plain":
+        check_syntax(vars(args))
     sampler = SAMPLERS[args.sampler]
     args.steps = args.steps or sampler.steps
     if args.steps > sampler.max_steps:
         raise UserError(f"--steps {args.steps}: 1 to {sampler.max_steps} with --sampler {args.sampler}")
-    if args.guidance_rescale > 1:
-        raise UserError(f"--guidance-rescale {args.guidance_rescale:g}: 0 to 1")
     guidance = sampler.guidance_scale if args.guidance_scale is None else args.guidance_scale
     if guidance <= 1 and args.image_guidance_scale in (None, 1):
         groups.tell_unguided(guidance, vars(args))
     if args.adapter and not prompted:
         terminal.warn("--adapter has no effect without --image or --face-embedding")
     return args
+
+
+def remembered(
+    parser: flags.Parser, picture: Path, asked: Mapping[str, object]
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """What made a picture, as the parser's defaults: what is not said anew is as it was. Its image prompts and nets."""
+    anew = parser.given("image")
+    settings = again(picture, anew, *groups.given_anew(asked["groups"], asked))
+    settings = parser.typed(settings, anew, f"--again {picture}")
+    before, nets = settings.pop("groups"), settings.pop("controls")
+    parser.set_defaults(**settings)
+    return before, nets
+
+
+def check_syntax(asked: Mapping[str, object]) -> None:
+    """Before anything is opened. Raises UserError."""
+    for name in ("prompt", "negative_prompt"):
+        parts(asked[name], asked["prompt_syntax"], name)
 
 
 if __name__ == "__main__":

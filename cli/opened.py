@@ -22,9 +22,21 @@ from generate import Hint, ImageGroup, Models, save_features
 from generate.canvas import Canvas, canvas_of, size_of
 from generate.group import mask_tensor
 from generate.picture import BATCH, usual_guidance
-from generate.sweep import Sweep
+from generate.sweep import Sweep, sweep_sheet
 
 READING = ("prompt_syntax", "long_prompt", "clip_skip")  # how texts are read
+# How an image prompt is heard and seen, as it was typed
+HEARD = (
+    "layers",
+    "start",
+    "until",
+    "curve",
+    "weights",
+    "framing",
+    "crop_position",
+    "negative_noise",
+    "structure_scale",
+)
 # The picture to begin with, and what is done with it
 BEGINNING = ("init", "inpaint", "strength", "outpaint", "only_masked")
 
@@ -72,19 +84,11 @@ def image_group(group: Group, adapter: int) -> ImageGroup:
         images=group.image[:1] if group.each else [prompting(name) for name in group.image],
         adapter=adapter,
         scale=group.scale[0],
-        layers=group.layers,
-        start=group.start,
-        until=group.until,
-        curve=group.curve,
-        weights=group.weights,
         mask=None if group.mask is None else mask_tensor(picture(group.mask, open_mask)),
-        framing=group.framing,
-        crop_position=group.crop_position,
-        negative_image=[prompting(name) for name in group.negative_image],
-        negative_noise=group.negative_noise,
+        negative_image=tuple(prompting(name) for name in group.negative_image),
         less=None if group.less is None else less(group.less),
-        faces=group.face_embedding,
-        structure_scale=group.structure_scale,
+        faces=tuple(group.face_embedding),
+        **{name: vars(group)[name] for name in HEARD},
     )
 
 
@@ -116,11 +120,15 @@ def hint(group: Group, net: int) -> Hint:
 def canvas(asked: Mapping[str, object]) -> Canvas | None:
     """The picture to begin with, of all that was asked for, its files opened. Raises UserError."""
     given = {name: asked[name] for name in BEGINNING if asked[name] is not None}
+    return begun(given, asked["steps"]) if given else None
+
+
+def begun(given: dict[str, object], steps: int) -> Canvas | None:
     for name, read in (("init", open_picture), ("inpaint", open_mask)):
         given |= {name: picture(given[name], read)} if name in given else {}
-    found = canvas_of(**given) if given else None
+    found = canvas_of(**given)
     if "strength" in given:
-        found.count(asked["steps"])
+        found.count(steps)
     return found
 
 
@@ -165,15 +173,15 @@ def variants(groups: Sequence[Group], images: Sequence[ImageGroup]) -> list[tupl
     """The image prompts of each prompt of a run: as `record` is told of them, and as `prompts` takes them."""
     told = [vars(group) | {"adapter": image.adapter} for group, image in zip(groups, images, strict=True)]
     each = next((i for i, group in enumerate(groups) if group.each), None)
-    if each is None:
-        return [(told, list(images))]
-    return [
-        (
-            [*told[:each], told[each] | {"image": [name]}, *told[each + 1 :]],
-            [*images[:each], replace(images[each], images=(name,)), *images[each + 1 :]],
-        )
-        for name in groups[each].image
-    ]
+    return [(told, list(images))] if each is None else [one_of(told, images, each, n) for n in groups[each].image]
+
+
+def one_of(told: list[dict], images: Sequence[ImageGroup], each: int, name: str) -> tuple[list[dict], list[ImageGroup]]:
+    """A variant: with one picture of the folder in the group of this number."""
+    return (
+        [*told[:each], told[each] | {"image": [name]}, *told[each + 1 :]],
+        [*images[:each], replace(images[each], images=(name,)), *images[each + 1 :]],
+    )
 
 
 def folder(groups: Iterable[Group]) -> list[str]:
@@ -228,6 +236,19 @@ def shown(group: Mapping[str, object]) -> list[str]:
     """The names of an image prompt's pictures, for a sheet; those of weight 0 are left out."""
     each = zip_longest(group["image"] or group["face_embedding"], group["weights"], fillvalue=1.0)
     return [Path(name).name for name, weight in each if weight]
+
+
+def sheet(
+    asked: Mapping[str, object],
+    sweep: Sweep,
+    made: Mapping[int, Image.Image],
+    images: Sequence[ImageGroup],
+    canvas: Canvas | None,
+) -> Image.Image:
+    """All that was made, beside what it was made of."""
+    titles = [f"scale {scale:g}" for scale in sweep.scales] if images else [asked["prompt"]]
+    shown = beside(asked["images"], images, asked["num_images"])
+    return sweep_sheet(sweep, made, titles, shown, canvas and canvas.picture)
 
 
 def beside(groups: Sequence[Group], images: Sequence[ImageGroup], count: int) -> list[Image.Image | None]:

@@ -36,7 +36,7 @@ def drawing(parser: argparse.ArgumentParser) -> None:
     follow = "how far to follow the prompts; 1 and less is off (default: 7.5, lcm 1)"
     add("--guidance-scale", type=number(), metavar="G", help=follow)
     spread = "bring the spread of the guided prediction back to the prompt's own, 0 to 1 (default: 0, not at all)"
-    add("--guidance-rescale", type=number(0), default=0.0, metavar="R", help=spread)
+    add("--guidance-rescale", type=share, default=0.0, metavar="R", help=spread)
     alone = (
         "how far to follow the image prompt by itself, and --guidance-scale the text: a third pass (default: alike); "
     )

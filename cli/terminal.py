@@ -142,13 +142,18 @@ PIPED: dict[str, str] = {}  # of pictures that came out of a pipe: their names h
 def picture(name: str, read: Callable[[str | Path | BinaryIO], Image.Image] = open_picture) -> Image.Image:
     """A picture that was brought: a file, `-` or another pipe; `read` may be `open_mask`. Raises PictureError."""
     source = Path(os.path.expanduser(name))
-    if name == "-" or (source.exists() and not source.is_file() and not source.is_dir()):
-        content = sys.stdin.buffer.read() if name == "-" else source.read_bytes()
-        PIPED[name] = hashlib.sha256(content).hexdigest()
-        source = io.BytesIO(content)
-        source.name = "standard input" if name == "-" else name
-    found = read(name if "://" in name else source)
+    pipe = name == "-" or (source.exists() and not source.is_file() and not source.is_dir())
+    found = read(piped(name, source) if pipe else name if "://" in name else source)
     found.filename = name
+    return found
+
+
+def piped(name: str, source: Path) -> BinaryIO:
+    """All that comes out of a pipe."""
+    content = sys.stdin.buffer.read() if name == "-" else source.read_bytes()
+    PIPED[name] = hashlib.sha256(content).hexdigest()
+    found = io.BytesIO(content)
+    found.name = "standard input" if name == "-" else name
     return found
 
 

@@ -130,8 +130,7 @@ def padded(tokens: Tensor, pad: int, tower: CLIPText) -> Tensor:
 
 def weighted(x: Tensor, text: Text, features: Callable[[Text], Tensor]) -> Tensor:
     """Features (chunks, 77, width) of a text -> (1, 77 * chunks, width), with the weights of its tokens."""
-    weights = text.weights().to(x)
-    if text.weigh and not (weights == 1).all():
+    if text.weigh and not (weights := text.weights().to(x)).eq(1).all():
         x = text.weigh(x, weights[..., None], lambda: features(Text([[]])))
     return x.flatten(0, 1)[None]
 

@@ -49,7 +49,7 @@ Posterior = tuple[Tensor, Tensor]  # mean and standard deviation of latents, (1,
 
 @dataclass(frozen=True)
 class Beginning:
-    """What the models see of a canvas in the size in which it is worked on; with none, it is pure noise to begin with."""
+    """What the models see of a canvas in the size in which it is worked on."""
 
     like: Tensor  # an empty latent, (1, 4, h, w) fp32
     picture: Posterior | None = None

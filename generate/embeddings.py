@@ -15,7 +15,7 @@ from files.errors import Notice, UserError
 from files.faces import find_faces, read_embedding
 from files.features import Features, is_features, read_features, write_features
 from files.pictures import Picture, open_picture
-from generate.fit import check_group, encoders
+from generate.fit import Adapter, check_group, encoders
 from generate.framing import tiles
 from generate.group import ImageGroup
 from generate.models import Models
@@ -40,19 +40,23 @@ def read_of(models: Models, group: ImageGroup) -> Features:
     """As `features`, of a group that was checked."""
     reader = models.adapters[group.adapter]
     seen, faces, masks = [opened_as(image) for image in group.images], None, None
+    if any(isinstance(one, Features) for one in seen):
+        tell_strangers(seen, reader)
+        masks = getattr(seen[0], "masks", None)
+    if reader.kind.image_proj.faces:
+        faces, seen = faces_of(group, seen)
+        faces, masks = faces.to(models.device, models.dtype), None
+    elif group.framing == "tile":
+        seen, masks = tiled(seen)
+    image, negative = clip_features(models, group, seen) if reader.kind.reads_clip else (None, None)
+    return Features(image, negative, faces, masks)
+
+
+def tell_strangers(seen: Sequence[Image.Image | Features], reader: Adapter) -> None:
     for one in seen:
         if isinstance(one, Features) and None in encoders(one, reader):
             told = "is of another adapter; its widths fit, whether its image encoder is the same cannot be told"
-            warnings.warn(Notice(f"{one.name}: {told}"), stacklevel=4)
-    if reader.projection.faces:
-        faces, seen = faces_of(group, seen)
-        faces = faces.to(models.device, models.dtype)
-    elif group.framing == "tile":
-        seen, masks = tiled(seen)
-    elif seen and isinstance(seen[0], Features):
-        masks = seen[0].masks
-    image, negative = clip_features(models, group, seen) if reader.clip else (None, None)
-    return Features(image, negative, faces, masks)
+            warnings.warn(Notice(f"{one.name}: {told}"), stacklevel=5)
 
 
 def opened_as(image: Picture | Features) -> Image.Image | Features:
@@ -102,41 +106,58 @@ def faces_of(group: ImageGroup, seen: list[Image.Image | Features]) -> tuple[Ten
 
 def clip_features(models: Models, group: ImageGroup, seen: Sequence[Image.Image | Features]) -> tuple[Tensor, Tensor]:
     """CLIP's features of what is seen and of its absence, both (n, width) or (n, 1 + patches, width)."""
-    patches = models.adapters[group.adapter].kind.image_proj.patches
-    image, absent = encoded(models, group, seen, patches, group.framing)
+    image, absent = encoded(models, group, seen)
     if group.less:
         text, strength = group.less if isinstance(group.less, tuple) else (group.less, 1.0)
         image = image - strength * text_features(models, group.adapter, text)
     if group.negative_image:
-        against = [opened_as(one) for one in group.negative_image]
-        absent, _ = encoded(models, group, against, patches, "crop" if group.framing == "tile" else group.framing)
-        absent = absent.expand_as(image)
+        absent = opposed(models, group, image)
     elif absent is None:
         absent = nothing(models, group.adapter, image)
-    if group.negative_noise:
-        encoder = encoder_of(models, group.adapter)
-        noise = noise_picture(encoder.config.image_size).to(models.device, models.dtype)
-        absent = torch.lerp(absent, image_features(encoder, noise, patches).expand_as(absent), group.negative_noise)
-    return image, absent
+    return image, noisy(models, group, absent) if group.negative_noise else absent
 
 
-def encoded(
-    models: Models, group: ImageGroup, seen: Sequence[Image.Image | Features], patches: bool, framing: str
+def encoded(models: Models, group: ImageGroup, seen: Sequence[Image.Image | Features]) -> tuple[Tensor, Tensor | None]:
+    """Features of pictures and embeddings, and of their absence where there is no other and all embeddings have it."""
+    drawn = [one for one in seen if isinstance(one, Image.Image)]
+    found = of_pictures(models, group, drawn) if drawn else (None, None)
+    return found if len(drawn) == len(seen) else beside_embeddings(models, seen, *found)
+
+
+def of_pictures(models: Models, group: ImageGroup, seen: Sequence[Image.Image]) -> tuple[Tensor, Tensor | None]:
+    encoder, patches = encoder_of(models, group.adapter), models.adapters[group.adapter].kind.image_proj.patches
+    how = encoder.config.image_size, "crop" if group.framing == "tile" else group.framing, group.crop_position
+    pixels = torch.cat([preprocess(one, *how) for one in seen]).to(models.device, models.dtype)
+    absent = None if group.negative_image else null_features(encoder, pixels, patches)
+    return image_features(encoder, pixels, patches), absent
+
+
+def beside_embeddings(
+    models: Models, seen: Sequence[Image.Image | Features], drawn: Tensor | None, absent: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Features of pictures and embeddings, and of their absence where those that are embeddings have it."""
-    drawn, rows, absent = [one for one in seen if isinstance(one, Image.Image)], iter(()), iter(())
-    if drawn:
-        encoder = encoder_of(models, group.adapter)
-        how = encoder.config.image_size, "crop" if framing == "tile" else framing, group.crop_position
-        pixels = torch.cat([preprocess(one, *how) for one in drawn]).to(models.device, models.dtype)
-        rows = iter(image_features(encoder, pixels, patches).split(1))
-        absent = iter(null_features(encoder, pixels, patches).split(1)) if not group.negative_image else iter(())
-    read = [one for one in seen if isinstance(one, Features)]
+    """As `encoded`, where some are embeddings; `drawn` are the features of the others."""
+    embeddings = [one for one in seen if isinstance(one, Features)]
+    rows = iter(() if drawn is None else drawn.split(1))
     image = [one.image.to(models.device, models.dtype) if isinstance(one, Features) else next(rows) for one in seen]
-    if group.negative_image or (read and any(one.negative is None for one in read)):
+    known = all(one.negative is not None for one in embeddings)
+    if not known or (drawn is not None and absent is None):
         return torch.cat(image), None
-    away = [one.negative.to(image[0]) if isinstance(one, Features) else next(absent) for one in seen]
+    rows = iter(() if absent is None else absent.split(1))
+    away = [one.negative.to(image[0]) if isinstance(one, Features) else next(rows) for one in seen]
     return torch.cat(image), torch.cat(away)
+
+
+def opposed(models: Models, group: ImageGroup, image: Tensor) -> Tensor:
+    """The features of the negative pictures, in the place of "no image"."""
+    found, _ = encoded(models, group, [opened_as(one) for one in group.negative_image])
+    return found.expand_as(image)
+
+
+def noisy(models: Models, group: ImageGroup, absent: Tensor) -> Tensor:
+    """The features of absence with those of a picture of noise blended in."""
+    encoder, patches = encoder_of(models, group.adapter), models.adapters[group.adapter].kind.image_proj.patches
+    noise = noise_picture(encoder.config.image_size).to(models.device, models.dtype)
+    return torch.lerp(absent, image_features(encoder, noise, patches).expand_as(absent), group.negative_noise)
 
 
 def encoder_of(models: Models, number: int) -> CLIPImage:

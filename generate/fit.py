@@ -79,9 +79,10 @@ def check_group(group: ImageGroup, adapters: Sequence[Adapter], base: Base | Pre
         raise UserError(f"`adapter` {group.adapter}: {count}" if adapters else none)
     if not (group.images or group.faces):
         raise UserError("`image`: a group without a picture; a file or a face embedding is wanted")
-    check_read(group, adapters[group.adapter])
-    if not isinstance(base, Path):
-        check_base(group, adapters[group.adapter], base)
+    if not group.plain:  # all adapters read pictures, and so do all bases what these make of them
+        check_read(group, adapters[group.adapter])
+        if not isinstance(base, Path):
+            check_base(group, adapters[group.adapter], base)
 
 
 def check_read(group: ImageGroup, reader: Adapter) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -59,22 +59,20 @@ class ImageGroup:
 
     def __post_init__(self):
         """Raises UserError: a window or a curve that there is not; not as many weights as pictures."""
-        try:
-            Scale(1.0, None, self.start, self.until, self.curve)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        check_framing(self.framing, self.crop_position)
-        if not 0 <= self.negative_noise <= 1:
-            raise UserError(f"`negative_noise`: {self.negative_noise:g} given, 0 to 1 is wanted")
-        counted = not self.faces and not any(isinstance(one, Features) or is_features(one) for one in self.images)
-        if self.weights and counted:
-            check_weights(self.weights, len(self.images))
-        if self.framing == "tile" and len(self.images) != 1:
-            raise UserError("`framing` tile: one picture to a group; others want an `image` of their own")
+        if not self.plain:
+            check_told(self)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is pictures for the first adapter, and nothing is said of them but how loudly they are heard."""
+        said = (one for one in fields(self) if one.name not in ("images", "scale"))
+        return not any(map(embedded, self.images)) and all(getattr(self, one.name) == one.default for one in said)
 
     @property
     def encodes(self) -> bool:
         """Whether an image encoder is needed; embeddings that hold all that is read of them do without."""
+        if self.plain:
+            return True
         read = (one if isinstance(one, Features) else None for one in (*self.images, *self.negative_image))
         known = all(one is not None for one in read)
         # Of embeddings "no image" is zeros, of patches it is those of a grey picture.
@@ -91,8 +89,11 @@ class ImageGroup:
             found: what `layers` comes to.
         """
         scale = scale if self.scale is None else self.scale
-        if found is None and (self.start, self.until, self.curve) == (0.0, 1.0, "constant"):
-            return scale, scale
+        always = (self.start, self.until, self.curve) == (0.0, 1.0, "constant")
+        return (scale, scale) if found is None and always else self.scales(scale, found)
+
+    def scales(self, scale: float | Sequence[float] | Scale, found: Factors | None) -> tuple[Scale, Scale]:
+        """As `heard`, where a window, a curve or layers are given."""
         if isinstance(scale, Scale):
             raise UserError("`scale`: a Scale has layers and steps of its own; here they are the group's")
         each, scale = (scale, 1.0) if isinstance(scale, Sequence) else (None, scale)
@@ -100,6 +101,26 @@ class ImageGroup:
         if each is not None:
             sides = [[a * b for a, b in zip(each, side or [1.0] * len(each), strict=True)] for side in sides]
         return tuple(Scale(scale, side, self.start, self.until, self.curve) for side in sides)
+
+
+def embedded(image: object) -> bool:
+    """Whether it is no picture but an embedding."""
+    return isinstance(image, Features) or is_features(image)
+
+
+def check_told(group: ImageGroup) -> None:
+    """Refuse what is said of pictures and cannot be. Raises UserError."""
+    try:
+        Scale(1.0, None, group.start, group.until, group.curve)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_framing(group.framing, group.crop_position)
+    if not 0 <= group.negative_noise <= 1:
+        raise UserError(f"`negative_noise`: {group.negative_noise:g} given, 0 to 1 is wanted")
+    if group.weights and not group.faces and not any(map(embedded, group.images)):
+        check_weights(group.weights, len(group.images))
+    if group.framing == "tile" and len(group.images) != 1:
+        raise UserError("`framing` tile: one picture to a group; others want an `image` of their own")
 
 
 def swap(image: ImagePrompt, absent: ImagePrompt, layers: Container[int]) -> ImagePrompt:

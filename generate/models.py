@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,16 +15,16 @@ from generate import threads
 from generate.fit import Adapter, check_base, check_named
 from generate.group import ImageGroup
 from generate.memory import check_adapters
-from generate.named import Named, base_named, lora_of, rows_of, together
+from generate.named import Named, base_named, inversions_of, lora_of, net_of, row_of, together
 from ipadapter import IPAdapter
 from unet import UNet
 from vae import VAE
 from weights import Base, check_fit, load_adapter, load_image_encoder, open_base
 from weights.control import Net, load_control
 from weights.hub import cached, fetch
-from weights.inversion import Embedding, check_embeddings, read_embeddings
+from weights.inversion import Embedding, check_embeddings
 from weights.lora import LoRA, read_lora
-from weights.names import check_together, find
+from weights.names import find
 from weights.presets import PRESETS, Preset
 from weights.storage import STORAGES, store
 
@@ -80,15 +81,16 @@ class Models:
     def unet(self, face: bool = False) -> UNet:
         """`face`: with the changes to its own attention that FaceID adapters bring, which are merged for good."""
         changing = [adapter.file for adapter in self.adapters if face and adapter.kind.lora_rank]
+        name, other = ("unet for a face", "unet") if changing else ("unet", "unet for a face")
+        self.held.pop(other, None)  # one of the two is enough
+        return self.part(name, lambda: self.stored(self.changed_unet(changing) if changing else self.base.unet()))
 
-        def build() -> UNet:
-            unet = self.base.unet()
-            for file in dict.fromkeys(changing):
-                load_adapter(file, self.loaded, self.device).merge(unet, keep=False)
-            return self.stored(unet)
-
-        self.held.pop("unet" if changing else "unet for a face", None)  # one of the two is enough
-        return self.part("unet for a face" if changing else "unet", build)
+    def changed_unet(self, changing: Sequence[Path]) -> UNet:
+        """With what these adapters change in it."""
+        unet = self.base.unet()
+        for file in dict.fromkeys(changing):
+            load_adapter(file, self.loaded, self.device).merge(unet, keep=False)
+        return unet
 
     def control(self, file: Path) -> Net:
         """One of `controls`."""
@@ -125,50 +127,38 @@ class Models:
 
 
 def open_models(
-    # The base model: SD 1.x, SD 2.x or SDXL; nothing named: the tiny model of the tree.
-    base: Named | None = None,
+    base: Named | None = None,  # SD 1.x, SD 2.x or SDXL; nothing named: the tiny model of the tree
     # The IP-Adapter, or several; a published base brings the base adapter of its family.
     adapter: Named | Sequence[Named | None] | None = None,
     # The CLIP image tower that the adapters read, or one for each; a published adapter brings it.
     image_encoder: Named | Sequence[Named | None] | None = None,
-    # Another autoencoder than the base's own.
-    vae: Named | None = None,
-    # LoRAs for the base, each alone or with its weight.
-    loras: Sequence[Named | tuple[Named, float]] = (),
+    vae: Named | None = None,  # another autoencoder than the base's own
+    loras: Sequence[Named | tuple[Named, float]] = (),  # for the base, each alone or with its weight
     # Textual inversions, files, each alone or with the name that is to call it.
     embeddings: Sequence[str | Path | tuple[str | Path, str | None]] = (),
-    # ControlNets and T2I-Adapters, for the hints that `pictures` takes.
-    controls: Sequence[Named] = (),
-    # The CLIP image tower that T2I-Adapter's style adapters read; None: vit-l.
-    style_encoder: Named | None = None,
-    # Text towers for a base that has none, files or folders.
-    text_encoder: Sequence[str | Path] = (),
-    # Whether there will be image prompts; without any, no adapter and no image encoder is wanted.
-    image: bool = True,
+    controls: Sequence[Named] = (),  # ControlNets and T2I-Adapters, for the hints that `pictures` takes
+    style_encoder: Named | None = None,  # the CLIP image tower of T2I-Adapter's style adapters; None: vit-l
+    text_encoder: Sequence[str | Path] = (),  # text towers for a base that has none, files or folders
+    image: bool = True,  # whether there will be image prompts; without, no adapter and no image encoder is wanted
     # Whether pictures are to be encoded, or whether for each adapter; embeddings of them want no image encoder.
     encode: bool | Sequence[bool] = True,
     # The image prompts that are to be made with them: what does not fit is refused before anything is fetched.
     groups: Sequence[ImageGroup] = (),
-    # Whether an adapter is to be made: then none is brought, only the image encoder that it will read.
-    new_adapter: bool = False,
-    # Whether the adapter's file is FaceID-plus version 2, or whether each is: no tensor tells.
-    faceid_v2: bool | Sequence[bool] = False,
-    # What the UNet predicts, "eps" or "v", where the file tells it wrongly or not at all.
-    prediction: str | None = None,
+    new_adapter: bool = False,  # one is to be made: none is brought, only the image encoder that it will read
+    faceid_v2: bool
+    | Sequence[bool] = False,  # whether it is FaceID-plus version 2, or whether each is: no tensor tells
+    prediction: str | None = None,  # what the UNet predicts, "eps" or "v", where the file tells it wrongly or not
     # Which timesteps are visited, "leading", "trailing" or "linspace", where the file tells it wrongly or not at all.
     spacing: str | None = None,
-    # Where to compute: by default on the fastest device here.
-    device: torch.device | str | None = None,
-    # What to compute in, a dtype or its name: by default fp16 on cuda, fp32 elsewhere.
-    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,  # where to compute; None: on the fastest here
+    dtype: torch.dtype | str | None = None,  # what to compute in, or its name; None: fp16 on cuda, fp32 elsewhere
     # "float16", "bfloat16" or "float8": keep large weights in it, and bring each up to `dtype` when it is used.
     storage: str | None = None,
     # Less memory, more time: fp16 storage, one picture at a time, guidance in two passes, decoded in strips.
     low_memory: bool = False,
     # Hold the parts once they are built, for the next picture; otherwise each is freed when it has done its work.
     keep: bool = True,
-    # Told in a line what is about to be downloaded.
-    tell: Callable[[str], object] = lambda line: None,
+    tell: Callable[[str], object] = lambda line: None,  # told in a line what is about to be downloaded
 ) -> Models:
     """Find, fetch and check the models of a run. Large weights are not read yet.
 
@@ -182,43 +172,36 @@ def open_models(
     # What names stand for; what does not go together is refused before anything is fetched.
     each = together(adapter, image_encoder, faceid_v2, encode)
     base = base or (base_named(each) if len(each) > 1 else None)
-    rows = [rows_of(*one, base, vae, image, new_adapter) for one in each]
-    found, wanted = rows[0], [lora_of(one) for one in loras]
-    nets = [find("control", str(name)) for name in controls]
-    named = [one if isinstance(one, tuple) else (one, None) for one in embeddings]
-    inversions = tuple(embedding for one in named for embedding in read_embeddings(*one))
-    for kind, row in (*(("lora", lora) for lora, _ in wanted), *(("control", net) for net in nets)):
-        check_together({"base": found["base"], kind: row})
-    readers = [
-        (row["adapter"], row["image_encoder"], version_2) for row, (*_, version_2, _) in zip(rows, each, strict=True)
-    ]
-    known = check_named(groups, readers, found["base"])
+    rows = [row_of(one, base, vae, image, new_adapter) for one in each]
+    found = rows[0]
+    wanted = [lora_of(one, found["base"]) for one in loras]
+    nets = [net_of(one, found["base"]) for one in controls]
+    inversions = tuple(chain.from_iterable(map(inversions_of, embeddings)))
+    readers = [(row["adapter"], row["image_encoder"], one.faceid_v2) for row, one in zip(rows, each, strict=True)]
+    special = [group for group in groups if not group.plain]
+    known = check_named(special, readers, found["base"]) if special else []
     # From here on files are fetched, and opened.
-    files = {role: file(found[role], tell) for role in ("base", "vae") if found[role]}
+    files = {role: file(found[role], tell) for role in ("base", "vae")}
     merged = tuple((x if isinstance(x, LoRA) else read_lora(file(x, tell)), weight) for x, weight in wanted)
-    opened = open_base(
-        files["base"], read_in(dtype, storage), device, prediction, merged, files.get("vae"), text_encoder, spacing
-    )
+    read_as = read_in(dtype, storage)
+    opened = open_base(files["base"], read_as, device, prediction, merged, files["vae"], text_encoder, spacing)
     if new_adapter and opened.channels != 4:
-        raise UserError(
-            f"{files['base']}: its UNet reads {opened.channels} channels; adapters are trained on those of 4"
-        )
-    for group in groups:  # what its name did not tell
+        told = f"its UNet reads {opened.channels} channels; adapters are trained on those of 4"
+        raise UserError(f"{files['base']}: {told}")
+    for group in special:  # what its name did not tell
         check_base(group, known[group.adapter], opened)
     if inversions:
         check_embeddings(inversions, [text.width for text in opened.texts])
     followed = tuple(file(net, tell) for net in nets)
     kinds = {net: load_control(net, opened, device="meta") for net in dict.fromkeys(followed)}
-    if widths := {net: len(kind.proj) for net, kind in kinds.items() if isinstance(kind, StyleAdapter)}:
-        files |= {"style_encoder": open_style_encoder(style_encoder, widths, tell)}
+    if kinds:
+        files |= style_files(kinds, style_encoder, tell)
     threads.suit(max(dim for dim, _ in opened.layers), device)
     read = tuple(open_adapter(*reader, opened, tell) for reader in readers if reader[0])
-    if read:
-        files |= {"adapter": read[0].file, "image_encoder": read[0].image_encoder}
-    elif found["image_encoder"]:
-        files |= {"image_encoder": file(found["image_encoder"], tell)}
-    if keep:  # else they are read in turn, each in the place of the one before
-        check_adapters({adapter.file: adapter.kind for adapter in read}.values(), read_in(dtype, storage), device)
+    files |= {"adapter": read[0].file} if read else {}
+    files |= {"image_encoder": read[0].image_encoder if read else file(found["image_encoder"], tell)}
+    if keep and len(read) > 1:  # else they are read in turn, each in the place of the one before
+        check_adapters({adapter.file: adapter.kind for adapter in read}.values(), read_as, device)
     return Models(
         files={role: path for role, path in files.items() if path},
         base=opened,
@@ -246,7 +229,7 @@ def open_adapter(
 ) -> Adapter:
     """Fetch and check one adapter and the image encoder that it reads."""
     path = file(adapter, tell)
-    encoder_path = file(image_encoder, tell) if image_encoder else None
+    encoder_path = file(image_encoder, tell)
     kind = load_adapter(path, device="meta")
     encoder = load_image_encoder(encoder_path, device="meta") if encoder_path and kind.reads_clip else None
     check_fit(kind, path, base, encoder, encoder_path)
@@ -256,14 +239,17 @@ def open_adapter(
     return Adapter(path, kind, encoder_path if kind.reads_clip else None, faceid_v2 or named)
 
 
-def open_style_encoder(named: Named | None, widths: Mapping[Path, int], tell: Callable[[str], object]) -> Path:
-    """Fetch and check what style adapters of these widths read. Raises UserError."""
+def style_files(kinds: Mapping[Path, Net], named: Named | None, tell: Callable[[str], object]) -> dict[str, Path]:
+    """Fetch and check what style adapters read, if there are any among the nets. Raises UserError."""
+    widths = {net: len(kind.proj) for net, kind in kinds.items() if isinstance(kind, StyleAdapter)}
+    if not widths:
+        return {}
     path = file(find("image_encoder", str(named or "vit-l")), tell)
     found = load_image_encoder(path, device="meta").config.width
     for net, width in widths.items():
         if found != width:
             raise UserError(f"`style_encoder` {path}: its features are {found} wide; {net} reads {width} wide ones")
-    return path
+    return {"style_encoder": path}
 
 
 def read_in(dtype: torch.dtype, storage: str | None) -> torch.dtype:
@@ -271,8 +257,8 @@ def read_in(dtype: torch.dtype, storage: str | None) -> torch.dtype:
     return {None: dtype, "bfloat16": torch.bfloat16}.get(storage, torch.float16)
 
 
-def file(found: Path | Preset, tell: Callable[[str], object]) -> Path:
-    if isinstance(found, Path):
+def file(found: Path | Preset | None, tell: Callable[[str], object]) -> Path | None:
+    if not isinstance(found, Preset):
         return found
     if not cached(found):
         tell(f"fetching {found.name} ({found.megabytes:g} MB) from {found.repo}")

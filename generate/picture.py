@@ -13,12 +13,12 @@ from files.errors import UserError
 from files.pictures import Picture, to_pil
 from generate.canvas import Canvas, canvas_of, size_of
 from generate.control import Hint, follow
-from generate.editing import IMAGE_GUIDANCE, ROWS, Beginning, beginning, check_reads, steps_that_run
+from generate.editing import IMAGE_GUIDANCE, ROWS, beginning, check_reads, steps_that_run
 from generate.group import tell_effects
 from generate.models import Models
 from generate.prompt import sized
 from ipadapter import Prompt, Scale, Seen, prepared, watched
-from sampler import SAMPLERS, Level, Predict, Sampler, guided, numbered, widened
+from sampler import SAMPLERS, Level, Predict, Sampler, guided, noise_and_generators, numbered, widened
 from vae import VAE
 from weights.base import INSTRUCTED, Base
 
@@ -31,41 +31,30 @@ def pictures(
     # What the pictures should show, as `prompts` makes it; several: `count` pictures of each. One that is stacked of
     # several (`Prompt.cat`) has a row for each seed: then all are made together.
     prompt: Prompt | Sequence[Prompt],
-    # Its absence, or the negative prompt; as many as there are prompts, or one for all.
-    null: Prompt | Sequence[Prompt],
-    # Picture j is made from the noise of seed + j. Several seeds: a picture of each, instead of `count`.
-    seed: int | Sequence[int] = 0,
-    # How many pictures of each prompt.
-    count: int = 1,
-    # None: what suits the sampler (DDIM 50).
-    steps: int | None = None,
+    null: Prompt | Sequence[Prompt],  # its absence, or the negative prompt; one for all, or one for each
+    seed: int | Sequence[int] = 0,  # picture j is made from the noise of seed + j; several: one of each, and no `count`
+    count: int = 1,  # how many pictures of each prompt
+    steps: int | None = None,  # None: what suits the sampler (DDIM 50)
     # How far to follow the prompt: 1 is off, and so is less; None: 7.5, with lcm 1, or what a distilled base wants.
     guidance_scale: float | None = None,
-    # How far the spread of the guided prediction is brought back to the prompt's own: 0 (not at all) to 1.
-    guidance_rescale: float = 0.0,
+    guidance_rescale: float = 0.0,  # how far to bring the guided prediction's spread back to the prompt's own, 0 to 1
     # How far to follow the image prompt by itself; `guidance_scale` is then for the text. A third pass; None: both alike.
     image_guidance_scale: float | None = None,
-    # One of sampler.SAMPLERS.
-    sampler: str = "ddim",
-    # Pixels, multiples of 8; None: what the base was made for, or the size of `init` (see `size_of`).
-    height: int | None = None,
-    width: int | None = None,
+    sampler: str = "ddim",  # one of sampler.SAMPLERS
+    height: int | None = None,  # pixels, a multiple of 8; None: what the base was made for, or as `init` (`size_of`)
+    width: int | None = None,  # likewise
     # A picture to begin with, a file or a picture, in the place of pure noise; or one with its mask and all (`canvas_of`).
     init: Picture | Canvas | None = None,
     # How far from `init` to go: the last int(steps * strength) steps run. None: 0.8; with a mask 1, all, from pure noise.
     strength: float | None = None,
     # A mask over `init`: white is made anew, black stays; grey is between, where the base is none for inpainting.
     inpaint: Picture | None = None,
-    # Pixels to add to `init` on the left, at the top, on the right and at the bottom; they are made anew.
-    outpaint: Sequence[int] | None = None,
+    outpaint: Sequence[int] | None = None,  # pixels to add to `init` left, above, right and below; they are made anew
     # Work on the mask's surroundings alone, with so many pixels around it, and paste them back: all else stays, bit for bit.
     only_masked: int | None = None,
-    # What to follow besides, each with one of the nets that were opened as `controls`.
-    controls: Sequence[Hint] = (),
-    # Pictures that go through the UNet together.
-    batch: int = BATCH,
-    # Called after each step of each batch.
-    on_step: Callable[[], object] = lambda: None,
+    controls: Sequence[Hint] = (),  # what to follow besides, each with one of the nets that were opened as `controls`
+    batch: int = BATCH,  # pictures that go through the UNet together
+    on_step: Callable[[], object] = lambda: None,  # called after each step of each batch
     # Told of each picture, before it is handed out, where the prompt acted in it (`attention_sheet` shows it). That takes
     # time; None: nothing is computed for it.
     on_seen: Callable[[Seen], object] | None = None,
@@ -75,21 +64,17 @@ def pictures(
     Raises:
         UserError: a setting out of its range; a UNet whose prediction is not finite.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"`sampler`: {sampler!r} given, one of {', '.join(SAMPLERS)} is wanted")
-    canvas = canvas_of(init, inpaint, strength, outpaint, only_masked)
+    canvas, edits = None, (init, inpaint, strength, outpaint, only_masked)
+    if any(one is not None for one in edits):
+        canvas = canvas_of(*edits)
     if models.base.channels != 4:
         check_reads(models.base, canvas)
     height, width = size_of(canvas, models.side, height, width)
     if height % 8 or width % 8:
         raise UserError(f"`height` and `width`: {height} and {width} given, multiples of 8 are wanted")
-    row, schedule = SAMPLERS[sampler], models.base.schedule
-    steps = row.steps if steps is None else steps
-    if not 1 <= steps <= row.max_steps:
-        raise UserError(f"`steps` {steps}: 1 to {row.max_steps} with {sampler}")
     if not 0 <= guidance_rescale <= 1:
         raise UserError(f"`guidance_rescale`: {guidance_rescale} given, 0 to 1 is wanted")
-    levels = numbered(row.levels(schedule, steps)[-1 - steps_that_run(models.base, canvas, steps) :])
+    levels, schedule = levels_of(models.base, sampler, steps, canvas), models.base.schedule
     guidance_scale = usual_guidance(models, sampler) if guidance_scale is None else max(1.0, guidance_scale)
     prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
     nulls = [null] * len(prompts) if isinstance(null, Prompt) else list(null)
@@ -98,30 +83,32 @@ def pictures(
     if any(image.mask is not None or isinstance(image.scale, Scale) for p in prompts for image in p.images):
         across, down = canvas.picture.size if canvas and canvas.padding is not None else (width, height)
         tell_effects(prompts, len(levels) - 1, down, across)
+    if models.base.sinusoids:
+        prompts, nulls = ([sized(p, models, height, width) for p in side] for side in (prompts, nulls))
+    if canvas:
+        prompts, nulls = ([canvas.framed(p, height, width) for p in side] for side in (prompts, nulls))
     seeds = range(seed, seed + count) if isinstance(seed, int) else seed
     size = 1 if models.low_memory else max(batch, *(len(p.text) for p in prompts), 1)
-    parts = [
-        (sized(p, models, height, width), sized(n, models, height, width), seeds[i : i + size])
-        for p, n in zip(prompts, nulls, strict=True)
-        for i in range(0, len(seeds), size)
-    ]
-    if canvas:
-        parts = [(*(canvas.framed(one, height, width) for one in pair), some) for *pair, some in parts]
+    pairs = zip(prompts, nulls, strict=True)
+    parts = [(p, n, seeds[i : i + size]) for p, n in pairs for i in range(0, len(seeds), size)]
     like = torch.empty(1, 4, height // 8, width // 8, device=models.device)
-    first = beginning(models, canvas, like) if canvas else Beginning(like)
+    begun = beginning(models, canvas, like) if canvas else None
     unet = models.unet(face=any(p.images for p in prompts))
     nets = follow(models, controls, height, width, canvas) if controls else []
-    layers = list(attentions(unet, nets))
+    layers = list(attentions(unet, nets) if nets else unet.cross_attentions())
     model = controlled(unet, nets) if nets else unet
     model = model if models.base.channels == 4 else widened(model)
-    if image_guidance_scale is not None and unet.config.guidance_dim:
-        raise UserError("`image_guidance_scale`: this base is told one guidance scale, and runs one pass")
     for number, (p, n, some) in enumerate(parts, 1):
         p, n = rows(p, len(some)), rows(n, len(some))
         p, n = joined(p, n, nets) if nets else (p, n)
         if not models.low_memory:
             p, n = (prepared(one, layers) for one in (p, n))
-        x, generators, run, beside = first.drawn(row, schedule, levels, some)
+        run, beside = SAMPLERS[sampler], None
+        if begun:
+            x, generators, run, beside = begun.drawn(run, schedule, levels, some)
+        else:
+            noise, generators = noise_and_generators(some, height, width)
+            x = run.start(noise.to(models.device), schedule, levels[0])
         guidance = guidance_scale, schedule.prediction, models.low_memory, guidance_rescale
         if beside is not None or image_guidance_scale is not None:
             p, half, n = passes(p, n, beside, instructed=models.base.channels == INSTRUCTED)
@@ -138,6 +125,17 @@ def pictures(
         yield from (canvas.finished(made) if canvas else made for made in decode(models, x))
 
 
+def levels_of(base: Base, sampler: str, steps: int | None, canvas: Canvas | None) -> list[Level]:
+    """The noise levels of a run. Raises UserError: no such sampler, or not so many steps."""
+    if sampler not in SAMPLERS:
+        raise UserError(f"`sampler`: {sampler!r} given, one of {', '.join(SAMPLERS)} is wanted")
+    row = SAMPLERS[sampler]
+    steps = row.steps if steps is None else steps
+    if not 1 <= steps <= row.max_steps:
+        raise UserError(f"`steps` {steps}: 1 to {row.max_steps} with {sampler}")
+    return numbered(row.visit(base.schedule, steps)[-1 - steps_that_run(base, canvas, steps) :])
+
+
 def usual_guidance(models: Models, sampler: str) -> float:
     """What a distilled base wants, or else what the sampler is used to."""
     return models.base.guidance_scale or SAMPLERS[sampler].guidance_scale
@@ -149,6 +147,8 @@ def half_guidance(base: Base, prompts: Sequence[Prompt], asked: float | None) ->
     Raises:
         UserError: there is none.
     """
+    if base.config.guidance_dim:
+        raise UserError("`image_guidance_scale`: this base is told one guidance scale, and runs one pass")
     if base.channels == INSTRUCTED:
         return IMAGE_GUIDANCE if asked is None else asked
     if asked is not None and not all(p.images for p in prompts):

@@ -1,6 +1,6 @@
 """What a picture should show: texts and image prompts, as all that the UNet reads of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from generate.models import Models
 from generate.text import encoded
 from ipadapter import ImagePrompt, Prompt, Scale
 from unet import layer_names, size_vector
+from weights.base import Base
 from weights.families import drawn_by
 
 Weight = float | Sequence[float] | Scale  # of an image prompt: one number, one for each cross-attention layer, or more
@@ -60,13 +61,14 @@ def prompts(
     for group in groups:  # before anything is read
         check_group(group, models.adapters, models.base)
     texts = encoded(models, text, negative, prompt_syntax, long_prompt, clip_skip)
-    pair = [sized(Prompt(x, vector=pooled), models, models.side, models.side, pooled) for x, pooled in texts]
+    sides = [(), ()]
     if groups:
-        found = image_prompts(models, groups, default_scale(text) if scale is None else scale)
-        pair = [replace(p, images=side) for p, side in zip(pair, zip(*found, strict=True), strict=True)]
+        pairs = image_prompts(models, groups, default_scale(text) if scale is None else scale)
+        sides = zip(*pairs, strict=True)
     elif scale is not None:
         raise UserError("`scale` is the weight of an image prompt: it goes with `image`")
-    return tuple(pair)
+    pair = [Prompt(x, images, pooled) for (x, pooled), images in zip(texts, sides, strict=True)]
+    return tuple(p if p.vector is None else sized(p, models, models.side, models.side, p.vector) for p in pair)
 
 
 def default_scale(text: str) -> float:
@@ -85,9 +87,7 @@ def scaled(prompt: Prompt, scale: float | Sequence[float], group: int | None = N
 
 
 def sized(prompt: Prompt, models: Models, height: int, width: int, pooled: Tensor | None = None) -> Prompt:
-    """The same prompt for a picture of another size, in pixels: SDXL is told of it beside the text."""
-    if prompt.vector is None:
-        return prompt
+    """The same prompt of an SDXL, which is told of it beside the text, for a picture of another size, in pixels."""
     sinusoids = models.base.sinusoids
     pooled = prompt.vector[:, : -6 * sinusoids] if pooled is None else pooled
     return replace(prompt, vector=size_vector(pooled, height, width, sinusoids))
@@ -104,21 +104,31 @@ def image_prompts(models: Models, groups: Sequence[ImageGroup], scale: Weight) -
     Raises:
         UserError: as `prompts` does.
     """
-    heard, found, names = [], {}, layer_names(models.base.config)
-    for group in groups:
-        layers = factors(group.layers, names, drawn_by(models.base.family, models.base.config.channels))
-        mask = None if group.mask is None else mask_tensor(group.mask).to(models.device)
-        heard.append((layers, *group.heard(scale, layers), mask))
-    several = replace(models, keep=True, held=models.held if models.keep else {})
-    read = [models.adapters[group.adapter] for group in groups]
-    last = None
-    for i in sorted(range(len(groups)), key=lambda i: (str(read[i].image_encoder), groups[i].adapter)):
-        if not models.keep and groups[i].adapter != last:
-            for name in several.held.keys() - {f"image encoder {read[i].image_encoder}"}:
-                del several.held[name]
-        last = groups[i].adapter
-        found[i] = group_prompts(several, groups[i], i, *heard[i])
+    layers = [None if group.layers == "all" else layers_of(models.base, group) for group in groups]
+    scales = [group.heard(scale, found) for group, found in zip(groups, layers, strict=True)]
+    masks = [None if group.mask is None else mask_tensor(group.mask).to(models.device) for group in groups]
+    several, found = replace(models, keep=True, held=models.held if models.keep else {}), {}
+    for i in in_turn(several, groups, models.keep) if len(groups) > 1 else [0]:
+        found[i] = group_prompts(several, groups[i], i, layers[i], scales[i], masks[i])
     return [pair for i in range(len(groups)) for pair in found[i]]
+
+
+def layers_of(base: Base, group: ImageGroup) -> Factors | None:
+    return factors(group.layers, layer_names(base.config), drawn_by(base.family, base.config.channels))
+
+
+def in_turn(models: Models, groups: Sequence[ImageGroup], keep: bool) -> Iterator[int]:
+    """The numbers of groups, those of one image encoder and of one adapter side by side.
+
+    Unless they are to be kept, what was read for the group before goes first, if this one does not read it too.
+    """
+    encoders, last = [str(models.adapters[group.adapter].image_encoder) for group in groups], None
+    for i in sorted(range(len(groups)), key=lambda i: (encoders[i], groups[i].adapter)):
+        if not keep and groups[i].adapter != last:
+            for name in models.held.keys() - {f"image encoder {encoders[i]}"}:
+                del models.held[name]
+        last = groups[i].adapter
+        yield i
 
 
 def group_prompts(
@@ -126,20 +136,20 @@ def group_prompts(
     group: ImageGroup,
     number: int,
     layers: Factors | None,
-    here: Weight,
-    away: Weight,
+    scales: tuple[Weight, Weight],
     mask: Tensor | None,
 ) -> list[tuple[ImagePrompt, ImagePrompt]]:
     """The image prompts of the group of this number, and their absence, each with its scale."""
-    adapter, found = models.adapter(group.adapter), []
-    *both, squares = tokens(models, adapter, group)
+    adapter = models.adapter(group.adapter)
+    *sides, squares = tokens(models, adapter, group)
     masks = [mask] if squares is None else [within(one, mask) for one in squares.to(models.device).split(1)]
-    for where, *pair in zip(masks, *(side.chunk(len(masks), dim=1) for side in both), strict=True):
-        image, absent = map(adapter.prompt, pair)
+    found = []
+    for where, *pair in zip(masks, *(side.chunk(len(masks), dim=1) for side in sides), strict=True):
+        image, absent = (adapter.prompt(one, mask=where) for one in pair)
         if group.weights:
             image, absent = (weighed(one, group.weights) for one in (image, absent))
         if layers and layers.swapped:
             absent = swap(image, absent, layers.swapped)
-        absent = replace(absent, scale=away, mask=where, group=number)
-        found.append((replace(image, scale=here, mask=where, group=number), absent))
+        both = zip((image, absent), scales, strict=True)
+        found.append(tuple(replace(one, scale=each, group=number) for one, each in both))
     return found

@@ -47,9 +47,8 @@ def encoded(
     """
     if syntax not in SYNTAXES:
         raise UserError(f"`prompt_syntax`: {syntax!r} given, one of {', '.join(SYNTAXES)} is wanted")
-    most = min(config.layers for config in models.base.texts) - len(models.base.texts)
-    if not 0 <= clip_skip <= most:
-        raise UserError(f"`clip_skip`: {clip_skip} given, 0 to {most} is wanted with this base")
+    if clip_skip:
+        check_skip(models, clip_skip)
     given, opened = {"prompt": text, "negative_prompt": negative}, models.embeddings
     for name, said in given.items():
         if line := told(name, calls(names_of(opened), syntax).sub("", said) if opened else said, syntax, long):
@@ -57,9 +56,7 @@ def encoded(
     if opened or long or syntax != "plain":
         texts = composed(models, given, syntax, long)
     else:
-        texts = [Text.plain(said) for said in given.values()]
-        for name, said in given.items():
-            tell_cut(name, encode(said))
+        texts = [plain(name, said) for name, said in given.items()]
     encoder = models.text_encoder()
     negative_half = encoder.null(texts[1]) if syntax == "plain" else encoder(texts[1], clip_skip)
     features, pooled = zip(encoder(texts[0], clip_skip), negative_half, strict=True)
@@ -68,13 +65,27 @@ def encoded(
     return list(zip(features, pooled, strict=True))
 
 
+def plain(name: str, said: str) -> Text:
+    """In one chunk, every token as loud as all others."""
+    tokens = encode(said)
+    if len(tokens) > CHUNK:
+        tell_cut(name, tokens)
+    return Text([[(token, 1.0) for token in tokens[:CHUNK]]])
+
+
+def check_skip(models: Models, clip_skip: int) -> None:
+    most = min(config.layers for config in models.base.texts) - len(models.base.texts)
+    if not 0 <= clip_skip <= most:
+        raise UserError(f"`clip_skip`: {clip_skip} given, 0 to {most} is wanted with this base")
+
+
 def composed(models: Models, given: dict[str, str], syntax: str, long: bool) -> list[Text]:
     """Texts with weights, in chunks, with embeddings."""
     opened = models.embeddings
     found = {name: pieces(said, syntax, name, opened, long) for name, said in given.items()}
     for name, one in found.items():
-        if syntax == "plain" and not long:
-            tell_cut(name, [token for piece in one for token, _ in piece])
+        if syntax == "plain" and not long and len(row := [token for piece in one for token, _ in piece]) > CHUNK:
+            tell_cut(name, row)
     tell_unused(opened, syntax, {token for one in found.values() for piece in one for token, _ in piece or ()})
     vectors = [torch.cat(tower) for tower in zip(*(embedding.vectors for embedding in opened), strict=True)]
     vectors = [x.to(models.device) for x in vectors]
@@ -152,10 +163,9 @@ def words_of(
 
 
 def tell_cut(name: str, tokens: Sequence[int]) -> None:
-    if len(tokens) > CHUNK:
-        rest = decode([token for token in tokens[CHUNK:] if token >= 0])
-        line = f"`{name}` is longer than 75 tokens; cut off: {rest!r}; `long_prompt` reads it in chunks"
-        warnings.warn(Notice(line), stacklevel=4)
+    rest = decode([token for token in tokens[CHUNK:] if token >= 0])
+    line = f"`{name}` is longer than 75 tokens; cut off: {rest!r}; `long_prompt` reads it in chunks"
+    warnings.warn(Notice(line), stacklevel=5)
 
 
 def tell_unused(embeddings: Sequence[Embedding], syntax: str, tokens: Container[int]) -> None:

@@ -93,7 +93,11 @@ def cat_images(row: Sequence[ImagePrompt]) -> ImagePrompt:
     """One image prompt of several, stacked along the batch."""
     key_values = cat_key_values("an image prompt (tokens, width)", [image.key_values for image in row])
     group = same("the group of an image prompt", (image.group for image in row))
-    return ImagePrompt(key_values, cat_scales(row), cat_masks(row), group)
+    one, mask = row[0].scale, None
+    shared = isinstance(one, float) and all(image.scale is one for image in row)
+    if any(image.mask is not None for image in row):
+        mask = cat_masks(row)
+    return ImagePrompt(key_values, one if shared else cat_scales(row), mask, group)
 
 
 def cat_key_values(what: str, rows: Sequence[KeyValues]) -> KeyValues:
@@ -115,11 +119,11 @@ def cat_scales(row: Sequence[ImagePrompt]) -> Weight | list[Weight] | Scale | Ro
     return [of_rows(layer, counts) for layer in zip(*scales, strict=True)]
 
 
-def cat_masks(row: Sequence[ImagePrompt]) -> Tensor | None:
+def cat_masks(row: Sequence[ImagePrompt]) -> Tensor:
     """A mask that all rows share serves them as it is; a row without one is heard everywhere."""
     masks = [image.mask for image in row]
-    first = next((mask for mask in masks if mask is not None), None)
-    if first is None or all(mask is first and len(mask) == 1 for mask in masks):
+    first = next(mask for mask in masks if mask is not None)
+    if all(mask is first and len(mask) == 1 for mask in masks):
         return first
     masks = [torch.ones_like(first[:1]) if mask is None else mask for mask in masks]
     return stack(

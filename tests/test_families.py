@@ -38,11 +38,12 @@ from sampler import SD, Schedule
 from unet import SD15, SD21, SDXL, UNet, UNetConfig, size_vector
 from vae import SD_VAE, VAE
 from weights import WeightsError, open_base
-from weights.base import Base, text_state
+from weights.base import Base
 from weights.configs import unet_config
 from weights.families import FAMILIES, SD2, SD2_BASE
 from weights.fill import on_meta
 from weights.settings import schedule_of, sd2_predicts_noise
+from weights.text import text_state
 
 pytestmark = pytest.mark.slow
 

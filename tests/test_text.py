@@ -604,7 +604,10 @@ def test_guidance_flags_are_kept_and_repeated(tmp_path: Path):
 @pytest.mark.parametrize(
     ("flags", "wrong"),
     [
-        (["--prompt", "a", "--guidance-rescale", 1.5], "--guidance-rescale 1.5: 0 to 1"),
+        (
+            ["--prompt", "a", "--guidance-rescale", 1.5],
+            "--guidance-rescale: '1.5' given, a number from 0 to 1 is wanted",
+        ),
         (["--prompt", "a", "--image-guidance-scale", 2], "--image-guidance-scale is how far .* goes with --image"),
     ],
 )

@@ -27,7 +27,35 @@ def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: t
     Raises:
         WeightsError: unreadable, another kind of file, or keys missing or left over.
     """
-    state = adapter_names(read_part(path))
+    state = read_part(path)
+    if not all(map(PUBLISHED.match, state)):
+        state = adapter_alone(path, state)
+    if "image_proj.latents" in state:
+        check_adapter(path, state)
+    try:
+        return fill(build_adapter, state, path, dtype, device)
+    except WeightsError:
+        check_adapter(path, state)
+        raise
+
+
+PUBLISHED = re.compile(r"(image_proj|ip_adapter\.\d+)\.")
+PROJECTIONS = {"image_proj.latents", "image_proj.proj.weight", "image_proj.proj.3.weight", "image_proj.proj.2.weight"}
+
+
+def adapter_alone(path: str | Path, state: State) -> State:
+    """Under the published names, without what the file holds besides. Raises WeightsError: there is none."""
+    state = adapter_names(state)
+    check_adapter(path, state)
+    return {key: state[key] for key in strangers(state, path)}
+
+
+def check_adapter(path: str | Path, state: State) -> None:
+    """Refuse adapters that are not read here; a Resampler of another kind differs from ours in nothing but its numbers.
+
+    Raises:
+        WeightsError: what it is.
+    """
     lacks = [part for part in ("ip_adapter.", "image_proj.") if not any(key.startswith(part) for key in state)]
     if len(lacks) == 2 or other_base(state):
         raise WeightsError(f"{path}: an IP-Adapter for SD 1.x, SD 2.x or SDXL is wanted here; this is {what_is(state)}")
@@ -43,11 +71,6 @@ def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: t
             f"{path}: a Resampler of raw face embeddings (InstantID, the 'unnorm' portrait) is not supported; the other "
             "FaceID adapters are"
         )
-    state = {key: state[key] for key in strangers(state, path)}
-    return fill(build_adapter, state, path, dtype, device)
-
-
-PROJECTIONS = {"image_proj.latents", "image_proj.proj.weight", "image_proj.proj.3.weight", "image_proj.proj.2.weight"}
 
 
 def build_adapter(state: State) -> IPAdapter:
@@ -58,26 +81,29 @@ def build_adapter(state: State) -> IPAdapter:
 
 
 def build_projection(state: State, context_dim: int) -> torch.nn.Module:
-    def shape(key: str) -> tuple[int, ...]:
-        return tuple(state[f"image_proj.{key}"].shape)
-
     if "image_proj.latents" in state:  # plus
-        _, num_tokens, dim = shape("latents")
-        depth, heads = count(state, "image_proj.layers."), shape("layers.0.0.to_q.weight")[0] // 64
-        return Resampler(shape("proj_in.weight")[1], dim, depth, heads, num_tokens, context_dim)
+        _, num_tokens, dim = shape(state, "latents")
+        feature_dim, depth, heads = perceiver(state)
+        return Resampler(feature_dim, dim, depth, heads, num_tokens, context_dim)
     if "image_proj.proj.weight" in state:  # base, light
-        rows, embed_dim = shape("proj.weight")
+        rows, embed_dim = shape(state, "proj.weight")
         return ImageProjection(embed_dim, context_dim, rows // context_dim)
     if "image_proj.proj.3.weight" in state:  # full-face
-        return PatchProjection(shape("proj.0.weight")[1], context_dim)
-    face_dim, num_tokens = shape("proj.0.weight")[1], shape("proj.2.weight")[0] // context_dim
+        return PatchProjection(shape(state, "proj.0.weight")[1], context_dim)
+    face_dim, num_tokens = shape(state, "proj.0.weight")[1], shape(state, "proj.2.weight")[0] // context_dim
     if "image_proj.perceiver_resampler.proj_in.weight" not in state:  # FaceID, portrait
         return FaceProjection(face_dim, context_dim, num_tokens)
-    perceiver = "perceiver_resampler."
-    depth = count(state, "image_proj.perceiver_resampler.layers.")
-    heads = shape(f"{perceiver}layers.0.0.to_q.weight")[0] // 64
-    feature_dim = shape(f"{perceiver}proj_in.weight")[1]
-    return FacePlusProjection(face_dim, feature_dim, depth, heads, num_tokens, context_dim)
+    return FacePlusProjection(face_dim, *perceiver(state, "perceiver_resampler."), num_tokens, context_dim)
+
+
+def perceiver(state: State, prefix: str = "") -> tuple[int, int, int]:
+    """Of a Resampler, or of the one in FaceID-plus: the width of the features that it reads, its depth and its heads."""
+    depth, heads = count(state, f"image_proj.{prefix}layers."), shape(state, f"{prefix}layers.0.0.to_q.weight")[0] // 64
+    return shape(state, f"{prefix}proj_in.weight")[1], depth, heads
+
+
+def shape(state: State, key: str) -> tuple[int, ...]:
+    return tuple(state[f"image_proj.{key}"].shape)
 
 
 # One processor of diffusers' UNet: where its attention stands, which of the two there it is, its tensor.

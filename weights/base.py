@@ -9,20 +9,19 @@ import torch
 from torch import nn
 
 from clip import CLIPText, CLIPTextConfig, TextEncoder, TwoTowerEncoder
-from clip.tokenizer import CONTEXT, END
 from files.tensors import State, WeightsError, read
 from sampler import Schedule
 from unet import UNet, UNetConfig
 from vae import VAE
-from weights.configs import count, text_config, unet_config, vae_config
-from weights.diffusers import read_folder, read_part
+from weights.configs import text_config, unet_config, vae_config
+from weights.diffusers import read_folder
 from weights.diffusers_names import from_diffusers
-from weights.families import FAMILIES, SD2, SD2_BASE, TURBO, Family, Tower
+from weights.families import FAMILIES, SD2, SD2_BASE, TURBO, Family
 from weights.fill import IGNORED, build, fill, peeled, strangers, under
 from weights.kinds import AUTOENCODER, UNET, family, what_is
 from weights.lora import LoRA, check, merge
-from weights.openclip import text_from_openclip
 from weights.settings import MARKS, heed_vae, schedule_of, sd2_predicts_noise
+from weights.text import check_texts, read_text, text_state, text_width
 from weights.vae import check_scale, vae_state
 
 # Models that take so many channels.
@@ -125,7 +124,7 @@ def open_base(
     """
     vae, text_encoder = vae and Path(vae), tuple(map(Path, text_encoder))
     state = gather(path, vae, text_encoder)
-    kind = FAMILIES[family(state)]
+    kind = known_family(path, state)
     if kind is SD2 and sd2_predicts_noise(state):
         kind = SD2_BASE
     schedule = schedule_of(path, state, kind, prediction=prediction, spacing=spacing)
@@ -136,7 +135,9 @@ def open_base(
     found = parts(state, kind)
     check_whole(path, found, kind)
     used = (*(part.prefix for part in found.values()), *(prefix for tower in kind.text for prefix in tower.prefixes))
-    left = strangers([key for key in state if not key.startswith((*used, *MARKS)) and not IGNORED.match(key)], path)
+    left = [key for key in state if not key.startswith((*used, *MARKS)) and not IGNORED.match(key)]
+    if left:
+        left = strangers(left, path)
     files = files_of(path, vae, text_encoder)
     unet, _, *texts = (
         build(part.make, part.state, files[name], left if name == "UNet" else None) for name, part in found.items()
@@ -175,36 +176,45 @@ def gather(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -> 
     """
     elsewhere = (*["vae"] * bool(vae), *["text_encoder", "text_encoder_2"] * bool(text_encoder))
     state = read_folder(path, elsewhere) if os.path.isdir(path) else read(path)
-    state = peeled(state, UNET, "input_blocks.", "down_blocks.")
-    named = from_diffusers(state)
-    if any(key.startswith("output_blocks.") for key in named):  # a UNet alone
-        state = {UNET + key: w for key, w in named.items()}
     if not any(key.startswith(UNET) for key in state):
+        state = unpacked(path, state)
+    return with_parts(path, state, vae, text_encoder) if elsewhere else state
+
+
+def unpacked(path: str | Path, state: State) -> State:
+    """A checkpoint within something larger; or a UNet alone, under the names of one. Raises WeightsError: none of them."""
+    state = peeled(state, UNET, "input_blocks.", "down_blocks.")
+    if any(key.startswith(UNET) for key in state):
+        return state
+    named = from_diffusers(state)
+    if not any(key.startswith("output_blocks.") for key in named):
         raise WeightsError(
             f"{path}: a base model is wanted here (SD 1.x, SD 2.x or SDXL, a checkpoint in the original layout or a "
             f"folder of diffusers); this is {what_is(state)}"
         )
-    if family(state) not in FAMILIES:
+    return {UNET + key: w for key, w in named.items()}
+
+
+def known_family(path: str | Path, state: State) -> Family:
+    """The row of a checkpoint. Raises WeightsError for another than those that are read here."""
+    if (name := family(state)) not in FAMILIES:
         raise WeightsError(f"{path}: an SD 1.x, SD 2.x or SDXL checkpoint is wanted here; this is {what_is(state)}")
-    if vae or text_encoder:
-        state = with_parts(state, vae, text_encoder)
-    return state
+    return FAMILIES[name]
 
 
-def with_parts(state: State, vae: Path | None, text_encoder: Sequence[Path]) -> State:
+def with_parts(path: str | Path, state: State, vae: Path | None, text_encoder: Sequence[Path]) -> State:
     """A checkpoint with the autoencoder, or the text towers, of other files in the place of its own."""
+    kind = known_family(path, state)
     if vae:
         state = {key: w for key, w in state.items() if not key.startswith(AUTOENCODER)}
         state |= {AUTOENCODER + key: w for key, w in vae_state(vae).items()}
     if text_encoder:
-        towers = FAMILIES[family(state)].text
-        if len(text_encoder) != len(towers):
-            raise WeightsError(
-                f"`text_encoder`: {len(text_encoder)} given, {family(state)} has {len(towers)} text towers"
-            )
-        state = {key: w for key, w in state.items() if not any(key.startswith(tower.prefixes) for tower in towers)}
+        if len(text_encoder) != len(kind.text):
+            told = f"{len(text_encoder)} given, {kind.name} has {len(kind.text)} text towers"
+            raise WeightsError(f"`text_encoder`: {told}")
+        state = {key: w for key, w in state.items() if not any(key.startswith(tower.prefixes) for tower in kind.text)}
         found = sorted(map(read_text, text_encoder), key=text_width)
-        for tower, inner in zip(towers, found, strict=True):
+        for tower, inner in zip(kind.text, found, strict=True):
             state |= {tower.prefixes[0] + key: w for key, w in inner.items()}
     return state
 
@@ -215,30 +225,18 @@ def files_of(path: str | Path, vae: Path | None, text_encoder: Sequence[Path]) -
     return {"UNet": path, "autoencoder": vae or path, "text tower": texts, "second text tower": texts}
 
 
-def read_text(path: Path) -> State:
-    """A text tower in a file or a folder of its own, in the transformers layout or in OpenCLIP's; of a whole CLIP its half."""
-    state = read_part(path)
-    if not any(key.endswith("token_embedding.weight") for key in state):
-        raise WeightsError(f"{path}: a CLIP text tower is wanted here; this is {what_is(state)}")
-    return {key: w for key, w in state.items() if not key.startswith(("visual", "vision_model.", "logit_"))}
-
-
-def text_width(state: State) -> int:
-    return max(
-        (w.shape[-1] for key, w in state.items() if key.endswith("token_embedding.weight") and w.ndim), default=0
-    )
-
-
 def check_whole(path: str | Path, found: dict[str, Part], kind: Family) -> None:
     """Refuse a UNet that is made for something else, and a checkpoint without one of its parts."""
     first = found["UNet"].state.get("input_blocks.0.0.weight")
-    if first is not None and first.ndim == 4 and (channels := first.shape[1]) not in (4, INSTRUCTED, INPAINTS):
-        what = f" ({CHANNELS[channels]} model)" if channels in CHANNELS else ""
-        raise WeightsError(
-            f"{path}: its UNet takes {channels} channels{what}; 4 are wanted, or 9 (inpainting) or 8 (instruct-pix2pix)"
-        )
+    if first is not None and first.ndim == 4 and first.shape[1] not in (4, INSTRUCTED, INPAINTS):
+        raise WeightsError(f"{path}: {of_other_channels(first.shape[1])}")
     if any(not part.state for part in found.values()):
         raise WeightsError(f"{path}: {lacking(found, kind)}")
+
+
+def of_other_channels(channels: int) -> str:
+    what = f" ({CHANNELS[channels]} model)" if channels in CHANNELS else ""
+    return f"its UNet takes {channels} channels{what}; 4 are wanted, or 9 (inpainting) or 8 (instruct-pix2pix)"
 
 
 def lacking(found: dict[str, Part], kind: Family) -> str:
@@ -249,20 +247,6 @@ def lacking(found: dict[str, Part], kind: Family) -> str:
         f"{parts} {'are' if len(missing) > 1 else 'is'} missing; a whole {kind.name} checkpoint has: {', '.join(found)}; "
         f"{' and '.join(bring)} can bring {'them' if len(missing) > 1 else 'it'}"
     )
-
-
-def check_texts(path: str | Path, unet: UNet, texts: list[CLIPText]) -> None:
-    """Refuse text towers that the UNet cannot read, and those of another tokenizer."""
-    if (width := sum(text.config.width for text in texts)) != unet.config.context_dim:
-        raise WeightsError(f"{path}: its UNet reads tokens of {unet.config.context_dim}, its text towers give {width}")
-    for text in texts:
-        if text.config.vocabulary <= END or text.config.context < CONTEXT:
-            raise WeightsError(
-                f"{path}: a text tower for CLIP's tokenizer is wanted, {END + 1} words and {CONTEXT} tokens; this one has "
-                f"{text.config.vocabulary} words and {text.config.context} tokens"
-            )
-    if unet.config.vector_dim and not texts[-1].config.projection:
-        raise WeightsError(f"{path}: the second text tower has no text_projection, which this UNet reads")
 
 
 def parts(state: State, kind: Family) -> dict[str, Part]:
@@ -280,19 +264,3 @@ def parts(state: State, kind: Family) -> dict[str, Part]:
         part, quick = text_state(under(prefix, state), tower), tower.quick_gelu
         found[name] = Part(prefix, part, lambda part, quick=quick: CLIPText(text_config(part, quick)))
     return found
-
-
-def text_state(state: State, tower: Tower) -> State:
-    """A text tower's tensors in transformers' names."""
-    if "positional_embedding" in state:
-        transposed = state.get("text_projection.weight")  # as diffusers' converter writes it
-        if transposed is not None and transposed.ndim == 2:
-            state = state | {"text_projection": transposed.mT}
-        state = text_from_openclip(state)
-    state = from_diffusers(state)  # many early fine-tuned models have no `text_model.`
-    # A whole tower of SD 2.x has 24 layers and a projection; folders, and files made of them, come without the last.
-    layers = count(state, "text_model.encoder.layers.")
-    if tower.penultimate and (layers == 24 or "text_projection.weight" in state):
-        unused = (f"text_model.encoder.layers.{layers - 1}.", "text_projection")
-        state = {key: w for key, w in state.items() if not key.startswith(unused)}
-    return state

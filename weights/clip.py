@@ -13,7 +13,7 @@ from weights.configs import image_config, text_config
 from weights.diffusers import read_part
 from weights.fill import IGNORED, fill
 from weights.kinds import no_clip, what_is
-from weights.openclip import OPENAI_NUMBERS, clip_names
+from weights.openclip import CLASS, OPENAI_NUMBERS, clip_names
 
 IMAGE, TEXT = ("vision_model.", "visual_projection."), ("text_model.", "text_projection.")
 # What stands beside the towers, first of all the temperature of the training.
@@ -44,7 +44,7 @@ def load_image_encoder(
         WeightsError: unreadable, another kind of file, keys missing or left over, or a config that contradicts them.
     """
     state = read_part(path)
-    names, openclip = clip_names(state)
+    names, openclip = (state, False) if CLASS[0] in state else clip_names(state)
     if "vision_model.embeddings.class_embedding" not in names or no_clip(state):
         raise WeightsError(f"{path}: a CLIP image encoder (ViT) is wanted here; this is {what_is(state)}")
     inner = {key: w for key, w in names.items() if not TEXT_SIDE.match(key) and not IGNORED.match(key)}

@@ -111,8 +111,15 @@ class NoInit(TorchFunctionMode):
 def check(model: nn.Module, state: State, path: str | Path, left: list[str] | None = None) -> None:
     """Refuse a state that is not exactly the model's, listing both sides."""
     wanted = model.state_dict()
+    fits = {key: w.shape for key, w in wanted.items()} == {key: w.shape for key, w in state.items()}
+    if left or not fits or not all(w.is_floating_point() for w in state.values()):
+        raise WeightsError(f"{path}: its keys do not fit a {type(model).__name__}: {misfit(wanted, state, left or [])}")
+
+
+def misfit(wanted: State, state: State, left: list[str]) -> str:
+    """What is on one side alone, and what differs."""
     missing = [key for key in wanted if key not in state]
-    extra = [key for key in state if key not in wanted] + (left or [])
+    extra = [key for key in state if key not in wanted] + left
     wrong = [
         f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}"
         for key in wanted
@@ -125,9 +132,7 @@ def check(model: nn.Module, state: State, path: str | Path, left: list[str] | No
         ("of a wrong shape", wrong),
         ("of no floating-point numbers", whole),
     ]
-    if missing or extra or wrong or whole:
-        text = "; ".join(f"{len(keys)} {side}: {sample(keys)}" for side, keys in sides if keys)
-        raise WeightsError(f"{path}: its keys do not fit a {type(model).__name__}: {text}")
+    return "; ".join(f"{len(keys)} {side}: {sample(keys)}" for side, keys in sides if keys)
 
 
 def sample(keys: list[str]) -> str:

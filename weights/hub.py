@@ -25,8 +25,10 @@ def cache() -> Path:
 
 def cached(preset: Preset) -> Path | None:
     """Where a preset's file lies on this machine: in its own revision, or else in the one that was fetched last."""
-    if preset.repo is None:
-        return TREE / preset.file
+    return TREE / preset.file if preset.repo is None else in_cache(preset)
+
+
+def in_cache(preset: Preset) -> Path | None:
     snapshots = cache() / f"models--{preset.repo.replace('/', '--')}" / "snapshots"
     pinned = snapshots / str(preset.revision) / preset.file
     found = [path for path in snapshots.glob(f"*/{preset.file}") if path.is_file()]
@@ -43,10 +45,9 @@ def fetch(preset: Preset) -> Path:
     """
     path = cached(preset) or download(preset)
     if preset.sha256 and (found := model_sha256(path)) != preset.sha256:
-        raise WeightsError(
-            f"{os.path.realpath(path)}: not the published {preset.name}, its SHA-256 is {found[:10]}..., not "
-            f"{preset.sha256[:10]}...: delete it and fetch it anew, or trust it: `{preset.kind}` {path}"
-        )
+        told = f"not the published {preset.name}, its SHA-256 is {found[:10]}..., not {preset.sha256[:10]}..."
+        mend = f"delete it and fetch it anew, or trust it: `{preset.kind}` {path}"
+        raise WeightsError(f"{os.path.realpath(path)}: {told}: {mend}")
     return path
 
 

@@ -92,22 +92,27 @@ TOWERS = (  # image encoders that are not CLIP's vision transformer
 
 def family(state: State) -> str:
     """'SD 1.x', 'SD 2.x', 'SDXL' or another name for the base model that a checkpoint, a folder or a UNet belongs to."""
-
-    def starts(*prefixes: str) -> bool:
-        return any(key.startswith(prefixes) for key in state)
-
     names = "\n".join(key.removeprefix(UNET) for key in state)  # searched as one: key by key takes longer than opening
     for name, sign in OTHERS.items():
         if re.search(sign, names, re.MULTILINE):
             return name
     unet = unet_state(state)
     if "label_emb.0.0.weight" in unet:
-        first, second = "conditioner.embedders.0.", "conditioner.embedders.1."
-        if starts(first) and not starts(second, first + "transformer.") or context_width(unet) == 1280:
-            return "SDXL refiner"
-        return "SD 2.x unCLIP" if "input_blocks.1.1.proj_in.weight" in unet else "SDXL"  # SDXL has no attention there
+        return told_more(state, unet)
     linear = any(w.ndim == 2 for key, w in unet.items() if key.endswith(".1.proj_in.weight"))
-    return "SD 2.x" if linear or starts("cond_stage_model.model.") else "SD 1.x"
+    return "SD 2.x" if linear or starts(state, "cond_stage_model.model.") else "SD 1.x"
+
+
+def told_more(state: State, unet: State) -> str:
+    """As `family`, of those whose UNet is told more than the text (`label_emb`)."""
+    first, second = "conditioner.embedders.0.", "conditioner.embedders.1."
+    if starts(state, first) and not starts(state, second, first + "transformer.") or context_width(unet) == 1280:
+        return "SDXL refiner"
+    return "SD 2.x unCLIP" if "input_blocks.1.1.proj_in.weight" in unet else "SDXL"  # SDXL has no attention there
+
+
+def starts(state: State, *prefixes: str) -> bool:
+    return any(key.startswith(prefixes) for key in state)
 
 
 def unet_state(state: State) -> State:

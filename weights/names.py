@@ -109,10 +109,15 @@ def check_together(found: dict[str, Found]) -> None:
         family = base.families[0].name
         for other in found.values():
             if isinstance(other, Preset) and other.families and not other.goes_with(family):
-                raise WeightsError(
-                    f"`{other.kind}` {other.name} is for {' and '.join(row.name for row in other.families)}, "
-                    f"`base` {base.name} is {family}; for that: {', '.join(names(other.kind, family)) or 'none is published'}"
-                )
+                raise WeightsError(of_another_family(other, base))
     read = isinstance(adapter, Preset) and isinstance(image_encoder, Preset) and adapter.image_encoder
     if read and read != image_encoder.name:
         raise WeightsError(f"`adapter` {adapter.name} reads `image_encoder` {read}; {image_encoder.name} is given")
+
+
+def of_another_family(other: Preset, base: Preset) -> str:
+    family = base.families[0].name
+    return (
+        f"`{other.kind}` {other.name} is for {' and '.join(row.name for row in other.families)}, "
+        f"`base` {base.name} is {family}; for that: {', '.join(names(other.kind, family)) or 'none is published'}"
+    )
