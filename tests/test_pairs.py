@@ -426,7 +426,7 @@ def test_names_with_line_breaks_do_not_break_lines(tmp_path):
     assert pairs.told() == f"1 left out of the data; the first: {tmp_path}/in/a\\nb.png: no caption"
     with pytest.raises(BadSample) as error:
         pairs[0]
-    assert "\n" not in str(error.value) and "d.png: not a picture" in str(error.value)
+    assert "\n" not in str(error.value) and "d.png: the file is empty" in str(error.value)
 
 
 def test_imagefolder(tmp_path):
@@ -632,11 +632,14 @@ def test_a_root_for_the_relative_paths_of_lists(tmp_path, given):
 
 BROKEN_LISTS = {
     "dict.json": ('{"image_file": "a.png", "text": "x"}', r"dict\.json: not a list of .* is a \.jsonl$"),
-    "lines.json": ('{"image_file": "a.png"}\n{"image_file": "b.png"}', r"lines\.json: not JSON \(Extra data"),
+    "lines.json": (
+        '{"image_file": "a.png"}\n{"image_file": "b.png"}',
+        r"no pair to use: .*entry 1: no caption, and 1 more$",
+    ),
     "empty.json": ("", r"empty\.json: not JSON"),
     "none.json": ("[]", r"none\.json: no pair to use"),
     "strings.json": ('["a.png"]', r"strings\.json: entry 1 is not \{\"image_file\": "),
-    "other.jsonl": ('{"image_file": "a.png", "text": "x"}\n{"file": "b.png"}', r"other\.jsonl: line 2 is not "),
+    "other.jsonl": ('{"image_file": "a.png", "text": "x"}\n{"thing": "b.png"}', r"other\.jsonl: line 2 is not "),
     "cut.jsonl": ('{"image_file": "a.png", "text": "x"}\n{"image_fi', r"cut\.jsonl: line 2: not JSON"),
     "digits.json": ('[{"image_file": "a.png", "text": ' + "9" * 5000 + "}]", r"digits\.json: not JSON \(Exceeds"),
     "deep.json": ("[" * 100_000, r"deep\.json: not JSON \("),
@@ -650,6 +653,65 @@ BROKEN_LISTS = {
         r"no pair to use: .*line 1: no caption, and 1 more$",
     ),
 }
+
+
+AS_OTHERS_WRITE = {  # the same two pictures with the same two captions
+    "open_clip.csv": "filepath\ttitle\na.png\tx\nb.png\ty\n",
+    "spaced.csv": "Image Path, Prompt\na.png, x\nb.png, y\n",
+    "flickr.txt": "image_name| comment_number| comment\na.png| 0| x\nb.png| 0| y\n",
+    "kohya.json": '{"a.png": {"caption": "x", "tags": "1girl"}, "b": {"caption": "y"}}',
+    "named.json": '{"a.png": "x", "b.png": ["y"]}',
+    "inside.json": '{"version": 1, "data": [{"img": "a.png", "text": "x"}, {"img": "b.png", "text": "y"}]}',
+    "lines.json": '{"image": "a.png", "text": "x"}\n{"image": "b.png", "text": "y"}\n',
+    "list.jsonl": '[{"image": "a.png", "text": "x"}, {"image": "b.png", "text": "y"}]',
+    "commas.jsonl": '{"image": "a.png", "text": "x"},\n{"image": "b.png", "text": "y"},\n',
+    "stems.csv": "file_name,text\na,x\n/b.png,y\n",
+}
+
+
+@pytest.mark.parametrize("name", AS_OTHERS_WRITE)
+def test_lists_as_others_write_them(tmp_path, name):
+    folder = write_files(tmp_path, {"a.png": png(1), "b.png": png(2), name: AS_OTHERS_WRITE[name].encode()})
+    assert [row[1:] for row in contents(open_pairs(folder / name))] == [(1, "x"), (2, "y")]
+
+
+def test_quotation_marks_that_nothing_closes(tmp_path):
+    files = {"a.png": png(1), "b.png": png(2), "c.png": png(3)}
+    table = b'file_name\ttext\na.png\t"x\nb.png\t5" y\nc.png\t"two\nlines"\n'
+    folder = write_files(tmp_path, files | {"t.tsv": table, "c.csv": b'file_name,text\na.png,"x\nb.png,y\n'})
+    assert [row[2] for row in contents(open_pairs(folder / "t.tsv"))] == ['"x', '5" y', "two\nlines"]
+    with pytest.raises(DataError, match=r"c\.csv: line 2: a quotation mark is opened there, and never closed"):
+        open_pairs(folder / "c.csv")
+
+
+def test_a_list_of_which_no_picture_is_there_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("file_name,text\n" + "https://a.b/c.png,x\n" * 3)
+    with pytest.raises(DataError, match=r"x\.csv: none of its 3 pictures is there .*`data_root`; what lies at URLs"):
+        open_pairs(tmp_path / "x.csv")
+
+
+def test_captions_beside_as_others_write_them(tmp_path):
+    """photo.png.txt; JSON that is a string or a list; Flickr's captions.txt beside a folder; what systems put there besides."""
+    files = {
+        "a.png": png(1),
+        "a.png.txt": b"x",
+        "b.png": png(2),
+        "b.json": b'["y", "z"]',
+        "c.png": png(3),
+        "c.json": b'"w"',
+    }
+    junk = {"@eaDir/a.png": png(9), "__MACOSX/b.png": png(9), "._a.png": b"", "Thumbs.db": b""}
+    pairs = open_pairs(write_files(tmp_path / "in", files | junk), uncaptioned=True)
+    assert [pair.texts for pair in pairs] == [("x",), ("y", "z"), ("w",)] and not pairs.told()
+    table = b"image,caption\na.png,x\na.png,y\n"
+    assert [
+        pair.texts for pair in open_pairs(write_files(tmp_path / "f", {"Images/a.png": png(1), "captions.txt": table}))
+    ] == [("x", "y")]
+
+
+def test_named_fields_of_a_sample_in_a_shard(tmp_path):
+    files = {"1.image.png": png(1), "1.caption.txt": b"x", "2.image.png": png(2), "2.json": b'{"caption": "y"}'}
+    assert contents(open_pairs(write_tar(tmp_path / "s.tar", files))) == [("1", 1, "x"), ("2", 2, "y")]
 
 
 @pytest.mark.parametrize("name", BROKEN_LISTS)
@@ -692,7 +754,7 @@ def test_captions_and_lists_in_other_encodings(tmp_path, encoding):
 def test_a_sample_that_cannot_be_read_is_named_when_it_is_asked_for(tmp_path):
     bad = {
         "cut": (png(1)[:-30], "txt", b"x", "the picture is damaged or cut short"),
-        "empty": (b"", "txt", b"x", "not a picture"),
+        "empty": (b"", "txt", b"x", "the file is empty"),
         "latin": (png(1), "txt", png(1), "the caption is not text"),
         "marked": (png(1), "txt", b"\xff\xfea", "the caption is not the UTF-16 that it begins as"),
         "mute": (png(1), "json", b'{"style": "x"}', 'the JSON has no "text" or "caption"'),
@@ -742,7 +804,7 @@ REFUSED = {
     "*.parquet": r"\*\.parquet: matches nothing$",
     "{0..3}.tar": r"0\.tar: no such file or folder$",
     "{3..0}.tar": r"\{3\.\.0\}\.tar: ",
-    "a.zip": r"a\.zip: a file of an unknown kind; a folder of pictures .* is wanted$",
+    "a.zip": r"a\.zip: an archive; give the folder that was in it, unpacked$",
     "empty": r"empty: no pair to use: no pictures \(jpg, .*\) in it$",
     "bare": r"bare: no pair to use: .*bare/a\.png: no caption, and 1 more$",
     "bare.tar": r"bare\.tar: no pair to use: .*bare\.tar: a: no caption$",

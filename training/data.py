@@ -22,6 +22,33 @@ from training.references import References
 from training.remote import braces, is_remote
 from training.shards import SHARDS, add_shard
 
+OTHERS = {  # forms that are not read, by how a name ends
+    (
+        ".parquet",
+        ".arrow",
+        ".feather",
+    ): "a table of Parquet or Arrow; write it as .jsonl, and its pictures as files or .tar shards",
+    (
+        ".tar.bz2",
+        ".tbz",
+        ".tbz2",
+        ".tar.xz",
+        ".txz",
+        ".tar.zst",
+        ".tzst",
+    ): "a tar packed by bzip2, xz or zstd; gzip or none is read",
+    (".zip", ".7z", ".rar"): "an archive; give the folder that was in it, unpacked",
+    (
+        ".tfrecord",
+        ".h5",
+        ".hdf5",
+        ".mdb",
+        ".lmdb",
+        ".npz",
+        ".npy",
+    ): "a form of other programs; give files or .tar shards",
+    tuple(f".{suffix}" for suffix in PICTURES): "a picture; give its folder, or a list that names it",
+}
 FORMS = (
     "a folder of pictures with .txt, .json or .caption beside them or metadata.jsonl among them, .tar or .tar.gz shards "
     "or a folder of these, or a .json, .jsonl or .csv list"
@@ -102,7 +129,10 @@ def add(pairs: Pairs, path: str, data_root: str | Path | None, seen: set[str] | 
         elif path.lower().endswith(LISTS):
             add_list(pairs, path, data_root, seen, bare)
         else:
-            raise DataError(f"{path}: a file of an unknown kind; {FORMS} is wanted")
+            unknown = f"a file of an unknown kind; {FORMS} is wanted"
+            raise DataError(
+                f"{path}: {next((kind for ends, kind in OTHERS.items() if path.lower().endswith(ends)), unknown)}"
+            )
     except OSError as error:
         raise DataError(f"{path}: cannot be indexed ({error.strerror or error})") from None
 

@@ -11,7 +11,10 @@ from training.captions import BESIDE, GUESS, DataError, Entry, encoding_of, list
 from training.pairs import BARE, GUESSED, LISTED, PICTURES, UNREAD, WHOLE, Pairs, Row
 from training.shards import SHARDS, add_shard
 
-METADATA = ("metadata.jsonl", "metadata.csv")  # in a folder, of its pictures and those of the folders in it
+# Lists in a folder, of its pictures and those of the folders in it: Hugging Face's, Flickr's, kohya's.
+METADATA = re.compile(r"(metadata|captions?|meta_cap)\.(jsonl|json|csv|tsv|txt)")
+JUNK = ("@eaDir", "__MACOSX", "lost+found")  # folders that systems make: of thumbnails, of what zip files had besides
+FEW, FIRST = 3, 100  # entries of a list: of so many one picture at least is to be there
 
 
 def add_folder(pairs: Pairs, root: str, bare: bool) -> None:
@@ -21,10 +24,11 @@ def add_folder(pairs: Pairs, root: str, bare: bool) -> None:
         told |= captions_in(pairs, path, coco_pictures(path))
     for folder, files in walk(root, onerror=lambda error: pairs.skip(str(error))):
         here, beside, taken, unread = os.path.abspath(folder), {}, {}, []
-        for file in set(METADATA) & set(files):
-            told |= captions_in(pairs, os.path.join(folder, file), here)
         for stem, suffix in map(os.path.splitext, files):
             beside.setdefault((stem, suffix[1:].lower()), suffix[1:])
+        for file in filter(METADATA.fullmatch, files):
+            if not any((os.path.splitext(file)[0], kind) in beside for kind in PICTURES):
+                told |= captions_in(pairs, os.path.join(folder, file), here)
         for file in files:
             path, (stem, suffix) = os.path.join(folder, file), os.path.splitext(file)
             texts, references = told.pop(os.path.join(here, file), (None, None))
@@ -37,6 +41,9 @@ def add_folder(pairs: Pairs, root: str, bare: bool) -> None:
                 pictures += 1
                 name = os.path.relpath(os.path.join(folder, stem), root)
                 written = next((beside[stem, kind] for kind in BESIDE if (stem, kind) in beside), None)
+                if not written:  # photo.jpg.txt
+                    kind = next((beside[file, kind] for kind in BESIDE if (file, kind) in beside), None)
+                    written = kind and f"{suffix[1:]}.{kind}"
                 if taken.setdefault(stem, file) != file:
                     pairs.skip(f"{path}: {taken[stem]} has the same name")
                 else:
@@ -66,7 +73,7 @@ def walk(root: str, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, l
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            inside = sorted(name for name in folders if not name.startswith("."))
+            inside = sorted(name for name in folders if not name.startswith(".") and name not in JUNK)
             links = [name for name in inside if os.path.islink(os.path.join(folder, name))]
             tops += [os.path.join(folder, name) for name in links]
             folders[:] = [name for name in inside if name not in links]
@@ -79,6 +86,11 @@ def captions_in(pairs: Pairs, path: str, root: str) -> dict[str, tuple[tuple[int
     try:
         for _, name, texts, references, _ in entries(pairs, path):
             if texts:
+                if not found and not os.path.exists(
+                    os.path.join(root, name)
+                ):  # perhaps they lie one folder further down
+                    inner = sorted(entry.path for entry in os.scandir(root) if entry.is_dir())
+                    root = next((place for place in inner if os.path.exists(os.path.join(place, name))), root)
                 picture = os.path.normpath(os.path.join(root, name))
                 before = found.get(picture, ((), ()))
                 found[picture] = before[0] + texts, before[1] + tuple(os.path.join(root, one) for one in references)
@@ -115,10 +127,16 @@ def entries(pairs: Pairs, path: str) -> Iterator[Entry]:
 
 def add_list(pairs: Pairs, path: str, data_root: str | Path | None, seen: set[str] | None, bare: bool) -> None:
     root = data_root or coco_pictures(path) or os.path.dirname(path)
-    for where, name, texts, references, face in entries(pairs, path):
-        if "\\" in name and not os.path.exists(os.path.join(root, name)):  # the list was made on Windows
-            name = name.replace("\\", "/")
+    absent: list[str] = []
+    number = 0
+    for number, (where, name, texts, references, face) in enumerate(entries(pairs, path), 1):
         picture = os.path.join(root, name)
+        if (number <= FIRST or "\\" in name or "." not in name[-6:]) and not os.path.exists(picture):
+            name = renamed(root, name)
+            picture = os.path.join(root, name)
+            absent += [] if os.path.exists(picture) else [picture]
+        if number == FIRST == len(absent):
+            break
         if seen is not None and (texts or bare):
             if picture in seen:
                 continue
@@ -127,6 +145,17 @@ def add_list(pairs: Pairs, path: str, data_root: str | Path | None, seen: set[st
         add_picture(pairs, name, picture, where, None, pairs.keep(texts), bare, others)
         if face and len(pairs) > before:
             pairs.faces[before] = pairs.strings.append(os.path.join(root, face))
+    if number == len(absent) >= FEW:
+        remote = "; what lies at URLs is downloaded first, by img2dataset say" * ("://" in absent[0])
+        few = f"none of its {'first ' * (number == FIRST)}{number} pictures is there ({absent[0]})"
+        raise DataError(f"{path}: {few}; paths start at the list's own folder, or at `data_root`{remote}")
+
+
+def renamed(root: str, name: str) -> str:
+    """What may be meant by a name that is not there: a path of Windows, one from the root, one without suffix."""
+    name = name.replace("\\", "/")
+    meant = (name, name.lstrip("/"), *(f"{name}.{suffix}" for suffix in PICTURES))
+    return next((one for one in meant if os.path.exists(os.path.join(root, one))), name)
 
 
 def add_picture(

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+from collections.abc import Iterable
 
 from training.captions import BESIDE
 from training.pairs import BARE, LISTED, PICTURES, UNREAD, Pairs, Row
@@ -55,13 +56,20 @@ def add_shard(pairs: Pairs, path: str, bare: bool) -> None:
         waiting.pop(last, None)  # its caption may have been behind the cut
     samples = {pairs.names[i] for i in range(before, len(pairs))} if dotted else set()
     for key in list(dotted):
-        folder, slash, base = key.rpartition("/")
-        sample = folder + slash + base.partition(".")[0]
+        sample = sample_of(key)
         if sample in samples or "picture" in waiting.get(sample, {}) or (flaw and sample == last):
             del dotted[key]
         settle(dotted, key)
     if flaw:
         pairs.skip(f"{path}: {flaw} after {len(pairs) - before} samples")
+    for sample, keys in by_sample(dotted).items():  # 0001.image.jpg and 0001.caption.txt: named fields of one sample
+        if sum("picture" in dotted[key] for key in keys) == 1:
+            fields = {kind: span for key in keys for kind, span in dotted[key].items()} | waiting.get(sample, {})
+            settle(whole := {sample: fields}, sample)
+            for key in keys if not whole else ():
+                del dotted[key]
+            if not whole:
+                waiting.pop(sample, None)
     for key, group in [*waiting.items(), *dotted.items()]:
         if "picture" in group and bare:
             pairs.add(key, Row(string, *group["picture"], 0, 0, pairs.suffix(LISTED)))
@@ -70,6 +78,19 @@ def add_shard(pairs: Pairs, path: str, bare: bool) -> None:
             pairs.skip(f"{path}: {key}: no caption")
         elif "unread" in group:
             pairs.skip(f"{path}: {key}: a picture of a kind that cannot be read ({', '.join(PICTURES)} can)")
+
+
+def sample_of(name: str) -> str:
+    """All up to the first dot of its last part."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def by_sample(keys: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        found.setdefault(sample_of(key), []).append(key)
+    return found
 
 
 def role(suffix: str) -> str | None:
