@@ -1,6 +1,7 @@
 """Flags: a parser that says mistakes in one line, groups of flags, what flags take, and those that several scripts have."""
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -26,7 +27,16 @@ class Parser(argparse.ArgumentParser):
             dashed := [word for word in sys.argv[1:] if re.match(r"-[^-\d]", word)]
         ):
             message += f"; a value that begins with - is given as --flag={dashed[0]}, a file as ./{dashed[0]}"
+        elif strangers := re.match("unrecognized arguments: (.+)", message):
+            message += self.meant(strangers[1].split())
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+    def meant(self, words: Sequence[str]) -> str:
+        """What unknown words may stand for."""
+        if not words[0].startswith("--"):
+            return "; a text of several words stands in quotation marks"
+        near = difflib.get_close_matches(words[0].replace("_", "-"), self._option_string_actions, n=2)
+        return f"; near it {' and '.join(near)}" if near else ""
 
     def given(self, opener: str) -> set[str]:
         """The names of the flags that stand before the first group, or in one that this flag began."""

@@ -13,7 +13,7 @@ from PIL import Image
 from cli.flags import check_writable, weighted
 from cli.groups import Group, hints_of
 from cli.terminal import picture
-from files.errors import UserError
+from files.errors import UserError, brief
 from files.faces import read_embedding
 from files.features import Features, is_features, read_features
 from files.masks import open_mask
@@ -268,7 +268,7 @@ def said(asked: Mapping[str, object], run: int, seconds: float) -> str:
         found.append(f"image prompt {names} (scale {strengths})")
     for net in asked["nets"]:
         found.append(f"structure of {', '.join(name or asked['init'] for name in hints_of(net))} by {net.control}")
-    found += [f"text {asked['prompt']!r}"] if asked["prompt"] else []
+    found += [f"text {brief(asked['prompt'])!r}"] if asked["prompt"] else []
     steps = asked["steps"] if run == asked["steps"] else f"the last {run} of {asked['steps']}"
     how = f"{steps} steps of {asked['sampler']}, seed {asked['seed']}, {seconds:.1f} s"
     return f"{' and '.join(found)}: {how}"

@@ -28,6 +28,19 @@ MISSING = 0.2  # share of a picture that may be missing below
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd tags and large sizes, which are dealt with here
 
+OTHERS = {  # what is taken for a picture, by its first bytes
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "a JPEG XL picture, which Pillow does not read; convert it to JPEG or PNG",
+    rb"\s*(<\?xml[^>]*>\s*)?<svg": "an SVG drawing, which is no picture of pixels; convert it to PNG",
+    rb"\s*<(!DOCTYPE |!doctype )?(html|HTML)|\s*<\?xml": "a web page, not a picture; the download went wrong",
+    rb"%PDF": "a PDF, not a picture; save its page as PNG",
+    rb"version https://git-lfs": "a Git LFS pointer, not the picture; run 'git lfs pull' where it came from",
+    rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ": "a video; save a frame of it as PNG",
+    rb"v/1\x01|#\?RADIANCE": "a picture of light (OpenEXR, Radiance), which Pillow does not read; save it as TIFF or PNG",
+    rb"II\*\0....CR|FUJIFILM|IIRO|IIU\0": "a camera's raw picture; develop it, and save it as TIFF, JPEG or PNG",
+    rb"\x93NUMPY": "an array of NumPy's; save it as PNG",
+    rb"\0{64}": "begins with zeros; the download is not finished, or the disk lost it",
+}
+
 
 class PictureError(UserError):
     """A picture that cannot be used; the message is one line that names the file."""
@@ -174,15 +187,17 @@ def unsigned(image: Image.Image) -> Image.Image:
 def unknown(source: BinaryIO) -> str:
     """What to tell of bytes that Pillow does not take for a picture."""
     source.seek(0)
-    start = source.read(12)
+    start = source.read(64)
     if not start:
         return "the file is empty"
     if found := HEIF.match(start):
         if b"avi" in found[1] and "AVIF" not in Image.OPEN:
             return "an AVIF picture, which Pillow reads from 11.3 on: pip install -U pillow, or convert it to JPEG"
-        if "HEIF" not in Image.OPEN:
+        if b"avi" not in found[1] and "HEIF" not in Image.OPEN:
             return "a HEIC picture: pip install pillow-heif, or convert it to JPEG"
         return "the picture is damaged or cut short"
+    if kind := next((kind for sign, kind in OTHERS.items() if re.match(sign, start, re.DOTALL)), None):
+        return kind
     if start[:4] in (b"II*\0", b"MM\0*"):
         return "a TIFF of a kind that Pillow cannot read (floating-point colours?); save it with 8 or 16 bits a channel"
     return "not a picture that Pillow can read (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)"

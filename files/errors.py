@@ -26,6 +26,11 @@ def printable(message: str) -> str:
     return message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
 
 
+def brief(text: str, most: int = 200) -> str:
+    """Both ends of a long text."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
 class Notice(UserWarning):
     """Something that was done otherwise than asked for, or that had to be left out; named as in a `UserError`."""
 

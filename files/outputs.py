@@ -53,7 +53,7 @@ def reserved(
         raise UserError(f"`output` {output}: a folder is wanted, in which results are named after pictures")
     if named and os.path.isdir(output):
         raise UserError(f"`output` {output}: a folder; folders whose names end in {kind} are not taken")
-    if not named and kind in Image.registered_extensions() and not os.path.isdir(output):
+    if not named and (kind in Image.registered_extensions() or str(output) == "-") and not os.path.isdir(output):
         raise UserError(f"`output` {output}: a name that ends in {', '.join(WRITTEN)}, or a folder, is wanted")
     folder = output.parent if named else output
     try:
@@ -67,7 +67,7 @@ def reserved(
         else:
             made = names = take_number(folder, count, grid, attention)
     except OSError as error:
-        raise UserError(f"`output` {output}: cannot write there ({error.strerror})") from None
+        raise UserError(f"`output` {output}: cannot write there ({hindrance(folder, error)})") from None
     try:
         yield names
     finally:
@@ -75,6 +75,12 @@ def reserved(
         with suppress(OSError):  # one that is not empty stays, and so do those above it
             for place in new:
                 place.rmdir()
+
+
+def hindrance(folder: Path, error: OSError) -> str:
+    """What is in the way of a folder, in words."""
+    file = next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None)
+    return f"{file} is not a folder" if file else str(error.strerror)
 
 
 def spread(firsts: list[Path], count: int, grid: bool, attention: bool = False) -> list[Path]:

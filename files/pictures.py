@@ -78,6 +78,8 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
 
 def unopened(source: str | Path, error: Exception) -> str:
     """What to tell of a file that cannot be opened."""
+    if re.match(r"file:/", str(source)):
+        return "the address of a file; its path alone is wanted"
     if re.match(r"\w\w+:/", str(source)):
         return "a URL, not a file; download the picture first"
     if isinstance(error, ValueError):  # a name that no file can have

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip.encode import Text, Weigh, from_empty, times_weight
 from clip.tokenizer import CHUNK, END, decode, encode, words
-from files.errors import Notice, UserError
+from files.errors import Notice, UserError, brief
 from generate.models import Models
 from generate.syntax import EMBEDDING, SYNTAXES, parts, told
 from weights.inversion import Embedding
@@ -164,7 +164,7 @@ def words_of(
 
 def tell_cut(name: str, tokens: Sequence[int]) -> None:
     rest = decode([token for token in tokens[CHUNK:] if token >= 0])
-    line = f"`{name}` is longer than 75 tokens; cut off: {rest!r}; `long_prompt` reads it in chunks"
+    line = f"`{name}` is longer than 75 tokens; cut off: {brief(rest)!r}; `long_prompt` reads it in chunks"
     warnings.warn(Notice(line), stacklevel=5)
 
 

@@ -187,7 +187,7 @@ FAULTS = {
     "folder": "a folder, not a picture",
     "empty": "the file is empty",
     "text": "not a picture",
-    "zeros": "not a picture",
+    "zeros": "begins with zeros; the download is not finished",
     "only a signature": "not a picture",
     "damaged": "damaged or cut short",
     "cut PNG": "damaged or cut short",
@@ -244,6 +244,24 @@ def test_a_binary_stream_is_a_picture(tmp_path):
     os.close(writing)
     assert opened(f"/dev/fd/{reading}") == rows([RED, BLUE])
     os.close(reading)
+
+
+NO_PICTURES = {
+    b"\xff\x0a" + bytes(20): "a JPEG XL picture",
+    b"<?xml version='1.0'?>\n<svg xmlns='x'/>": "an SVG drawing",
+    b"<!DOCTYPE html><html>404</html>": "a web page",
+    b"version https://git-lfs.github.com/spec/v1": "a Git LFS pointer",
+    b"\0\0\0\x18ftypmp42" + bytes(20): "a video",
+    b"II*\0\x10\0\0\0CR\2\0" + bytes(90): "a camera's raw picture",
+    b"\0\0\0\x1cftypavif\0\0\0\0avifmif1" + bytes(40): "damaged or cut short",
+}
+
+
+@pytest.mark.parametrize("content", NO_PICTURES, ids=NO_PICTURES.get)
+def test_what_is_taken_for_a_picture_is_called_what_it_is(tmp_path, content):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(PictureError, match=rf"x\.jpg: .*{NO_PICTURES[content]}"):
+        open_picture(tmp_path / "x.jpg")
 
 
 @pytest.mark.parametrize("given, told", [(b"text", "not a picture"), (b"", "the file is empty")])

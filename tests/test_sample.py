@@ -242,7 +242,18 @@ MISTAKES = {
         "--output x.gif: a name that ends in .png, .jpg, .jpeg, .webp, or a folder,",
     ),
     "output under a file": (["--output", "text.png/x.png"], "--output text.png/x.png: cannot write there"),
-    "unknown flag": (["--steeps", "3"], "unrecognized arguments: --steeps 3"),
+    "unknown flag": (["--steeps", "3"], "unrecognized arguments: --steeps 3; near it --steps"),
+    "a flag spelt otherwise": (["--guidance_scale", "3"], "--guidance_scale 3; near it --guidance-scale"),
+    "words without marks": (
+        ["--prompt", "a", "red", "fox"],
+        "red fox; a text of several words stands in quotation marks",
+    ),
+    "stdout as a folder": (["--prompt", "x", "--output", "-"], "--output -: a name that ends in .png"),
+    "a file as a folder": (["--prompt", "x", "--output", "/dev/null"], "(/dev/null is not a folder)"),
+    "a file's address": (
+        ["--image", "file:///a.png"],
+        "file:///a.png: the address of a file; its path alone is wanted",
+    ),
 }
 
 
