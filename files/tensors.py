@@ -62,8 +62,10 @@ def read(path: str | Path) -> State:
         state = read_other(path, error)
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
+    names = "\n".join(state)  # searched as one: key by key takes as long as opening
     for sign, kind in QUANTISED.items():
-        if mark := next((key for key in state if re.search(sign, key)), None):
+        if found := re.search(sign, names, re.MULTILINE):
+            mark = next(key for key in state if found[0] in key)
             told = f"{kind} are not read (it has {mark}); plain fp16, bf16, fp32 or fp8 ones are wanted"
             raise WeightsError(f"{path}: {told}")
     return unwrapped(state)

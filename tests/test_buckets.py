@@ -1,6 +1,5 @@
 """Pictures as they are: sizes near their own proportions, batches of one size each, crops and flips by place."""
 
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import environment, free_port, started
 from test_pairs import write_tar
-from test_train import QUICK, command, log, same, state, train
+from test_train import QUICK, SCRIPT, log, same, state, train
 
 from training.buckets import Buckets, fitting, groups_of, sizes_for
 from training.data import open_pairs
@@ -153,9 +153,9 @@ def test_a_run_in_buckets_resumed_cached_and_in_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     losses = [[line["loss"] for line in log(tmp_path / name)] for name in ("one", "cached")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    both = command(*flags, tmp_path / "both", "--steps", 4, "--batch-size", 1, processes=2)
-    done = subprocess.run(both, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    flags, port = [*flags, tmp_path / "both", "--steps", 4, "--batch-size", 1], free_port()
+    for process in [started(SCRIPT, *flags, env=environment(rank, port)) for rank in range(2)]:
+        assert (done := process.ended()).returncode == 0, done.stderr[-2000:]
     assert [line["loss"] for line in log(tmp_path / "both")] == pytest.approx(losses[0], rel=1e-3)
     assert state(tmp_path / "both").keys() == state(tmp_path / "one").keys()
 

@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -340,10 +341,9 @@ class Trained(nn.Module):
         self.unet, self.image_proj_model, self.adapter_modules = unet, image_proj, adapter_modules
 
 
-@pytest.mark.parametrize("family", ["SD 1.x", "SDXL"])
-@pytest.mark.parametrize("kind", ["base", "FaceID"])
-@pytest.mark.parametrize("safe", [True, False])
-def test_what_accelerate_saves_of_the_official_trainers(tmp_path, unet, family, kind, safe):
+@pytest.fixture(scope="module", params=product(["SD 1.x", "SDXL"], ["base", "FaceID"]), ids=" ".join)
+def trained(request, unet) -> Trained:
+    family, kind = request.param
     model = unet if family == "SD 1.x" else many_layers()
     context, rank = model.config.context_dim, 4 if kind == "FaceID" else 0
     projection = ImageProjection(96, context, 4) if kind == "base" else FaceProjection(512, context, 4)
@@ -356,20 +356,25 @@ def test_what_accelerate_saves_of_the_official_trainers(tmp_path, unet, family, 
         )
     theirs.set_attn_processor(dict(processors))
     numbered = nn.ModuleList(theirs.attn_processors.values())  # from here their numbers come
-    Accelerator().save_model(randomise(Trained(theirs, projection, numbered), 6), tmp_path, safe_serialization=safe)
+    return randomise(Trained(theirs, projection, numbered), 6)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_what_accelerate_saves_of_the_official_trainers(tmp_path, trained, safe):
+    Accelerator().save_model(trained, tmp_path, safe_serialization=safe)
     found = load_adapter(tmp_path)  # the folder; what lies in it is called model.safetensors or pytorch_model.bin
     state = read(next(tmp_path.glob("*model.*")))
     assert any(key.startswith("adapter_modules.") for key in state) != safe
-    wanted = {f"ip_adapter.{key}": value for key, value in numbered.state_dict().items()}
-    wanted |= {f"image_proj.{key}": value for key, value in projection.state_dict().items()}
+    wanted = {f"ip_adapter.{key}": value for key, value in trained.adapter_modules.state_dict().items()}
+    wanted |= {f"image_proj.{key}": value for key, value in trained.image_proj_model.state_dict().items()}
     assert found.state_dict().keys() == wanted.keys()
     assert all(torch.equal(value, wanted[key]) for key, value in found.state_dict().items())
 
 
 def many_layers() -> UNet:
     """So deep that there is an eleventh block, which by name would come before the second."""
-    depths = {"down": ((0, 0), (1, 1), (11, 11)), "middle": (11, 0), "up": ((11,) * 3, (1,) * 3, (0,) * 3)}
-    return randomise(UNet(replace(NARROW_XL, channels=(64, 64, 64), **depths)), 2)
+    depths = {"down": ((0,), (11,)), "middle": (11, 0), "up": ((11,) * 2, (0,) * 2)}
+    return UNet(replace(NARROW_XL, channels=(32, 64), **depths))
 
 
 def test_an_adapter_converted_by_hand_keeps_the_trainers_names(tmp_path, base_adapter):

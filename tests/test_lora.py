@@ -673,17 +673,17 @@ def test_norms_whole_differences_and_biases_are_added_to_the_unet(tmp_path, unet
         "lora_unet_conv_in.diff_b": draw(32),
     }
     save_file(state, tmp_path / "x.safetensors")
-    ours = copy.deepcopy(unet)
+    ours, before = copy.deepcopy(unet), unet.state_dict()
     undo = merge(ours, [(read_lora(tmp_path / "x.safetensors"), 0.5)], "unet")
     block = "input_blocks.1.1"
     places = {f"{block}.norm.weight": 0, f"{block}.norm.bias": 1, f"{block}.transformer_blocks.0.attn1.to_q.weight": 2}
     places |= {"input_blocks.0.0.weight": 3, "input_blocks.0.0.bias": 4}
     differences = list(state.values())
     for key, value in ours.state_dict().items():
-        wanted = unet.state_dict()[key] + (0.5 * differences[places[key]] if key in places else 0)
+        wanted = before[key] + (0.5 * differences[places[key]] if key in places else 0)
         assert torch.allclose(value, wanted, atol=1e-6), key
     undo()
-    assert all(torch.equal(value, unet.state_dict()[key]) for key, value in ours.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
 
 def test_lycoris_names_are_those_of_kohya(tmp_path, unet, draw):

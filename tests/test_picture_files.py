@@ -4,7 +4,6 @@ import io
 import json
 import os
 import struct
-import subprocess
 import sys
 import types
 import warnings
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
+from processes import started
 
 from files.decoding import LARGE
 from files.fonts import font_files, font_for, lettering, shows, wrapped
@@ -578,8 +578,8 @@ def test_a_large_picture_is_no_word_on_the_screen(tmp_path):
     two_colours(30, 20).save(tmp_path / "x.png")
     code = "from PIL import Image; from files.pictures import open_picture; import sys; Image.MAX_IMAGE_PIXELS = 400; "
     code += "open_picture(sys.argv[1])"
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "x.png"], capture_output=True, check=True)
-    assert run.stderr == b""
+    run = started(code, tmp_path / "x.png").ended()
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_a_jpeg_may_be_larger_than_pillow_takes(tmp_path, monkeypatch):

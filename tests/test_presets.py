@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import huggingface_hub
 import pytest
+from processes import started
 
 from weights import WeightsError, hub, load_adapter, load_image_encoder, open_base, presets
 from weights.hub import cache, cached, fetch, table
@@ -400,7 +401,7 @@ class Hub(BaseHTTPRequestHandler):
                 self.wfile.write(content[:100])
                 self.wfile.flush()
                 Hub.interrupted.set()
-                os.kill(Hub.child.pid, signal.SIGINT)
+                os.kill(Hub.child.process.pid, signal.SIGINT)
                 time.sleep(1)
                 self.close_connection = True
             else:
@@ -454,12 +455,11 @@ def downloads(tmp_path_factory) -> tuple[dict, str, Path]:
         "XDG_CACHE_HOME": str(folder),
         "TQDM_POSITION": "-1",  # a bar although stderr is no terminal
     }
-    command = [sys.executable, "-c", CHILD, SHA256]
-    Hub.child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out, err = Hub.child.communicate(timeout=120)
+    Hub.child = started(CHILD, SHA256, env=env)
+    done = Hub.child.ended()
     server.shutdown()
-    assert Hub.child.returncode == 0, err
-    return json.loads(out), err, folder / "hub"
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr, folder / "hub"
 
 
 def test_a_download_lands_in_the_cache_with_a_bar_and_is_found_there_again(downloads):

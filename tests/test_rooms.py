@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import started
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
@@ -95,8 +96,7 @@ def test_no_room_imports_a_script_or_the_tests(path):
 def test_models_import_without_files_and_pictures():
     """What a port to another backbone takes along needs torch alone."""
     code = "import sys, ipadapter, unet, vae, sampler; print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    loaded = {name.split(".")[0] for name in started(code).ended().stdout.split()}
     assert {"torch", "ipadapter", "unet", "vae", "sampler"} <= loaded
     assert not {"weights", "tiny", "clip", "PIL", "safetensors", "diffusers", "transformers", "torchvision"} & loaded
 
@@ -105,8 +105,8 @@ def test_models_import_without_files_and_pictures():
 def test_all_that_is_run_as_a_module_finds_what_it_imports():
     folders = ("experiments", "benchmarks", "tiny")
     names = sorted(f"{room}.{path.stem}" for room in folders for path in (ROOT / room).glob("[a-z]*.py"))
-    code = f"import importlib; [importlib.import_module(name) for name in {names}]"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    code = f"import importlib, sys; sys.path.remove({str(ROOT / 'tests')!r})\n"
+    run = started(f"{code}[importlib.import_module(name) for name in {names}]").ended()
     assert len(names) > 30 and run.returncode == 0, run.stderr
 
 

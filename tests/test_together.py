@@ -3,15 +3,13 @@
 import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import environment, free_port, started
 from test_buckets import squares_and_wide
-from test_train import QUICK, ROOT, log, train, wait_for_step
+from test_train import QUICK, SCRIPT, log, train, wait_for_step
 
 from files.whole import write_text
 from training.claims import shared
@@ -28,7 +26,7 @@ def make(paths: list[Path], each: float, stale: float) -> None:
             write_text(paths[i], str(os.getpid()))
 
 
-def started(paths: list[Path], each: float, stale: float = 60.0) -> multiprocessing.Process:
+def sharing(paths: list[Path], each: float, stale: float = 60.0) -> multiprocessing.Process:
     process = FORK.Process(target=make, args=(paths, each, stale))
     process.start()
     return process
@@ -36,7 +34,7 @@ def started(paths: list[Path], each: float, stale: float = 60.0) -> multiprocess
 
 def test_files_are_shared_out_and_each_made_once(tmp_path):
     paths = [tmp_path / f"{i}.x" for i in range(8)]
-    processes = [started(paths, 0.05) for _ in range(2)]
+    processes = [sharing(paths, 0.05) for _ in range(2)]
     for process in processes:
         process.join(20)
         assert process.exitcode == 0
@@ -49,7 +47,7 @@ def test_files_are_shared_out_and_each_made_once(tmp_path):
 def test_what_a_dead_process_had_begun_another_makes(tmp_path):
     """At once where it is of this machine; else when it has shown no sign of life for long enough."""
     paths = [tmp_path / f"{i}.x" for i in range(3)]
-    dying = started(paths, 60)
+    dying = sharing(paths, 60)
     while not (tmp_path / "0.claim").exists():
         time.sleep(0.01)
     dying.kill()
@@ -63,7 +61,7 @@ def test_what_a_dead_process_had_begun_another_makes(tmp_path):
 
 def test_who_lives_keeps_its_claim(tmp_path):
     paths = [tmp_path / "0.x"]
-    slow = started(paths, 1.5, stale=0.6)
+    slow = sharing(paths, 1.5, stale=0.6)
     while not (tmp_path / "0.claim").exists():
         time.sleep(0.01)
     os.utime(tmp_path / "0.claim")
@@ -73,38 +71,18 @@ def test_who_lives_keeps_its_claim(tmp_path):
     assert paths[0].read_text() == str(slow.pid)
 
 
-def environment(rank: int, port: int) -> dict[str, str]:
-    """As torchrun starts a process."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return os.environ | {key: str(value) for key, value in told.items()} | {"PYTHONPATH": str(ROOT)}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_line_and_fewer_go_on(tmp_path):
     flags = [*QUICK, "--data", squares_and_wide(tmp_path / "in"), "--output", tmp_path / "run", "--steps", 5000]
     flags = [*map(str, flags), "--save-every", "2"]
     port = free_port()
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *flags],
-            env=environment(rank, port),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    )
+    first, second = (started(SCRIPT, *flags, env=environment(rank, port)) for rank in range(2))
     wait_for_step(3, tmp_path / "run", first)
     second.send_signal(signal.SIGKILL)
-    err = first.communicate(timeout=60)[1]
-    assert first.returncode == 2 and "Traceback" not in err
+    ended = first.ended()
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
     gone = "a process of the run has ended; --resume goes on behind the newest checkpoint, with fewer if need be"
-    assert err.count(gone) == 1
+    assert ended.stderr.count(gone) == 1
     step = max(int(path.stem) for path in (tmp_path / "run/checkpoints").glob("*.safetensors"))
     done = train("--output", tmp_path / "run", "--resume", "--steps", step + 1)
     assert done.returncode == 0, done.stderr
@@ -127,11 +105,12 @@ for _ in range(1000):
 def test_a_process_that_hangs_ends_the_others_too(tmp_path):
     """As one whose machine is gone: nothing tells but that it shows no sign of life."""
     port = free_port()
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first, second = (subprocess.Popen([sys.executable, "-c", HANGS], env=environment(i, port), **how) for i in range(2))
-    assert [process.stdout.readline() for process in (first, second)] == ["ready\n"] * 2
+    both = first, second = [started(HANGS, env=environment(i, port)) for i in range(2)]
+    while not all(process.out.read_text() == "ready\n" for process in both):
+        assert first.poll() is None and second.poll() is None
+        time.sleep(0.01)
     second.send_signal(signal.SIGSTOP)
-    err = first.communicate(timeout=30)[1]
-    second.kill()
-    second.communicate()
-    assert first.returncode == 2 and err.count("a process of the run has ended") == 1 and "Traceback" not in err
+    ended = first.ended()
+    second.send_signal(signal.SIGKILL)
+    assert ended.returncode == 2 and ended.stderr.count("a process of the run has ended") == 1
+    assert "Traceback" not in ended.stderr and second.ended().returncode == -signal.SIGKILL

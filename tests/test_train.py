@@ -23,8 +23,10 @@ import pytest
 import torch
 from counterparts import diffusers_unet, listed_once
 from PIL import Image
+from processes import Started, started
 from safetensors.torch import load_file, save_file
 from test_sample import FAST, sample
+from torch.distributed.run import main as launch
 
 from clip import preprocess, tokenize
 from ipadapter import Prompt
@@ -38,7 +40,9 @@ from weights import load_adapter, load_image_encoder, open_base
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "train.py"
 WEIGHTS = ROOT / "tiny/weights"
+DRAWINGS = str(ROOT / "tiny/data/unseen-things-00000.tar.gz")
 QUICK = ["--resolution", "64", "--batch-size", "2", "--steps", "2", "--validate-every", "0", "--device", "cpu"]
 
 
@@ -57,9 +61,14 @@ def train(*flags: object) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
 
-def command(*flags: object, processes: int = 1) -> list[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*(start if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *map(str, flags)]
+def torchrun(processes: int, *flags: object) -> None:
+    """Its launcher in this process, too; the processes that it starts are anew."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        launch(["--standalone", "--nproc-per-node", str(processes), str(SCRIPT), *map(str, flags)])
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
@@ -71,7 +80,7 @@ def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def wait_for_step(step: int, run: Path, process: subprocess.Popen) -> None:
+def wait_for_step(step: int, run: Path, process: Started) -> None:
     until = time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
         if (run / "log.jsonl").exists() and len((run / "log.jsonl").read_text().splitlines()) >= step:
@@ -89,7 +98,7 @@ def same(a: Path, b: Path) -> bool:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight drawings with captions."""
     folder = tmp_path_factory.mktemp("data")
-    pairs = open_pairs(str(ROOT / "tiny/data/train-*.tar.gz"))
+    pairs = open_pairs(DRAWINGS)
     for i in range(8):
         pairs[i].image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(pairs[i].text)
@@ -172,7 +181,7 @@ def test_validation_and_curve_are_pictures(tmp_path, data, cache, sketched):
     assert np.asarray(Image.open(tmp_path / "run/curve.png").convert("L")).min() == 0
 
 
-def test_the_loss_of_pictures_held_out_is_logged_shown_and_drawn(tmp_path, data, cache):
+def test_the_loss_of_pictures_held_out_is_logged_shown_and_drawn(tmp_path, data, cache, monkeypatch):
     flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--validate-every", 2]
     done = train(*flags, "--validation", data / "0.png", "--limit", 6)
     assert done.returncode == 2 and "a file of an unknown kind" in done.stderr
@@ -195,6 +204,7 @@ def test_the_loss_of_pictures_held_out_is_logged_shown_and_drawn(tmp_path, data,
     drawn = np.asarray(Image.open(next((tmp_path / "drawn").glob("*.png")))).astype(int)
     assert abs(strip[:, :64] - drawn).mean() < 1  # the file of the adapter is in fp16
     (tmp_path / "run/validation/00000002.png").unlink()  # as if it had been killed before they were drawn
+    monkeypatch.setattr("training.validation.STEPS", 4)
     done = train("--output", tmp_path / "run", "--resume", "--steps", 3)
     assert done.returncode == 0 and (tmp_path / "run/validation/00000002.png").exists(), done.stderr
     assert [("held_out" in line, line["step"]) for line in log(tmp_path / "run")] == [
@@ -268,12 +278,12 @@ def test_a_faceid_adapter_with_all_that_can_be_asked_for(tmp_path, data):
     (tmp_path / "list.json").write_text(json.dumps(rows))
     recipe = ["--optimizer", "adafactor", "--loss", "min-snr", "--noise-offset", 0.1, "--storage", "float16"]
     flags = [*QUICK, "--data", tmp_path / "list.json", "--data-root", data, "--kind", "faceid-plusv2", *recipe]
-    assert train(*flags, "--output", tmp_path / "a", "--steps", 3).returncode == 0
+    assert train(*flags, "--output", tmp_path / "a", "--steps", 2).returncode == 0
     assert "3.npy: of shape (100,)" in (tmp_path / "a/skipped.txt").read_text()
-    assert train(*flags, "--output", tmp_path / "b", "--steps", 2).returncode == 0
-    done = train("--output", tmp_path / "b", "--resume", "--steps", 3, "--optimizer", "adamw")
+    assert train(*flags, "--output", tmp_path / "b", "--steps", 1).returncode == 0
+    done = train("--output", tmp_path / "b", "--resume", "--steps", 2, "--optimizer", "adamw")
     assert done.returncode == 2 and "another optimizer (adafactor; now adamw)" in done.stderr
-    assert train("--output", tmp_path / "b", "--resume", "--steps", 3).returncode == 0
+    assert train("--output", tmp_path / "b", "--resume", "--steps", 2).returncode == 0
     assert same(tmp_path / "a", tmp_path / "b")
     made = ["--image", data / "0.png", "--face-embedding", tmp_path / "0.npy", *FAST, "--output", tmp_path / "x.png"]
     done = sample("--adapter", tmp_path / "a/adapter.safetensors", "--faceid-v2", *made)
@@ -285,10 +295,10 @@ def test_a_faceid_adapter_with_all_that_can_be_asked_for(tmp_path, data):
 
 def test_killed_at_any_moment_and_resumed_it_ends_bit_for_bit_the_same(run, data, cache, tmp_path):
     flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--steps", 6, "--save-every", 2]
-    process = subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = started(SCRIPT, *flags)
     wait_for_step(3, tmp_path / "run", process)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.ended().returncode == -signal.SIGKILL
     assert Image.open(tmp_path / "run/curve.png").size == (960, 480)  # as of the checkpoint: a run can be watched
     done = train(*flags, "--resume")
     assert done.returncode == 0, done.stderr
@@ -299,12 +309,12 @@ def test_killed_at_any_moment_and_resumed_it_ends_bit_for_bit_the_same(run, data
 
 def test_ctrl_c_ends_behind_the_step_and_loses_nothing(run, data, cache, tmp_path):
     flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--steps", 6]
-    process = subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = started(SCRIPT, *flags)
     wait_for_step(1, tmp_path / "run", process)
     process.send_signal(signal.SIGINT)
-    err = process.communicate()[1]
-    assert process.returncode == 130
-    assert "--resume goes on behind step" in err and "Traceback" not in err
+    done = process.ended()
+    assert done.returncode == 130
+    assert "--resume goes on behind step" in done.stderr and "Traceback" not in done.stderr
     assert 1 <= len(log(tmp_path / "run")) < 6 and (tmp_path / "run/curve.png").exists()
     assert train(*flags, "--resume").returncode == 0
     assert same(tmp_path / "run", run)
@@ -338,14 +348,7 @@ def test_cached_or_not_and_with_workers_it_is_the_same_run(run, data, tmp_path):
 def test_two_processes_give_the_weights_of_one(data, cache, tmp_path):
     flags = [*QUICK, "--data", data, "--cache", cache, "--steps", 3, "--learning-rate", 1e-4]
     assert train(*flags, "--batch-size", 4, "--output", tmp_path / "one").returncode == 0
-    two = subprocess.run(
-        command(*flags, "--batch-size", 2, "--output", tmp_path / "two", processes=2),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert two.returncode == 0, two.stderr[-2000:]
+    torchrun(2, *flags, "--batch-size", 2, "--output", tmp_path / "two")
     one, two = (
         torch.cat([v.flatten() for k, v in sorted(state(tmp_path / x).items()) if k.startswith("adapter.")])
         for x in ("one", "two")
@@ -568,10 +571,10 @@ def test_a_run_goes_on_with_the_same_data_wherever_they_lie_and_not_with_others(
         (["--base", "sdxl", "--adapter", "plus", "--data", "d"], "--adapter plus is for SD 1.x, --base sdxl is SDXL"),
         (["--base", "sd21", "--data", "d"], "--base sd21: no adapter is published for SD 2.x: --image-encoder FILE"),
         (
-            ["--adapter", "faceid-plus", "--data", "tiny/data"],
+            ["--adapter", "faceid-plus", "--data", DRAWINGS],
             "no face embeddings, which an adapter of the kind faceid-plus",
         ),
-        (["--kind", "faceid", "--data", "tiny/data"], "no face embeddings, which an adapter of the kind faceid reads"),
+        (["--kind", "faceid", "--data", DRAWINGS], "no face embeddings, which an adapter of the kind faceid reads"),
         (
             ["--kind", "faceid", "--image-encoder", "tiny"],
             "--image-encoder: an adapter of the kind faceid reads faces alone",
@@ -581,7 +584,7 @@ def test_a_run_goes_on_with_the_same_data_wherever_they_lie_and_not_with_others(
         (["--noise-offset", "-1"], "--noise-offset: '-1' given, a number, 0 or more, is wanted"),
         (["--adapter", "plus"], "--data is wanted beside --adapter plus, which brings another base"),
         (["--base", "sd15", "--data", "nowhere"], "nowhere: no such file or folder"),
-        (["--validation", "nowhere"], "nowhere: no such file or folder"),
+        (["--data", DRAWINGS, "--validation", "nowhere"], "nowhere: no such file or folder"),
         (["--log", "visdom"], "--log: invalid choice: 'visdom'"),
         (["--schedule", "step"], "--schedule: invalid choice: 'step'"),
     ],
@@ -608,7 +611,7 @@ def test_a_folder_with_a_run_is_not_overwritten(run, data):
         (["--seed", "1"], "has another seed (0; now 1)"),
         (["--resolution", "32"], "has another resolution (64; now 32)"),
         (["--image-encoder", "other.safetensors"], "has another image_encoder (sha256)"),
-        (["--data", "tiny/data"], "has another data"),
+        (["--data", DRAWINGS], "has another data"),
         (["--steps", "3"], "is at step 6 already"),
     ],
 )
@@ -654,11 +657,11 @@ def test_what_is_not_said_anew_is_as_it_was(data, cache, tmp_path):
 def test_a_signal_to_the_whole_group_spares_the_workers(data, tmp_path):
     """As torchrun and schedulers send it."""
     flags = [*QUICK, "--data", data, "--output", tmp_path / "run", "--steps", 2000, "--workers", 1]
-    process = subprocess.Popen(command(*flags), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = started(SCRIPT, *flags, session=True)
     wait_for_step(2, tmp_path / "run", process)
-    os.killpg(process.pid, signal.SIGTERM)
-    err = process.communicate()[1]
-    assert process.returncode == 130 and "Traceback" not in err
+    os.killpg(process.process.pid, signal.SIGTERM)
+    done = process.ended()
+    assert done.returncode == 130 and "Traceback" not in done.stderr
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
 
 

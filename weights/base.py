@@ -17,7 +17,7 @@ from weights.configs import text_config, unet_config, vae_config
 from weights.diffusers import read_folder
 from weights.diffusers_names import from_diffusers
 from weights.families import FAMILIES, SD2, SD2_BASE, TURBO, Family
-from weights.fill import IGNORED, build, fill, peeled, strangers, under
+from weights.fill import IGNORED, blank, build, fill, peeled, strangers, under
 from weights.kinds import AUTOENCODER, UNET, family, what_is
 from weights.lora import LoRA, check, merge
 from weights.settings import MARKS, heed_vae, schedule_of, sd2_predicts_noise
@@ -254,13 +254,13 @@ def parts(state: State, kind: Family) -> dict[str, Part]:
     scale = kind.latent_scale
     unet = {key.replace("time_embed.cond_proj.", "cond_proj."): w for key, w in under(UNET, state).items()}
     found = {
-        "UNet": Part(UNET, unet, lambda part: UNet(unet_config(part))),
+        "UNet": Part(UNET, unet, lambda part: blank(UNet, unet_config(part))),
         "autoencoder": Part(
-            AUTOENCODER, from_diffusers(under(AUTOENCODER, state)), lambda part: VAE(vae_config(part, scale))
+            AUTOENCODER, from_diffusers(under(AUTOENCODER, state)), lambda part: blank(VAE, vae_config(part, scale))
         ),
     }
     for name, tower in zip(("text tower", "second text tower"), kind.text, strict=False):
         prefix = next((p for p in tower.prefixes if any(key.startswith(p) for key in state)), tower.prefixes[0])
         part, quick = text_state(under(prefix, state), tower), tower.quick_gelu
-        found[name] = Part(prefix, part, lambda part, quick=quick: CLIPText(text_config(part, quick)))
+        found[name] = Part(prefix, part, lambda part, quick=quick: blank(CLIPText, text_config(part, quick)))
     return found

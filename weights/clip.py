@@ -11,7 +11,7 @@ from files.tensors import State, WeightsError
 from weights.clip_config import read_config
 from weights.configs import image_config, text_config
 from weights.diffusers import read_part
-from weights.fill import IGNORED, fill
+from weights.fill import IGNORED, blank, fill
 from weights.kinds import no_clip, what_is
 from weights.openclip import CLASS, OPENAI_NUMBERS, clip_names
 
@@ -54,7 +54,7 @@ def load_image_encoder(
     else:
         width = names["vision_model.embeddings.class_embedding"].numel()
         quick_gelu, heads = OPENAI_NUMBERS <= names.keys() or (not openclip and width in OPENAI), None
-    tower = fill(lambda state: CLIPImage(image_config(state, quick_gelu, heads)), inner, path, dtype, device)
+    tower = fill(lambda state: blank(CLIPImage, image_config(state, quick_gelu, heads)), inner, path, dtype, device)
     if said:
         said.check(tower)
     return tower
@@ -97,8 +97,8 @@ def load_clip(
         return told if quick_gelu is None else quick_gelu, config and config.heads
 
     towers = (
-        fill(lambda state: CLIPImage(image_config(state, *settings("image"))), image, path, dtype, device),
-        fill(lambda state: CLIPText(text_config(state, *settings("text"))), text, path, dtype, device),
+        fill(lambda state: blank(CLIPImage, image_config(state, *settings("image"))), image, path, dtype, device),
+        fill(lambda state: blank(CLIPText, text_config(state, *settings("text"))), text, path, dtype, device),
     )
     for config, tower in zip(said.values(), towers, strict=True):
         if config:

@@ -5,7 +5,9 @@ Every key of a file is used, or stands in a short list of what is left aside; an
 
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -61,7 +63,7 @@ def fill(
     make: Callable[[State], nn.Module], state: State, path: str | Path, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
     """Build a model on `meta` and assign it the tensors of a file, one by one brought to dtype and device."""
-    model = build(make, state, path)
+    model = twin(build(make, state, path))
     give_back_freed()
     for key, value in state.items():
         state[key] = value.to(device, dtype, memory_format=layout(value, device))
@@ -97,6 +99,21 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     """A model with the shapes of its tensors and no memory behind them."""
     with torch.device("meta"), NoInit():
         return make()
+
+
+@lru_cache(maxsize=16)
+def blank(kind: type[nn.Module], config: object) -> nn.Module:
+    """A model of this config on `meta`, built once: to be looked at, and to take a twin of."""
+    return on_meta(lambda: kind(config))
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Another module of the same tensors, whose submodules are twins, too: a tenth of the time that building takes."""
+    other, own = type(model).__new__(type(model)), (dict, OrderedDict)  # in which a module keeps its tensors and parts
+    other.__dict__ = {key: value.copy() if type(value) in own else value for key, value in vars(model).items()}
+    for key, part in model._modules.items():
+        other._modules[key] = part and twin(part)
+    return other
 
 
 class NoInit(TorchFunctionMode):
