@@ -1,6 +1,6 @@
 """Whole runs whose image prompts are heard in their own ways, ours and diffusers'; `benchmarks.exact` compares them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,14 +11,19 @@ from torch import nn
 from benchmarks.reference import drawn
 from generate import ImageGroup, Models, pictures, prompts
 
+HEARD = ("two adapters", "style", "masks left and right", "until 0.5")
 
-def runs(models: Models, theirs: nn.Module, seen: Image.Image, **how: object) -> Iterator[tuple[str, object, object]]:
+
+def runs(
+    models: Models, theirs: nn.Module, seen: Image.Image, names: Sequence[str] = HEARD, **how: object
+) -> Iterator[tuple[str, object, object]]:
     """(what it is, our picture, theirs).
 
     Args:
         models: with the base adapter and the plus adapter.
-        theirs: diffusers' pipeline without an adapter; afterwards it has one, the plus adapter.
+        theirs: diffusers' pipeline without an adapter; after all of the runs it has one, the plus adapter.
         seen: the image prompt.
+        names: of the runs.
         how: text, negative, seed, side, steps, guidance.
     """
     text, negative, seed, side, steps, guidance = how.values()
@@ -52,7 +57,8 @@ def runs(models: Models, theirs: nn.Module, seen: Image.Image, **how: object) ->
         ),
     }
     attached = None
-    for name, (groups, files, images, scale, more) in cases.items():
+    for name in names:
+        groups, files, images, scale, more = cases[name]
         if files != attached:
             names = {"subfolder": [""] * len(files), "weight_name": [file.name for file in files]}
             theirs.load_ip_adapter([str(file.parent) for file in files], **names, image_encoder_folder=None)

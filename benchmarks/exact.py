@@ -2,7 +2,7 @@
 
     python -m benchmarks.exact              full size: SD 1.5 and ViT-H/14; minutes, 14 GB of memory
     python -m benchmarks.exact --narrow     the same at small widths, whole runs at 128x128; seconds
-    python -m benchmarks.exact --only "ControlNet" "T2I-Adapter"      these whole runs, a side at a time: 12 GB
+    python -m benchmarks.exact --only "ControlNet" "T2I-Adapter"      these whole runs, a side at a time: 9 GB
 
 Needs diffusers, transformers, accelerate and open_clip_torch; downloads nothing. Both sides read the same files
 through their own loaders. Prints what was found and what is allowed; the exit code is 1 if anything is out of bounds.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks import controlled, reference
 from benchmarks import structured as structures
+from benchmarks.controlled import HEARD
 from benchmarks.reference import FULL, NARROW, Files, Sizes, distance
 from benchmarks.structured import EDITING, STRUCTURE, Asked
 from clip import CLIPImage, CLIPText, preprocess, tokenize
@@ -70,14 +71,21 @@ def run(narrow: bool = False, folder: Path | None = None, only: Sequence[str] = 
     with torch.no_grad():
         files = reference.write(folder, sizes)
         whole = chain(open_clip_layout(files, sizes), against_diffusers(files))
-        some = tuple(name for name in STRUCTURE + EDITING if name in only)  # the last is that which alters the UNet
-        for row in structured(files, some) if only else whole:
+        for row in some(files, only) if only else whole:
             print(
                 f"{row.item:42} {row.found:9.2e}  allowed {row.allowed:7.0e}  {'ok' if row.ok else 'OUT OF BOUNDS'}",
                 flush=True,
             )
             rows.append(row)
     return rows
+
+
+def some(files: Files, only: Sequence[str]) -> Iterator[Row]:
+    """Whole runs of these names, in the order of the tables: the last of them alters the UNet."""
+    if names := tuple(name for name in HEARD if name in only):
+        yield from heard(reference.pipeline(files), files, names)
+    if names := tuple(name for name in STRUCTURE + EDITING if name in only):
+        yield from structured(files, names)
 
 
 def open_clip_layout(files: Files, sizes: Sizes) -> Iterator[Row]:
@@ -156,12 +164,12 @@ def against_diffusers(files: Files) -> Iterator[Row]:
     yield from structured(files, STRUCTURE + EDITING, theirs)
 
 
-def heard(theirs: nn.Module, files: Files) -> Iterator[Row]:
+def heard(theirs: nn.Module, files: Files, names: Sequence[str] = HEARD) -> Iterator[Row]:
     """Whole runs with two adapters, in some layers, in parts of the picture, in some steps; the plus adapter stays."""
     named = files.base, [files.adapter, files.plus], files.image_encoder
     models = open_models(*named, device="cpu", dtype="float32", keep=False)
     how = {"text": TEXT, "negative": NEGATIVE, "seed": SEED, "side": files.side, "steps": STEPS, "guidance": GUIDANCE}
-    for name, ours, found in controlled.runs(models, theirs, open_picture(files.picture), **how):
+    for name, ours, found in controlled.runs(models, theirs, open_picture(files.picture), names, **how):
         yield Row(f"run, {name}: pixels", steps_apart(ours, found), PIXELS)
 
 
@@ -235,7 +243,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--narrow", action="store_true", help="small widths")
     parser.add_argument("--folder", type=Path, help="keep the weight files here (4 GB at full size)")
-    parser.add_argument("--only", nargs="+", choices=STRUCTURE + EDITING, default=(), help="these whole runs alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=HEARD + STRUCTURE + EDITING, default=(), help="these whole runs alone"
+    )
     args = parser.parse_args()
     return 0 if all(row.ok for row in run(args.narrow, args.folder, args.only)) else 1
 

@@ -13,7 +13,6 @@ import torch
 from counterparts import (
     Twin,
     assert_same_picture,
-    diffusers_unet,
     diffusers_unet_with,
     listed_once,
     opened,
@@ -37,6 +36,7 @@ from diffusers import T2IAdapter as TheirT2IAdapter
 from narrow import NARROW_SD2, NARROW_UNET, NARROW_XL
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from test_memory import BOUNDS, rounded
 from test_sample import sample
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, layer_norm, pixel_unshuffle, relu
@@ -49,13 +49,14 @@ from files.errors import Notice, UserError
 from files.pictures import read_settings
 from generate import Hint, pictures, prompts
 from generate.picture import decode
-from ipadapter import Prompt, prepared
+from ipadapter import ImageProjection, IPAdapter, Prompt, prepared
 from unet import UNetConfig
 from weights import Base, WeightsError
 from weights.configs import t2i_config
 from weights.control import build_control, control_state, load_control, task_of
 from weights.diffusers_names import control_from_diffusers, t2i_from_diffusers
 from weights.fill import under
+from weights.storage import STORAGES, store
 
 HINT = (3, 8, 16, 24, 32)
 
@@ -243,7 +244,7 @@ def test_a_style_adapter_joins_the_text_as_in_the_public_sampler(sd1, style, ima
 
 # Whole pictures: ours from files, by the line that everybody calls; theirs by their pipelines
 
-TEXT, SEED, STEPS = "a red fox in the snow, 35mm", 7, 4
+TEXT, SEED, STEPS = "a red fox in the snow, 35mm", 7, 2
 
 
 def picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:
@@ -284,6 +285,25 @@ def nets(tmp_path_factory) -> dict[str, tuple[nn.Module, Path]]:
     return {name: (net, saved(net, folder / f"{name}.safetensors")) for name, net in made.items()}
 
 
+@pytest.fixture(scope="module")
+def adapter_xl(unet_xl) -> IPAdapter:
+    return randomise(IPAdapter.for_unet(unet_xl, ImageProjection(96, NARROW_XL.context_dim, 4)), 49)
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory, sd1, sdxl, base_adapter, adapter_xl) -> dict[str, DiffusionPipeline]:
+    """diffusers' pipelines with an adapter, by family."""
+    folder, found = tmp_path_factory.mktemp("adapters"), {}
+    for name, twin, adapter in (("sd1", sd1, base_adapter), ("sdxl", sdxl, adapter_xl)):
+        torch.save(published(adapter), folder / f"{name}.bin")
+        found[name] = type(twin.pipeline)(**twin.pipeline.components | {"unet": copy.deepcopy(twin.pipeline.unet)})
+        with listed_once(found[name].unet):
+            file = {"subfolder": "", "weight_name": f"{name}.bin", "image_encoder_folder": None}
+            found[name].load_ip_adapter(str(folder), **file)
+        found[name].set_ip_adapter_scale(0.7)
+    return found
+
+
 def ours(twin: Twin, files: list[Path], hints: list[Hint], adapter=None, encoder=None, **how):
     kinds = {file: load_control(file, twin.base, device="meta") for file in files}
     models = replace(opened(twin, adapter, encoder), controls=tuple(files), control_kinds=kinds)
@@ -298,6 +318,8 @@ def ours(twin: Twin, files: list[Path], hints: list[Hint], adapter=None, encoder
 def theirs(kind, pipeline: DiffusionPipeline, parts: dict[str, nn.Module], **how):
     found = kind(**{name: part for name, part in pipeline.components.items() if name in wanted(kind)} | parts)
     found.set_progress_bar_config(disable=True)
+    if getattr(pipeline.unet, "encoder_hid_proj", None) is not None:
+        how["ip_adapter_image"] = [picture(9, 80, 80)]
     latents = []
     if "adapter" in parts:  # of these pipelines the older has no other way
         how |= {"callback": lambda i, t, x: latents.append(x), "callback_steps": 1}
@@ -325,6 +347,7 @@ CASES = {  # the nets, ours, theirs
             "controlnet_conditioning_scale": [1.0, -0.6],
             "control_guidance_start": [0.0, 0.25],
             "control_guidance_end": [0.5, 1.0],
+            "num_inference_steps": 4,
         },
     ),
     "guess": (["first"], [Hint(picture(1), guess=True)], {"image": picture(1), "guess_mode": True}),
@@ -334,25 +357,27 @@ CASES = {  # the nets, ours, theirs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_a_picture_under_control_equals_diffusers(sd1, nets, case):
+@pytest.mark.parametrize(("case", "prompting"), [("one", False), *((case, case != "another size") for case in CASES)])
+def test_a_picture_under_control_equals_diffusers(sd1, nets, base_adapter, image_tower, prompted, case, prompting):
+    """The nets hear the text alone: theirs gives the image tokens to the UNet only."""
     names, hints, how = CASES[case]
     parts = [nets[name][0] for name in names]
+    pipeline = prompted["sd1"] if prompting else sd1.pipeline
     found = theirs(
-        StableDiffusionControlNetPipeline, sd1.pipeline, {"controlnet": parts if len(parts) > 1 else parts[0]}, **how
+        StableDiffusionControlNetPipeline, pipeline, {"controlnet": parts if len(parts) > 1 else parts[0]}, **how
     )
+    reads, steps = (base_adapter, image_tower) if prompting else (), how.get("num_inference_steps", STEPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)
-        assert_same_picture(ours(sd1, [nets[name][1] for name in names], hints), found)
+        assert_same_picture(ours(sd1, [nets[name][1] for name in names], hints, *reads, steps=steps), found)
 
 
 @pytest.mark.slow
-def test_with_sdxl_a_picture_under_control_equals_diffusers(sdxl, nets):
+def test_with_sdxl_a_picture_under_control_equals_diffusers(sdxl, nets, adapter_xl, image_tower, prompted):
     net, file = nets["xl"]
-    found = theirs(
-        StableDiffusionXLControlNetPipeline, sdxl.pipeline, {"controlnet": net}, image=picture(1), guidance_scale=7.5
-    )
-    assert_same_picture(ours(sdxl, [file], [Hint(picture(1))]), found)
+    how = {"image": picture(1), "guidance_scale": 7.5}
+    found = theirs(StableDiffusionXLControlNetPipeline, prompted["sdxl"], {"controlnet": net}, **how)
+    assert_same_picture(ours(sdxl, [file], [Hint(picture(1))], adapter_xl, image_tower), found)
 
 
 @torch.no_grad()
@@ -378,16 +403,17 @@ def test_a_picture_with_a_style_is_one_whose_text_has_its_tokens(sd1, style, ima
 
 @pytest.mark.slow
 @pytest.mark.parametrize("several", (False, True))
-def test_a_picture_under_a_union_equals_diffusers(sdxl, nets, several):
+def test_a_picture_under_a_union_equals_diffusers(sdxl, nets, adapter_xl, image_tower, prompted, several):
     net, file = nets["union"]
     hints, kinds, scale = (
         ([picture(1), picture(2)], ["depth", "normal"], [0.8, 0.8]) if several else (picture(1), "depth", 0.8)
     )
     how = {"control_image": hints, "control_mode": [1, 4] if several else 1, "controlnet_conditioning_scale": 0.8}
     found = theirs(
-        StableDiffusionXLControlNetUnionPipeline, sdxl.pipeline, {"controlnet": net}, **how, guidance_scale=7.5
+        StableDiffusionXLControlNetUnionPipeline, prompted["sdxl"], {"controlnet": net}, **how, guidance_scale=7.5
     )
-    assert_same_picture(ours(sdxl, [file], [Hint(hints, scale=scale, control_type=kinds)]), found)
+    hint = Hint(hints, scale=scale, control_type=kinds)
+    assert_same_picture(ours(sdxl, [file], [hint], adapter_xl, image_tower), found)
 
 
 @pytest.mark.slow
@@ -407,32 +433,21 @@ def test_with_sdxl_a_picture_with_a_t2i_adapter_equals_diffusers(sdxl, nets):
     assert_same_picture(ours(sdxl, [file], [Hint(picture(1), until=0.5)]), found)
 
 
-@pytest.mark.slow
-def test_with_an_image_prompt_a_picture_under_control_equals_diffusers(sd1, nets, base_adapter, image_tower, tmp_path):
-    """The net hears the text alone: theirs gives the image tokens to the UNet only."""
-    net, file = nets["first"]
-    path = tmp_path / "adapter.bin"
-    torch.save(published(base_adapter), path)
-    pipeline = type(sd1.pipeline)(**sd1.pipeline.components | {"unet": copy.deepcopy(sd1.pipeline.unet)})
-    with listed_once(pipeline.unet):
-        pipeline.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, image_encoder_folder=None)
-    pipeline.set_ip_adapter_scale(0.7)
-    how = {"image": picture(1), "ip_adapter_image": [picture(9, 80, 80)]}
-    found = theirs(StableDiffusionControlNetPipeline, pipeline, {"controlnet": net}, **how)
-    assert_same_picture(ours(sd1, [file], [Hint(picture(1))], base_adapter, image_tower), found)
-
-
 @pytest.mark.parametrize("kind", ("t2i", "t2i-light", "t2i-xl"))
-def test_a_t2i_adapter_acts_inside_the_unet_as_diffusers_has_it(nets, unet, unet_xl, their_unet, draw, kind):
-    xl = kind.endswith("xl")
-    model, theirs = (unet_xl, diffusers_unet(unet_xl)) if xl else (unet, their_unet)
-    net, file = nets[kind]
-    x, text, hint = draw(2, 4, 16, 16), draw(2, 77, model.config.context_dim), draw(1, 3, 128, 128)
-    vector, added = told(model.config, draw, theirs)
-    ours, prompt = build_filled(file), Prompt(text, vector=vector)
+def test_a_t2i_adapter_acts_inside_the_unet_as_diffusers_has_it(
+    nets, unet, unet_xl, base_adapter, adapter_xl, draw, kind
+):
+    model, adapter = (unet_xl, adapter_xl) if kind.endswith("xl") else (unet, base_adapter)
+    theirs, (net, file) = diffusers_unet_with(model, adapter), nets[kind]
+    set_scales(theirs, 0.7)
+    x, text, hint, embed = draw(2, 4, 16, 16), draw(2, 77, model.config.context_dim), draw(1, 3, 128, 128), draw(2, 96)
+    vector, more = told(model.config, draw, theirs)
+    prompt = Prompt(text, (adapter.prompt(adapter.image_proj(embed), 0.7),), vector)
+    ours = build_filled(file)
     found = controlled(model, [Control(ours, ours.encode(hint), 0.8)])(x, T, prompt)
     features = [0.8 * feature.expand(2, -1, -1, -1) for feature in net(hint)]
-    wanted = theirs(x, T, text, added_cond_kwargs=added, down_intrablock_additional_residuals=features).sample
+    more |= {"image_embeds": [embed[:, None]]}
+    wanted = theirs(x, T, text, added_cond_kwargs=more, down_intrablock_additional_residuals=features).sample
     assert rel(found, wanted) <= 1e-5 < rel(model(x, T, prompt), wanted)
 
 
@@ -486,6 +501,27 @@ def test_a_mask_says_where_a_net_acts(nets, unet, draw):
     hint = net.encode(draw(1, 3, 128, 128))
     found = added(Control(net, hint, mask=mask), draw(1, 4, 16, 16), T, Prompt(draw(1, 77, 64))).features[2]
     assert torch.equal(found[..., :8], hint[0][..., :8]) and not found[..., 8:].any()
+
+
+@torch.no_grad()
+def test_a_net_lies_in_fewer_bits(nets, draw):
+    """Out of a file of fp16 weights bit for bit as in fp32, otherwise within what a UNet loses."""
+    for name in ("first", "t2i"):
+        net, prompt, hint = (
+            rounded(build_filled(nets[name][1]), torch.float16),
+            Prompt(draw(1, 77, 64)),
+            draw(1, 3, 64, 64),
+        )
+
+        def made(net: nn.Module, prompt=prompt, hint=hint) -> Tensor:
+            found = added(Control(net, net.encode(hint)), hint[:, :1].expand(-1, 4, -1, -1)[..., :8, :8], T, prompt)
+            return torch.cat([one.flatten() for one in (*found.skips.values(), *found.features.values())])
+
+        lost = {
+            kind: rel(made(store(copy.deepcopy(net), dtype, torch.float32)), made(net))
+            for kind, dtype in STORAGES.items()
+        }
+        assert lost["float16"] == 0 < lost["bfloat16"] < BOUNDS["bfloat16"] < lost["float8"] < BOUNDS["float8"]
 
 
 # Files
