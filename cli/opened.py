@@ -20,6 +20,7 @@ from files.masks import open_mask
 from files.pictures import open_picture
 from generate import Hint, ImageGroup, Models, save_features
 from generate.canvas import Canvas, canvas_of, size_of
+from generate.editing import check_reads
 from generate.group import mask_tensor
 from generate.picture import BATCH, usual_guidance
 from generate.sweep import Sweep, sweep_sheet
@@ -138,8 +139,14 @@ def reading(asked: Mapping[str, object]) -> dict[str, object]:
 
 
 def drawing(asked: Mapping[str, object], models: Models, canvas: Canvas | None) -> dict[str, object]:
-    """What `pictures` takes, of all that was asked for, and what is usual with these models where nothing was."""
+    """What `pictures` takes, of all that was asked for, and what is usual with these models where nothing was.
+
+    Raises:
+        UserError: a base that reads more than was brought.
+    """
     names = ("sampler", "steps", "guidance_rescale", "image_guidance_scale")
+    if models.base.channels != 4:  # before a text is read
+        check_reads(models.base, canvas)
     height, width = size_of(canvas, models.side, asked["height"], asked["width"])
     guidance = asked["guidance_scale"]
     guidance = usual_guidance(models, asked["sampler"]) if guidance is None else guidance

@@ -15,7 +15,7 @@ from generate import threads
 from generate.fit import Adapter, check_base, check_named
 from generate.group import ImageGroup
 from generate.memory import check_adapters
-from generate.named import Named, base_named, inversions_of, lora_of, net_of, row_of, together
+from generate.named import Named, base_named, check_opened, inversions_of, lora_of, net_of, row_of, together
 from ipadapter import IPAdapter
 from unet import UNet
 from vae import VAE
@@ -190,6 +190,8 @@ def open_models(
         raise UserError(f"{files['base']}: {told}")
     for group in special:  # what its name did not tell
         check_base(group, known[group.adapter], opened)
+    if isinstance(found["base"], Path):
+        check_opened(opened, [*(row["adapter"] for row in rows), *nets])
     if inversions:
         check_embeddings(inversions, [text.width for text in opened.texts])
     followed = tuple(file(net, tell) for net in nets)

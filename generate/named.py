@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from files.errors import UserError
-from weights import load_adapter
+from weights import Base, load_adapter
+from weights.families import drawn_by
 from weights.inversion import Embedding, read_embeddings
 from weights.lora import LoRA, read_lora
 from weights.names import Found, check_together, find, resolve
@@ -68,6 +69,14 @@ def net_of(name: Named, base: Found) -> Path | Preset:
     found = find("control", str(name))
     check_together({"base": base, "control": found})
     return found
+
+
+def check_opened(base: Base, found: Sequence[Found | None]) -> None:
+    """Refuse names of another family than a file turned out to be, before they are fetched. Raises WeightsError."""
+    family = drawn_by(base.family, base.config.channels)
+    told = Preset("base", str(base.path), file="", megabytes=0, families=(family,))
+    for one in found:
+        check_together({"base": told, "other": one})
 
 
 def inversions_of(given: str | Path | tuple[str | Path, str | None]) -> list[Embedding]:

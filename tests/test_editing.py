@@ -510,6 +510,21 @@ def test_a_base_that_reads_more_says_what_it_wants(request, base, given, said):
         list(pictures(models, *prompts(models, TEXT), **given))
 
 
+def test_at_the_command_line_it_says_so_in_a_line_before_a_text_is_read(sd1_9, tmp_path):
+    with patch("generate.models.Models.text_encoder", side_effect=AssertionError):
+        made = sample(
+            "--base",
+            sd1_9.base.path,
+            "--prompt",
+            "x",
+            "--init",
+            ROOT / "tiny/example.png",
+            "--output",
+            tmp_path / "x.png",
+        )
+    assert made.returncode == 2 and made.stderr.count("\n") == 1 and "it wants --init, a picture, and" in made.stderr
+
+
 def test_adapters_are_not_trained_on_a_base_that_reads_more(sd1_9):
     with pytest.raises(UserError, match="its UNet reads 9 channels; adapters are trained on those of 4"):
         open_models(base=sd1_9.base.path, image_encoder=ROOT / "tiny/weights/clip-tiny.safetensors", new_adapter=True)

@@ -47,11 +47,11 @@ from control.canny import canny
 from control.controlled import added
 from files.errors import Notice, UserError
 from files.pictures import read_settings
-from generate import Hint, pictures, prompts
+from generate import Hint, open_models, pictures, prompts
 from generate.picture import decode
 from ipadapter import ImageProjection, IPAdapter, Prompt, prepared
 from unet import UNetConfig
-from weights import Base, WeightsError
+from weights import Base, WeightsError, open_base
 from weights.configs import t2i_config
 from weights.control import build_control, control_state, load_control, task_of
 from weights.diffusers_names import control_from_diffusers, t2i_from_diffusers
@@ -588,6 +588,11 @@ def test_a_control_lora_is_the_base_with_what_it_adds(sd1, nets, tmp_path):
         up, down = (state[key.replace(".weight", end)].flatten(1) for end in (".up", ".down"))
         assert rel(found[key], unet[key] + (up @ down).view_as(unet[key])) <= 1e-6
     assert torch.equal(found["zero_convs.3.0.weight"], state["zero_convs.3.0.weight"])
+    first, state = "model.diffusion_model.input_blocks.0.0.weight", load_file(sd1.base.path)
+    state[first] = torch.cat([state[first], torch.ones(len(state[first]), 5, 3, 3)], dim=1)
+    save_file(state, wide := tmp_path / "wide.safetensors")  # a base for inpainting: of its channels the first 4
+    beside = load_control(path, open_base(wide)).state_dict()
+    assert all(torch.equal(beside[key], w) for key, w in found.items())
 
 
 def damaged(change):
@@ -641,6 +646,15 @@ def test_a_net_of_another_family_is_refused_with_what_would_fit(sd1, sdxl, nets)
     for base, name in ((sd1.base, "xl"), (sd1.base, "t2i-xl"), (sdxl.base, "t2i"), (sdxl.base, "first")):
         with pytest.raises(WeightsError, match="for that: (canny|none|sdxl-union)"):
             load_control(nets[name][1], base, device="meta")
+
+
+@pytest.mark.parametrize("names", [{"controls": ["sdxl-union"]}, {"adapter": "sdxl", "image_encoder": "vit-bigg"}])
+def test_names_of_another_family_than_a_file_is_are_refused_before_they_are_fetched(sd1, names):
+    with (
+        patch("generate.models.fetch", side_effect=AssertionError),
+        pytest.raises(WeightsError, match="is for SDXL, `base` .*base.safetensors is SD 1.x; for that: (base|canny)"),
+    ):
+        open_models(sd1.base.path, image="adapter" in names, **names)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from weights.names import names
 
 Net = ControlNet | T2IAdapter | StyleAdapter
 LORA, DIFFERENCE = "lora_controlnet", "difference"  # keys without a meaning but that they are there
+FIRST = "input_blocks.0.0.weight"
 STYLE_LAYERS = "transformer_layes."  # of a style adapter, spelled as in its file
 ENCODER = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 TASKS = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")  # of a Union, in its order
@@ -89,6 +90,7 @@ def expanded(path: str | Path, state: State, base: Base, device: torch.device | 
     """A Control-LoRA (Stability AI): what it changes is a product of two thin matrices, what it lacks is the base's own."""
     unet = base.parts()["UNet"].state
     whole = {key: w for key, w in unet.items() if key.startswith(ENCODER)}
+    whole[FIRST] = whole[FIRST][:, :4]  # a base for inpainting reads more
     if str(device) == "meta":
         state, whole = ({key: w.to("meta") for key, w in one.items()} for one in (state, whole))
     for key, w in state.items():
