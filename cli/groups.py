@@ -48,11 +48,10 @@ OF_CONTROL = {
 }
 OF_BOTH = ("scale", "start", "until", "mask")
 Group = argparse.Namespace  # with the names of one of these
+Told = Mapping[str, object]  # flags by their names
 
 
-def image_groups(
-    opened: Iterable[Group], common: Mapping[str, object], before: Sequence[Mapping[str, object]] = ()
-) -> list[Group]:
+def image_groups(opened: Iterable[Group], common: Told, before: Sequence[Told] = ()) -> list[Group]:
     """Every image prompt with all that belongs to it.
 
     Args:
@@ -132,10 +131,7 @@ def spread(group: Group) -> list[str]:
 
 
 def control_groups(
-    opened: Iterable[Group],
-    common: Mapping[str, object],
-    before: Sequence[Mapping[str, object]] = (),
-    init: str | None = None,
+    opened: Iterable[Group], common: Told, before: Sequence[Told] = (), init: str | None = None
 ) -> list[Group]:
     """Every net with all that belongs to it; the arguments are as in `image_groups`.
 
@@ -154,9 +150,7 @@ def control_groups(
     return [control_group(group, common, old[i], init) for i, group in enumerate(given)]
 
 
-def control_group(
-    given: Mapping[str, object], common: Mapping[str, object], old: Mapping[str, object], init: str | None
-) -> Group:
+def control_group(given: Told, common: Told, old: Told, init: str | None) -> Group:
     """One net with all that belongs to it. Raises UserError, as above."""
     if {"hint", "hint_from"} & (given.keys() | common.keys()):
         old = {name: value for name, value in old.items() if name not in ("hint", "edges")}

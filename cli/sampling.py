@@ -37,10 +37,8 @@ def drawing(parser: argparse.ArgumentParser) -> None:
     add("--guidance-scale", type=number(), metavar="G", help=follow)
     spread = "bring the spread of the guided prediction back to the prompt's own, 0 to 1 (default: 0, not at all)"
     add("--guidance-rescale", type=share, default=0.0, metavar="R", help=spread)
-    alone = (
-        "how far to follow the image prompt by itself, and --guidance-scale the text: a third pass (default: alike); "
-    )
-    alone += "with an instruct-pix2pix base, the picture of --init (default: 1.5)"
+    alone = "how far to follow the image prompt by itself, and --guidance-scale the text: a third pass (default: alike)"
+    alone += "; with an instruct-pix2pix base, the picture of --init (default: 1.5)"
     add("--image-guidance-scale", type=number(0), metavar="G", help=alone)
     seeds = "picture j is made from the noise of seed + j; -1: a random one, printed (default: %(default)s)"
     add("--seed", type=seed(2**63 - 1), default=0, help=seeds)
@@ -52,10 +50,7 @@ def drawing(parser: argparse.ArgumentParser) -> None:
 
 
 def images(parser: argparse.ArgumentParser) -> None:
-    """--image, and what belongs to the last one before it: --scale, --weights, --layers, --from, --until, --curve, --mask.
-
-    FaceID's too: --face-embedding, --faceid-v2, --structure-scale.
-    """
+    """--image, and what belongs to the last one before it: --scale, ..., --mask, `seen`; --face-embedding, ..., FaceID's."""
     told = "what stands behind an --image belongs to it, what stands before the first to all of them"
     add = parser.add_argument_group("image prompts", told).add_argument
     together = "pictures, or embeddings of them, that prompt together; - is a pipe; given again: another image prompt beside it"
@@ -100,10 +95,7 @@ def seen(parser: argparse.ArgumentParser) -> None:
 
 
 def structure(parser: argparse.ArgumentParser) -> None:
-    """--control, and what belongs to the last one before it: --hint, --hint-from, --edges, --guess, --control-type.
-
-    --scale (1), --from, --until and --mask, too.
-    """
+    """--control, and what belongs to the last one before it: --hint, ..., --control-type; --scale and the like may, too."""
     told = "what stands behind a --control belongs to it; --scale, --from, --until and --mask may, too"
     add = parser.add_argument_group("structure", told).add_argument
     several = "a ControlNet or T2I-Adapter, a file or a name; given again: another beside it"
@@ -114,9 +106,7 @@ def structure(parser: argparse.ArgumentParser) -> None:
     add("--edges", nargs=0, const=True, help="of --hint-from: white on black, Canny's", **BEHIND_CONTROL)
     weakly = "follow it with the prompt alone, and more weakly the finer: for prompts that say little"
     add("--guess", nargs=0, const=True, help=weakly, **BEHIND_CONTROL)
-    kinds = (
-        "for a Union: which type each hint is; shuffle, inpaint: a ControlNet for that (default: by the file's name)"
-    )
+    kinds = "for a Union: the type of each hint; shuffle, inpaint: a ControlNet for that (default: by the file's name)"
     add("--control-type", nargs="+", choices=(*TASKS, *SAME, SHUFFLE), metavar="TYPE", help=kinds, **BEHIND_CONTROL)
 
 

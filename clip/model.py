@@ -50,18 +50,11 @@ class CLIPText(nn.Module):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.config = config
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(
-                    {
-                        "token_embedding": nn.Embedding(config.vocabulary, config.width),
-                        "position_embedding": nn.Embedding(config.context, config.width),
-                    }
-                ),
-                "encoder": encoder(config),
-                "final_layer_norm": nn.LayerNorm(config.width),
-            }
-        )
+        tokens, positions = (nn.Embedding(count, config.width) for count in (config.vocabulary, config.context))
+        embeddings = nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions})
+        last = nn.LayerNorm(config.width)
+        parts = {"embeddings": embeddings, "encoder": encoder(config), "final_layer_norm": last}
+        self.text_model = nn.ModuleDict(parts)
         if config.projection:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 

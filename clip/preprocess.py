@@ -34,9 +34,13 @@ def preprocess(image: Image.Image, size: int = 224, framing: str = "crop", posit
         raise ValueError(f"{framing!r} and {position!r}: one of {FRAMINGS} and one of {POSITIONS} are wanted")
     if framing == "crop":
         return normalised(crop(image, size, position))
-    width, height = image.size
     if framing == "squash":
         return normalised(image.resize((size, size), Image.Resampling.BICUBIC))
+    return padded(image, size, position)
+
+
+def padded(image: Image.Image, size: int, position: str) -> Tensor:
+    width, height = image.size
     width, height = (max(1, int(size * side / max(width, height))) for side in (width, height))
     (left, right), (top, bottom) = (
         (before, size - side - before)

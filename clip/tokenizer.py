@@ -112,11 +112,6 @@ def vocabulary() -> tuple[dict[str, int], dict[str, int], dict[int, str]]:
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
     base = list(letters.values())
-    words = [
-        *base,
-        *(c + "</w>" for c in base),
-        *(merge.replace(" ", "") for merge in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
+    words = [*base, *(c + "</w>" for c in base), *(merge.replace(" ", "") for merge in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
     return {word: i for i, word in enumerate(words)}, {merge: i for i, merge in enumerate(merges)}, letters

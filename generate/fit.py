@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from files.errors import UserError
 from files.faces import FACE_DIM, read_embedding
@@ -17,6 +18,19 @@ from weights.diffusers import model_sha256, read_part
 from weights.families import ENCODERS, drawn_by
 from weights.hub import cached
 from weights.presets import PRESETS, Preset
+
+
+class Reader(NamedTuple):
+    """An adapter of a run before it is opened: what it is, and what it reads."""
+
+    adapter: Path | Preset | None
+    image_encoder: Path | Preset | None
+    faceid_v2: bool  # said to be FaceID-plus version 2
+
+    @property
+    def version_2(self) -> bool:
+        """Whether it is, as was said or by its name."""
+        return self.faceid_v2 or (isinstance(self.adapter, Preset) and self.adapter.faceid_v2)
 
 
 @dataclass(frozen=True)
@@ -42,26 +56,14 @@ class Adapter:
         return str(self.file)
 
 
-def check_named(
-    groups: Sequence[ImageGroup],
-    adapters: Sequence[tuple[Path | Preset | None, Path | Preset | None, bool]],
-    base: Path | Preset,
-) -> list[Adapter]:
-    """Refuse what does not fit before anything is fetched.
-
-    Args:
-        adapters: (file, image encoder, whether it is FaceID-plus version 2) of each.
-
-    Returns:
-        What is known of them.
-    """
+def check_named(groups: Sequence[ImageGroup], readers: Sequence[Reader], base: Path | Preset) -> list[Adapter]:
+    """Refuse what does not fit before anything is fetched. What is known of the adapters."""
     found = []
-    for file, image_encoder, faceid_v2 in adapters if groups else ():
-        if file:
+    for reader in readers:
+        if file := reader.adapter:
             here = cached(file) if isinstance(file, Preset) else file
-            named = isinstance(file, Preset) and file.faceid_v2
             kind = load_adapter(here, device="meta") if here else file
-            found.append(Adapter(here or file, kind, image_encoder, faceid_v2 or named))
+            found.append(Adapter(here or file, kind, reader.image_encoder, reader.version_2))
     for group in groups:
         check_group(group, found, base)
     return found

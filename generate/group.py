@@ -71,29 +71,17 @@ class ImageGroup:
     @property
     def encodes(self) -> bool:
         """Whether an image encoder is needed; embeddings that hold all that is read of them do without."""
-        if self.plain:
-            return True
-        read = (one if isinstance(one, Features) else None for one in (*self.images, *self.negative_image))
-        known = all(one is not None for one in read)
-        # Of embeddings "no image" is zeros, of patches it is those of a grey picture.
-        grey = any(
-            one.image is not None and one.image.ndim == 3 and one.negative is None for one in self.images if known
-        )
-        return not known or bool(self.negative_noise or self.less or (grey and not self.negative_image))
+        return self.plain or wants_encoder(self)
 
     def heard(self, scale: float | Sequence[float] | Scale, found: Factors | None) -> tuple[Scale, Scale]:
-        """The scales of the image prompt and of its absence.
+        """The scales of the image prompt and of its absence, in its layers and steps.
 
         Args:
-            scale: where it has none of its own.
+            scale: in all of them.
             found: what `layers` comes to.
         """
-        scale = scale if self.scale is None else self.scale
-        always = (self.start, self.until, self.curve) == (0.0, 1.0, "constant")
-        return (scale, scale) if found is None and always else self.scales(scale, found)
-
-    def scales(self, scale: float | Sequence[float] | Scale, found: Factors | None) -> tuple[Scale, Scale]:
-        """As `heard`, where a window, a curve or layers are given."""
+        if found is None and (self.start, self.until, self.curve) == (0.0, 1.0, "constant"):
+            return scale, scale
         if isinstance(scale, Scale):
             raise UserError("`scale`: a Scale has layers and steps of its own; here they are the group's")
         each, scale = (scale, 1.0) if isinstance(scale, Sequence) else (None, scale)
@@ -106,6 +94,14 @@ class ImageGroup:
 def embedded(image: object) -> bool:
     """Whether it is no picture but an embedding."""
     return isinstance(image, Features) or is_features(image)
+
+
+def wants_encoder(group: ImageGroup) -> bool:
+    if not all(isinstance(one, Features) for one in (*group.images, *group.negative_image)):
+        return True
+    # Of embeddings "no image" is zeros, of patches it is those of a grey picture.
+    grey = any(one.image is not None and one.image.ndim == 3 and one.negative is None for one in group.images)
+    return bool(group.negative_noise or group.less or (grey and not group.negative_image))
 
 
 def check_told(group: ImageGroup) -> None:

@@ -12,7 +12,7 @@ from clip import CLIPImage, TextEncoder, TwoTowerEncoder
 from control import StyleAdapter
 from files.errors import UserError
 from generate import threads
-from generate.fit import Adapter, check_base, check_named
+from generate.fit import Adapter, Reader, check_base, check_named
 from generate.group import ImageGroup
 from generate.memory import check_adapters
 from generate.named import Named, base_named, check_opened, inversions_of, lora_of, net_of, row_of, together
@@ -128,36 +128,26 @@ class Models:
 
 def open_models(
     base: Named | None = None,  # SD 1.x, SD 2.x or SDXL; nothing named: the tiny model of the tree
-    # The IP-Adapter, or several; a published base brings the base adapter of its family.
-    adapter: Named | Sequence[Named | None] | None = None,
-    # The CLIP image tower that the adapters read, or one for each; a published adapter brings it.
-    image_encoder: Named | Sequence[Named | None] | None = None,
+    adapter: Named | Sequence[Named | None] | None = None,  # the IP-Adapter, or several; a published base has its own
+    image_encoder: Named | Sequence[Named | None] | None = None,  # what they read, or one for each; brought likewise
     vae: Named | None = None,  # another autoencoder than the base's own
     loras: Sequence[Named | tuple[Named, float]] = (),  # for the base, each alone or with its weight
-    # Textual inversions, files, each alone or with the name that is to call it.
-    embeddings: Sequence[str | Path | tuple[str | Path, str | None]] = (),
+    embeddings: Sequence[str | Path | tuple[str | Path, str | None]] = (),  # textual inversions, or each with its name
     controls: Sequence[Named] = (),  # ControlNets and T2I-Adapters, for the hints that `pictures` takes
     style_encoder: Named | None = None,  # the CLIP image tower of T2I-Adapter's style adapters; None: vit-l
     text_encoder: Sequence[str | Path] = (),  # text towers for a base that has none, files or folders
     image: bool = True,  # whether there will be image prompts; without, no adapter and no image encoder is wanted
-    # Whether pictures are to be encoded, or whether for each adapter; embeddings of them want no image encoder.
-    encode: bool | Sequence[bool] = True,
-    # The image prompts that are to be made with them: what does not fit is refused before anything is fetched.
-    groups: Sequence[ImageGroup] = (),
+    encode: bool | Sequence[bool] = True,  # whether pictures are, or for each adapter: embeddings want no image encoder
+    groups: Sequence[ImageGroup] = (),  # the image prompts: what does not fit is refused before anything is fetched
     new_adapter: bool = False,  # one is to be made: none is brought, only the image encoder that it will read
-    faceid_v2: bool
-    | Sequence[bool] = False,  # whether it is FaceID-plus version 2, or whether each is: no tensor tells
+    faceid_v2: bool | Sequence[bool] = False,  # whether it is FaceID-plus v2, or whether each is: no tensor tells
     prediction: str | None = None,  # what the UNet predicts, "eps" or "v", where the file tells it wrongly or not
-    # Which timesteps are visited, "leading", "trailing" or "linspace", where the file tells it wrongly or not at all.
-    spacing: str | None = None,
+    spacing: str | None = None,  # which timesteps are visited, "leading", "trailing" or "linspace", likewise
     device: torch.device | str | None = None,  # where to compute; None: on the fastest here
     dtype: torch.dtype | str | None = None,  # what to compute in, or its name; None: fp16 on cuda, fp32 elsewhere
-    # "float16", "bfloat16" or "float8": keep large weights in it, and bring each up to `dtype` when it is used.
-    storage: str | None = None,
-    # Less memory, more time: fp16 storage, one picture at a time, guidance in two passes, decoded in strips.
-    low_memory: bool = False,
-    # Hold the parts once they are built, for the next picture; otherwise each is freed when it has done its work.
-    keep: bool = True,
+    storage: str | None = None,  # "float16", "bfloat16" or "float8": what large weights lie in until they are used
+    low_memory: bool = False,  # fp16 storage, one picture at a time, guidance in two passes, decoded in strips: slower
+    keep: bool = True,  # hold the parts once they are built, for the next picture; else each goes when its work is done
     tell: Callable[[str], object] = lambda line: None,  # told in a line what is about to be downloaded
 ) -> Models:
     """Find, fetch and check the models of a run. Large weights are not read yet.
@@ -177,7 +167,7 @@ def open_models(
     wanted = [lora_of(one, found["base"]) for one in loras]
     nets = [net_of(one, found["base"]) for one in controls]
     inversions = tuple(chain.from_iterable(map(inversions_of, embeddings)))
-    readers = [(row["adapter"], row["image_encoder"], one.faceid_v2) for row, one in zip(rows, each, strict=True)]
+    readers = [Reader(row["adapter"], row["image_encoder"], one.faceid_v2) for row, one in zip(rows, each, strict=True)]
     special = [group for group in groups if not group.plain]
     known = check_named(special, readers, found["base"]) if special else []
     # From here on files are fetched, and opened.
@@ -199,7 +189,7 @@ def open_models(
     if kinds:
         files |= style_files(kinds, style_encoder, tell)
     threads.suit(max(dim for dim, _ in opened.layers), device)
-    read = tuple(open_adapter(*reader, opened, tell) for reader in readers if reader[0])
+    read = tuple(open_adapter(reader, opened, tell) for reader in readers if reader.adapter)
     files |= {"adapter": read[0].file} if read else {}
     files |= {"image_encoder": read[0].image_encoder if read else file(found["image_encoder"], tell)}
     if keep and len(read) > 1:  # else they are read in turn, each in the place of the one before
@@ -222,23 +212,15 @@ def open_models(
     )
 
 
-def open_adapter(
-    adapter: Path | Preset,
-    image_encoder: Path | Preset | None,
-    faceid_v2: bool,
-    base: Base,
-    tell: Callable[[str], object],
-) -> Adapter:
+def open_adapter(reader: Reader, base: Base, tell: Callable[[str], object]) -> Adapter:
     """Fetch and check one adapter and the image encoder that it reads."""
-    path = file(adapter, tell)
-    encoder_path = file(image_encoder, tell)
+    path, encoder_path = file(reader.adapter, tell), file(reader.image_encoder, tell)
     kind = load_adapter(path, device="meta")
     encoder = load_image_encoder(encoder_path, device="meta") if encoder_path and kind.reads_clip else None
     check_fit(kind, path, base, encoder, encoder_path)
-    if faceid_v2 and not (kind.image_proj.faces and kind.image_proj.patches):
+    if reader.faceid_v2 and not (kind.image_proj.faces and kind.image_proj.patches):
         raise UserError(f"`faceid_v2`: for FaceID-plus adapters; {path} is another kind")
-    named = isinstance(adapter, Preset) and adapter.faceid_v2
-    return Adapter(path, kind, encoder_path if kind.reads_clip else None, faceid_v2 or named)
+    return Adapter(path, kind, encoder_path if kind.reads_clip else None, reader.version_2)
 
 
 def style_files(kinds: Mapping[Path, Net], named: Named | None, tell: Callable[[str], object]) -> dict[str, Path]:

@@ -28,36 +28,26 @@ BATCH = 4  # pictures that go through the UNet together
 @torch.no_grad()
 def pictures(
     models: Models,
-    # What the pictures should show, as `prompts` makes it; several: `count` pictures of each. One that is stacked of
-    # several (`Prompt.cat`) has a row for each seed: then all are made together.
-    prompt: Prompt | Sequence[Prompt],
+    prompt: Prompt | Sequence[Prompt],  # what to show; several: `count` of each; of `Prompt.cat`: a row for each seed
     null: Prompt | Sequence[Prompt],  # its absence, or the negative prompt; one for all, or one for each
     seed: int | Sequence[int] = 0,  # picture j is made from the noise of seed + j; several: one of each, and no `count`
     count: int = 1,  # how many pictures of each prompt
     steps: int | None = None,  # None: what suits the sampler (DDIM 50)
-    # How far to follow the prompt: 1 is off, and so is less; None: 7.5, with lcm 1, or what a distilled base wants.
-    guidance_scale: float | None = None,
+    guidance_scale: float | None = None,  # how far to follow the prompt; 1 or less: off; None: 7.5, or the base's own
     guidance_rescale: float = 0.0,  # how far to bring the guided prediction's spread back to the prompt's own, 0 to 1
-    # How far to follow the image prompt by itself; `guidance_scale` is then for the text. A third pass; None: both alike.
-    image_guidance_scale: float | None = None,
+    image_guidance_scale: float | None = None,  # likewise the image prompt by itself, in a third pass; None: alike
     sampler: str = "ddim",  # one of sampler.SAMPLERS
     height: int | None = None,  # pixels, a multiple of 8; None: what the base was made for, or as `init` (`size_of`)
     width: int | None = None,  # likewise
-    # A picture to begin with, a file or a picture, in the place of pure noise; or one with its mask and all (`canvas_of`).
-    init: Picture | Canvas | None = None,
-    # How far from `init` to go: the last int(steps * strength) steps run. None: 0.8; with a mask 1, all, from pure noise.
-    strength: float | None = None,
-    # A mask over `init`: white is made anew, black stays; grey is between, where the base is none for inpainting.
-    inpaint: Picture | None = None,
-    outpaint: Sequence[int] | None = None,  # pixels to add to `init` left, above, right and below; they are made anew
-    # Work on the mask's surroundings alone, with so many pixels around it, and paste them back: all else stays, bit for bit.
-    only_masked: int | None = None,
+    init: Picture | Canvas | None = None,  # a picture to begin with, not pure noise; or with all of this (`canvas_of`)
+    strength: float | None = None,  # how far from it: the last int(steps * strength) run; None: 0.8, with a mask 1
+    inpaint: Picture | None = None,  # a mask over it: white is made anew, black stays; grey between, if the base can
+    outpaint: Sequence[int] | None = None,  # pixels to add to it left, above, right and below; they are made anew
+    only_masked: int | None = None,  # work around the mask alone, so many pixels more, and paste back: all else stays
     controls: Sequence[Hint] = (),  # what to follow besides, each with one of the nets that were opened as `controls`
     batch: int = BATCH,  # pictures that go through the UNet together
     on_step: Callable[[], object] = lambda: None,  # called after each step of each batch
-    # Told of each picture, before it is handed out, where the prompt acted in it (`attention_sheet` shows it). That takes
-    # time; None: nothing is computed for it.
-    on_seen: Callable[[Seen], object] | None = None,
+    on_seen: Callable[[Seen], object] | None = None,  # told where a prompt acts, picture by picture (`attention_sheet`)
 ) -> Iterator[Image.Image]:
     """Make pictures, each handed out as soon as it is done: seeds in turn, prompts in turn.
 

@@ -1,8 +1,9 @@
 """What a picture should show: texts and image prompts, as all that the UNet reads of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,26 +29,19 @@ Weight = float | Sequence[float] | Scale  # of an image prompt: one number, one 
 @torch.no_grad()
 def prompts(
     models: Models,
-    # The text prompt.
-    text: str = "",
-    # The negative prompt: what the picture should not be.
-    negative: str = "",
-    # Image prompts: pictures, files, or embeddings (`Features`); several prompt together. Or groups of them, each heard in its own way.
+    text: str = "",  # the text prompt
+    negative: str = "",  # the negative prompt: what the picture should not be
+    # Pictures, files, or embeddings (`Features`), which prompt together; or groups of them, each heard in its own way.
     images: Sequence[Picture | Features | ImageGroup] = (),
     # The weight of the image prompt: one number, one for each cross-attention layer, or a `Scale`; None: 1, beside a text
     # 0.6. Of groups it is that of those that have none.
     scale: float | Sequence[float] | Scale | None = None,
-    # Face embeddings for FaceID adapters, files or tensors (faces, 512); without any, the faces are read off the images
-    # (insightface).
+    # Face embeddings for FaceID adapters, files or tensors (faces, 512); without any insightface reads them off the images.
     faces: Sequence[str | Path | Tensor] = (),
-    # How far FaceID-plus version 2 follows the picture of the face, beside the embedding; None: 1.
-    structure_scale: float | None = None,
-    # How weights are written in the texts: "plain" (not at all), "a1111" or "comfy".
-    prompt_syntax: str = "plain",
-    # Longer texts than 75 tokens in chunks, instead of cut; in the other syntaxes they always are.
-    long_prompt: bool = False,
-    # How many of the last layers of the text towers are left out, as diffusers counts.
-    clip_skip: int = 0,
+    structure_scale: float | None = None,  # how far FaceID-plus version 2 follows the picture of the face; None: 1
+    prompt_syntax: str = "plain",  # how weights are written in the texts: "plain" (not at all), "a1111" or "comfy"
+    long_prompt: bool = False,  # texts beyond 75 tokens in chunks, not cut; in the other syntaxes they always are
+    clip_skip: int = 0,  # how many of the last layers of the text towers are left out, as diffusers counts
 ) -> tuple[Prompt, Prompt]:
     """The prompt and its absence, for `pictures`.
 
@@ -104,13 +98,33 @@ def image_prompts(models: Models, groups: Sequence[ImageGroup], scale: Weight) -
     Raises:
         UserError: as `prompts` does.
     """
-    layers = [None if group.layers == "all" else layers_of(models.base, group) for group in groups]
-    scales = [group.heard(scale, found) for group, found in zip(groups, layers, strict=True)]
-    masks = [None if group.mask is None else mask_tensor(group.mask).to(models.device) for group in groups]
+    how = [heard_as(models, group, scale) for group in groups]
     several, found = replace(models, keep=True, held=models.held if models.keep else {}), {}
     for i in in_turn(several, groups, models.keep) if len(groups) > 1 else [0]:
-        found[i] = group_prompts(several, groups[i], i, layers[i], scales[i], masks[i])
+        found[i] = group_prompts(several, groups[i], i, how[i])
     return [pair for i in range(len(groups)) for pair in found[i]]
+
+
+class Heard(NamedTuple):
+    """How a group is heard: its image prompts and their absence."""
+
+    scale: Weight
+    null_scale: Weight
+    swapped: Container[int] = ()  # layers in which the absence hears the pictures
+    mask: Tensor | None = None
+
+
+def heard_as(models: Models, group: ImageGroup, scale: Weight) -> Heard:
+    """`scale`: where the group has none."""
+    scale = scale if group.scale is None else group.scale
+    return Heard(scale, scale) if group.plain else heard_where(models, group, scale)
+
+
+def heard_where(models: Models, group: ImageGroup, scale: Weight) -> Heard:
+    """As `heard_as`, where its layers, steps or a mask may be given."""
+    layers = None if group.layers == "all" else layers_of(models.base, group)
+    mask = None if group.mask is None else mask_tensor(group.mask).to(models.device)
+    return Heard(*group.heard(scale, layers), layers.swapped if layers else (), mask)
 
 
 def layers_of(base: Base, group: ImageGroup) -> Factors | None:
@@ -131,25 +145,18 @@ def in_turn(models: Models, groups: Sequence[ImageGroup], keep: bool) -> Iterato
         yield i
 
 
-def group_prompts(
-    models: Models,
-    group: ImageGroup,
-    number: int,
-    layers: Factors | None,
-    scales: tuple[Weight, Weight],
-    mask: Tensor | None,
-) -> list[tuple[ImagePrompt, ImagePrompt]]:
+def group_prompts(models: Models, group: ImageGroup, number: int, how: Heard) -> list[tuple[ImagePrompt, ImagePrompt]]:
     """The image prompts of the group of this number, and their absence, each with its scale."""
-    adapter = models.adapter(group.adapter)
+    adapter, masks, found = models.adapter(group.adapter), [how.mask], []
     *sides, squares = tokens(models, adapter, group)
-    masks = [mask] if squares is None else [within(one, mask) for one in squares.to(models.device).split(1)]
-    found = []
+    if squares is not None:
+        masks = [within(one, how.mask) for one in squares.to(models.device).split(1)]
     for where, *pair in zip(masks, *(side.chunk(len(masks), dim=1) for side in sides), strict=True):
         image, absent = (adapter.prompt(one, mask=where) for one in pair)
         if group.weights:
             image, absent = (weighed(one, group.weights) for one in (image, absent))
-        if layers and layers.swapped:
-            absent = swap(image, absent, layers.swapped)
-        both = zip((image, absent), scales, strict=True)
-        found.append(tuple(replace(one, scale=each, group=number) for one, each in both))
+        if how.swapped:
+            absent = swap(image, absent, how.swapped)
+        absent = replace(absent, scale=how.null_scale, group=number)
+        found.append((replace(image, scale=how.scale, group=number), absent))
     return found

@@ -54,14 +54,8 @@ class Hashes:
 
     def __init__(self, models: Models, brought: Sequence[str | Path] = (), known: Mapping[str, str] | None = None):
         self.known = dict(known or {})
-        files = [
-            *models.files.values(),
-            *models.controls,
-            *models.base.text_files,
-            *brought,
-            *(lora.path for lora, _ in models.loras),
-        ]
-        files += [embedding.path for embedding in models.embeddings]
+        files = [*models.files.values(), *models.controls, *models.base.text_files, *brought]
+        files += [one.path for one in (*(lora for lora, _ in models.loras), *models.embeddings)]
         files += [path for adapter in models.adapters for path in (adapter.file, adapter.image_encoder) if path]
         self.found: dict[Path, Future] = {Path(path): Future() for path in files if str(path) not in self.known}
         Thread(target=self.work, daemon=True).start()  # a daemon: nobody waits for it when the run ends early

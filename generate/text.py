@@ -27,15 +27,11 @@ Pieces = list[list[Token] | None]  # tokens that belong together; None: here a c
 
 def encoded(
     models: Models,
-    # The prompt and the negative prompt.
-    text: str,
-    negative: str,
-    # How weights are written: one of `generate.syntax.SYNTAXES`.
-    syntax: str = "plain",
-    # Longer texts than 75 tokens in chunks, instead of cut; in other syntaxes than plain they always are.
-    long: bool = False,
-    # How many of the last layers of the text towers are left out.
-    clip_skip: int = 0,
+    text: str,  # the prompt
+    negative: str,  # and the negative one
+    syntax: str = "plain",  # how weights are written: one of `generate.syntax.SYNTAXES`
+    long: bool = False,  # texts beyond 75 tokens in chunks, not cut; in other syntaxes than plain they always are
+    clip_skip: int = 0,  # how many of the last layers of the text towers are left out
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Features (1, 77 * chunks, context_dim) and pooled embedding of the prompt and of the negative one, equally long.
 

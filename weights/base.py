@@ -253,11 +253,12 @@ def parts(state: State, kind: Family) -> dict[str, Part]:
     """The parts of a base model by their names, the UNet and the autoencoder first."""
     scale = kind.latent_scale
     unet = {key.replace("time_embed.cond_proj.", "cond_proj."): w for key, w in under(UNET, state).items()}
+    vae = under(AUTOENCODER, state)
+    if any(w.ndim == 2 or ".to_" in key or ".up_blocks." in key for key, w in vae.items()):
+        vae = from_diffusers(vae)
     found = {
         "UNet": Part(UNET, unet, lambda part: blank(UNet, unet_config(part))),
-        "autoencoder": Part(
-            AUTOENCODER, from_diffusers(under(AUTOENCODER, state)), lambda part: blank(VAE, vae_config(part, scale))
-        ),
+        "autoencoder": Part(AUTOENCODER, vae, lambda part: blank(VAE, vae_config(part, scale))),
     }
     for name, tower in zip(("text tower", "second text tower"), kind.text, strict=False):
         prefix = next((p for p in tower.prefixes if any(key.startswith(p) for key in state)), tower.prefixes[0])

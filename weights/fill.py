@@ -82,9 +82,8 @@ def build(
     except KeyError as error:
         raise WeightsError(f"{path}: the key {error} is missing; the file is {what_is(state)}") from None
     except Exception:  # noqa: BLE001, of what shapes may be wrong in there is no end
-        raise WeightsError(
-            f"{path}: tensors are missing or of a wrong shape; of what it has, it is {what_is(state)}"
-        ) from None
+        told = f"tensors are missing or of a wrong shape; of what it has, it is {what_is(state)}"
+        raise WeightsError(f"{path}: {told}") from None
     check(model, state, path, left)
     return model
 

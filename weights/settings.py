@@ -55,12 +55,7 @@ def schedule_of(path: str | Path, state: State, kind: Family, **asked: str | Non
     if kind is not SDXL:  # diffusers' pipelines of the others correct it too
         said.pop("steps_offset", None)
     if told := metadata(path).get("modelspec.prediction_type"):
-        if told.lower().replace("-", "_") not in PREDICTIONS:
-            warnings.warn(
-                Notice(f"{path}: its metadata says that it predicts {told!r}, which is not known"), stacklevel=2
-            )
-        else:
-            said["prediction"] = PREDICTIONS[told.lower().replace("-", "_")]
+        said |= prediction_told(path, told)
     if "v_pred" in state:
         said["prediction"] = "v"
     if "ztsnr" in state:
@@ -69,6 +64,14 @@ def schedule_of(path: str | Path, state: State, kind: Family, **asked: str | Non
         return replace(kind.schedule, **said | {name: value for name, value in asked.items() if value})
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
+
+
+def prediction_told(path: str | Path, told: str) -> dict[str, str]:
+    """What the metadata of a file say that it predicts; what is not known is told, and nothing follows of it."""
+    if found := PREDICTIONS.get(told.lower().replace("-", "_")):
+        return {"prediction": found}
+    warnings.warn(Notice(f"{path}: its metadata says that it predicts {told!r}, which is not known"), stacklevel=3)
+    return {}
 
 
 def scheduler_says(path: str | Path) -> dict[str, object]:
