@@ -37,6 +37,7 @@ QUANTISED = {  # by names that only such files have; without their scales the we
     r"\.(qweight|qzeros)$": "weights quantised in 4 bits (GPTQ, AWQ or SVDQuant)",
     r"\.weight\.?_(data|scale)$": "weights quantised by quanto",
 }
+ANY_QUANTISED = re.compile("|".join(QUANTISED), re.MULTILINE)
 TEXT = re.compile(rb"[\t\n\r\x20-\x7e]{4,}")
 # What wrappers for several GPUs, for compiling and for saving memory put into names.
 WRAPPERS = re.compile(
@@ -62,13 +63,17 @@ def read(path: str | Path) -> State:
         state = read_other(path, error)
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
-    names = "\n".join(state)  # searched as one: key by key takes as long as opening
-    for sign, kind in QUANTISED.items():
-        if found := re.search(sign, names, re.MULTILINE):
-            mark = next(key for key in state if found[0] in key)
-            told = f"{kind} are not read (it has {mark}); plain fp16, bf16, fp32 or fp8 ones are wanted"
-            raise WeightsError(f"{path}: {told}")
+    if ANY_QUANTISED.search("\n".join(state)):  # as one: key by key takes as long as opening
+        raise quantised(path, state)
     return unwrapped(state)
+
+
+def quantised(path: Path, state: State) -> WeightsError:
+    """Which of the names tells it, and whose it is."""
+    found = ((kind, key) for key in state for sign, kind in QUANTISED.items() if re.search(sign, key, re.MULTILINE))
+    kind, mark = next(found)
+    told = f"{kind} are not read (it has {mark}); plain fp16, bf16, fp32 or fp8 ones are wanted"
+    return WeightsError(f"{path}: {told}")
 
 
 def read_other(path: Path, error: Exception) -> State:

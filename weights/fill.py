@@ -79,13 +79,17 @@ def build(
     """The model that a file's tensors describe, on `meta`; the file is refused unless it fits."""
     try:
         model = on_meta(lambda: make(state))
-    except KeyError as error:
-        raise WeightsError(f"{path}: the key {error} is missing; the file is {what_is(state)}") from None
-    except Exception:  # noqa: BLE001, of what shapes may be wrong in there is no end
-        told = f"tensors are missing or of a wrong shape; of what it has, it is {what_is(state)}"
-        raise WeightsError(f"{path}: {told}") from None
+    except Exception as error:  # noqa: BLE001, of what shapes may be wrong in there is no end
+        raise unbuilt(state, path, error) from None
     check(model, state, path, left)
     return model
+
+
+def unbuilt(state: State, path: str | Path, error: Exception) -> WeightsError:
+    """Why no model could be built of a state."""
+    if isinstance(error, KeyError):
+        return WeightsError(f"{path}: the key {error} is missing; the file is {what_is(state)}")
+    return WeightsError(f"{path}: tensors are missing or of a wrong shape; of what it has, it is {what_is(state)}")
 
 
 def layout(value: Tensor, device: torch.device | str) -> torch.memory_format:
@@ -110,8 +114,7 @@ def twin(model: nn.Module) -> nn.Module:
     """Another module of the same tensors, whose submodules are twins, too: a tenth of the time that building takes."""
     other, own = type(model).__new__(type(model)), (dict, OrderedDict)  # in which a module keeps its tensors and parts
     other.__dict__ = {key: value.copy() if type(value) in own else value for key, value in vars(model).items()}
-    for key, part in model._modules.items():
-        other._modules[key] = part and twin(part)
+    other._modules = {key: part if part is None else twin(part) for key, part in model._modules.items()}
     return other
 
 
