@@ -1,31 +1,49 @@
 """A training step of SD 1.5's adapter on the CPU: `train.py`, with and without a cache, against the official recipe.
 
     python -m benchmarks.training --steps 3
+    python -m benchmarks.training --batch-size 1 --side 512 --threads 1 --turns 2 --rows official ours
 
 Needs diffusers, transformers and accelerate; downloads nothing. The official step (tutorial_train.py of
 tencent-ailab/IP-Adapter) is rebuilt from public modules on the same random files: diffusers' UNet with its attention
-processors, all encoders held in memory and run at every step, AdamW on projection and processors. Batch 2 at 256x256,
-fp32. Each run is a process of its own: start and first step are left out of the seconds, the peak counts all, mapped
-file pages too. One run per line, one after the other: let nothing else run beside them.
+processors, all encoders held in memory and run at every step, AdamW on projection and processors. In fp32; no captions
+are met twice in 8 samples, and without --drop nothing is dropped (what train.py drops it does not encode). Each run is a
+process of its own, and they take turns: start and first step are left out of the seconds, the peak counts all, mapped
+file pages too. Where other programs run, `--threads 1` and the ratio of CPU seconds tell more.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import torch
 from PIL import Image
 
 from benchmarks import reference
 from benchmarks.command import ROOT, Cost, cost
-from benchmarks.reference import FULL, NARROW, Files
+from benchmarks.reference import FULL, NARROW, Files, ratio
 
-BATCH, SIDE = 2, 256
+# A run of train.py that writes down the clock and the CPU time behind each step.
+OURS = """
+import json, runpy, sys, time
+from pathlib import Path
+from training.run import Run
+
+log, times = Run.log, []
+
+def timed(run, loss):
+    log(run, loss)
+    times.append((time.perf_counter(), time.process_time()))
+    Path(out).write_text(json.dumps(times))
+
+Run.log = timed
+script, out, sys.argv = sys.argv[1], sys.argv[2], sys.argv[1:2] + sys.argv[3:]
+runpy.run_path(script, run_name="__main__")
+"""
 
 OFFICIAL = """
 import sys, time, json
@@ -33,7 +51,6 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from PIL import Image
-from itertools import pairwise
 from pathlib import Path
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from benchmarks.reference import Files, attach, pipeline
@@ -53,9 +70,8 @@ optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=1e-2)
 schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 processor = CLIPImageProcessorPil()
 pictures = sorted(data.glob("*.png"))
-seconds = []
+times = []
 for step in range(steps + 1):
-    began = time.perf_counter()
     chosen = [pictures[(step * batch + i) % len(pictures)] for i in range(batch)]
     images = [Image.open(path).convert("RGB") for path in chosen]
     captions = [path.with_suffix(".txt").read_text() for path in chosen]
@@ -73,41 +89,49 @@ for step in range(steps + 1):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    seconds.append(time.perf_counter() - began)
-    print(step, loss.item(), seconds[-1], flush=True)
-Path(log).write_text(json.dumps({"parameters": sum(p.numel() for p in params), "seconds": seconds[1:]}))
+    print(step, loss.item(), flush=True)
+    times.append((time.perf_counter(), time.process_time()))
+Path(log).write_text(json.dumps(times))
 """
 
 
-def ours(files: Files, data: Path, output: Path, steps: int, *flags: str) -> list[str]:
+def ours(files: Files, data: Path, output: Path, steps: int, batch: int, side: int, *flags: str) -> list[str]:
     given = {
         "--base": files.base,
         "--image-encoder": files.image_encoder / "model.safetensors",
         "--data": data,
         "--output": output,
         "--steps": steps + 1,
-        "--batch-size": BATCH,
-        "--resolution": SIDE,
+        "--batch-size": batch,
+        "--resolution": side,
         "--validate-every": 0,
         "--save-every": 10**6,
         "--device": "cpu",
     }
-    return [sys.executable, str(ROOT / "train.py"), *(str(part) for flag in given.items() for part in flag), *flags]
+    given = [str(part) for flag in given.items() for part in flag]
+    return [sys.executable, "-c", OURS, str(ROOT / "train.py"), str(output.with_suffix(".json")), *given, *flags]
 
 
-def steps_of(output: Path) -> list[float]:
-    """Seconds of each step of a run but the first."""
-    ends = [json.loads(line)["seconds"] for line in (output / "log.jsonl").read_text().splitlines()]
-    return [b - a for a, b in pairwise(ends)]
+def steps_of(log: Path) -> list[tuple[float, float]]:
+    """Seconds of each step but the first, of the clock and of the CPU."""
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(json.loads(log.read_text()))]
 
 
 def main() -> None:
+    cached = "--cache", "CACHE"
+    kinds = {"official": None, "ours": (), "cached": cached, "recomputed": (*cached, "--gradient-checkpointing")}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each run (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=1, help="runs of each (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--side", type=int, default=256, help="of the pictures (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", choices=kinds, default=[*kinds], help="(default: all)")
+    parser.add_argument("--drop", action="store_true", help="drop text and images as train.py does")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--narrow", action="store_true", help="small widths, to try this script out")
     parser.add_argument("--folder", type=Path, help="keep the weight files here (3.5 GB)")
     args = parser.parse_args()
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = reference.write(args.folder or folder / "files", NARROW if args.narrow else FULL)
@@ -117,25 +141,31 @@ def main() -> None:
         for i in range(8):
             picture.rotate(40 * i).resize((400, 400)).save(data / f"{i}.png")
             (data / f"{i}.txt").write_text(f"picture number {i}, coloured squares")
-        cache = ("--cache", str(folder / "cache"))
-        subprocess.run(ours(files, data, folder / "first", 0, *cache), check=True, stderr=subprocess.DEVNULL)
-        log = folder / "official.json"
-        arguments = files.folder, data, args.steps, BATCH, SIDE, log
-        rows: dict[str, tuple[Cost, list[float]]] = {}
-        spent = cost([sys.executable, "-c", OFFICIAL, *map(str, arguments)])
-        rows["official recipe"] = spent, json.loads(log.read_text())["seconds"]
-        for name, flags in {
-            "ours": (),
-            "ours, cached": cache,
-            "ours, cached, --gradient-checkpointing": (*cache, "--gradient-checkpointing"),
-        }.items():
-            output = folder / name
-            rows[name] = cost(ours(files, data, output, args.steps, *flags)), steps_of(output)
-        their_cost, theirs = rows["official recipe"]
-        print(f"{'':42} s/step  ratio  peak GiB  ratio")
-        for name, (spent, seconds) in rows.items():
-            ratios = median(seconds) / median(theirs), spent.peak_gib / their_cost.peak_gib
-            print(f"{name:42} {median(seconds):6.2f} {ratios[0]:6.2f} {spent.peak_gib:9.2f} {ratios[1]:6.2f}")
+        shape = args.batch_size, args.side
+        drops = () if args.drop else ("--drop-text", "0", "--drop-image", "0", "--drop-both", "0")
+
+        def run(name: str, turn: int, steps: int) -> tuple[Cost, list[tuple[float, float]]]:
+            output = folder / f"{name}-{turn}"
+            log = output.with_suffix(".json")
+            flags = [str(folder / "cache") if flag == "CACHE" else flag for flag in (*(kinds[name] or ()), *drops)]
+            official = [sys.executable, "-c", OFFICIAL, *map(str, (files.folder, data, steps, *shape, log))]
+            return cost(official if name == "official" else ours(files, data, output, steps, *shape, *flags)), steps_of(
+                log
+            )
+
+        if {"cached", "recomputed"} & {*args.rows}:
+            run("cached", -1, 0)  # fills the cache
+        turns = [{name: run(name, turn, args.steps) for name in args.rows} for turn in range(args.turns)]
+    print(f"{'':12} s/step  ratio                CPU s/step  ratio           peak GiB  ratio")
+    rows = {}
+    for name in args.rows:
+        seconds = [zip(*turn[name][1], strict=True) for turn in turns]
+        wall, cpu = zip(*[map(median, pair) for pair in seconds], strict=True)  # of each turn
+        rows[name] = wall, cpu, [turn[name][0].peak_gib for turn in turns]
+        cells = [
+            f"{median(values):6.2f}  {ratio(values, rows[args.rows[0]][i])}" for i, values in enumerate(rows[name])
+        ]
+        print(f"{name:12} {'  '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--optimizer", default="adamw")
     args = parser.parse_args()
     config = SDXL if args.base == "sdxl" else SD15
-    torch.set_default_dtype(STORAGES[args.storage] if args.storage in ("float16", "bfloat16") else torch.float32)
+    made_in = {None: torch.float32, "float8": torch.bfloat16}  # of random weights none is to outweigh the step
+    torch.set_default_dtype(made_in.get(args.storage) or STORAGES[args.storage])
     unet = UNet(config).requires_grad_(False).eval()
     torch.set_default_dtype(torch.float32)
     if args.storage:

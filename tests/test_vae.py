@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vae.vae as vae_file
 from clip import preprocess
 from files.pictures import open_picture
-from vae import SD_VAE, VAE, strips
+from vae import SD_VAE, VAE, strips, winograd
 from weights import open_base
 from weights.configs import vae_config
 
@@ -40,6 +41,28 @@ def test_encoded_mean_equals_diffusers(vae, their_vae, draw, height, width):
 def test_decoded_pictures_equal_diffusers(vae, their_vae, draw, height, width):
     latents = draw(2, 4, height, width)
     assert rel(vae.decode(latents), their_vae.decode(latents / 0.18215).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (33, 30), (1, 5)])
+def test_convolutions_in_fewer_multiplications(draw, height, width):
+    """As an ordinary one in fp64, tiles that reach over the edges too, one after the other where there are many."""
+    x, weight, bias = draw(2, 16, height, width), draw(24, 16, 3, 3), draw(24)
+    with patch.object(winograd, "TILES", 16):
+        found = winograd.convolve(x.to(memory_format=torch.channels_last), weight, bias)
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    assert found.shape == wanted.shape and rel(found, wanted) <= 5e-6
+
+
+def test_a_hastened_encoder_equals_diffusers(vae, their_vae, draw):
+    """Only what is wide enough, in fp32, is changed."""
+    hastened, half = copy.deepcopy(vae), copy.deepcopy(vae).bfloat16()
+    with patch.object(winograd, "CHANNELS", 64):
+        winograd.hasten(hastened.encoder)
+        winograd.hasten(half.encoder)
+    found = [layer for layer in hastened.modules() if isinstance(layer, winograd.Winograd)]
+    assert len(found) == 15 and not any(isinstance(layer, winograd.Winograd) for layer in half.modules())
+    pixels = draw(2, 3, 40, 72).clamp(-1, 1)
+    assert rel(hastened.moments(pixels)[0], their_vae.encode(pixels).latent_dist.mean) <= 1e-5
 
 
 def test_latent_scale_is_applied_once_each_way(vae, their_vae, draw):

@@ -28,6 +28,7 @@ from ipadapter.adapter import image_features, null_features
 from training.buckets import Buckets, Size
 from training.pairs import BadSample, Pair, Pairs
 from vae import VAE
+from vae.winograd import hasten
 
 Features = dict[str, Tensor]  # of one pair, or of a batch
 TEXTS = ("text", "pooled")  # what is made of a caption; all else is of a picture:
@@ -188,6 +189,7 @@ class Encoders:
     ):
         self.vae, self.text, self.image, self.patches, self.faces = vae, text, image, patches, faces
         self.device, self.dtype = next(vae.parameters()).device, dtype
+        hasten(vae.encoder)
         self.sized = isinstance(text, TwoTowerEncoder)  # SDXL is told sizes beside the text
         self.caption = lru_cache(REMEMBERED)(lambda *tokens: self.texts(torch.tensor([tokens])))
 
