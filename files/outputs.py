@@ -19,13 +19,15 @@ class Taken(UserError):
 
 @contextmanager
 def reserved(
+    # `cat.png` (.jpg, .jpeg, .webp), of several cat_0.png, cat_1.png, ...; or a folder, made if need be: the next free
+    # number, 00000.png, of several 00000_0.png, ...
     output: Path,
     count: int = 1,
-    grid: bool = False,
-    overwrite: bool = False,
-    inputs: Sequence[str | Path] = (),
-    attention: bool = False,
-    stems: Sequence[str] = (),
+    grid: bool = False,  # one more name at the end of the list, cat_grid.png, of several stems grid.png
+    overwrite: bool = False,  # an existing file may be replaced, once its successor is whole
+    inputs: Sequence[str | Path] = (),  # files that are never replaced
+    attention: bool = False,  # as many names more, behind the pictures' own: cat_attention.png, cat_0_attention.png, ...
+    stems: Sequence[str] = (),  # what the pictures are called instead of by numbers, `count` of each, in the folder
 ) -> Iterator[list[Path]]:
     """Names for the pictures of a run, made as empty files at its start; those never written to are removed at its end.
 
@@ -34,15 +36,6 @@ def reserved(
 
     So two runs into one folder never share a name, and a name that cannot be is told before the work. What has been
     written stays, however the run ends; a run that wrote nothing leaves no folder that was not there.
-
-    Args:
-        output: `cat.png` (.jpg, .jpeg, .webp), of several cat_0.png, cat_1.png, ...; or a folder, made if need be: the
-            next free number, 00000.png, of several 00000_0.png, ...
-        grid: one more name at the end of the list, cat_grid.png, of several stems grid.png.
-        overwrite: an existing file may be replaced, once its successor is whole.
-        inputs: files that are never replaced.
-        attention: as many names more, behind the pictures' own: cat_attention.png, cat_0_attention.png, ...
-        stems: what the pictures are called instead of by numbers, `count` of each, in the folder.
 
     Raises:
         UserError: a name that exists, that the file system does not take, or that ends as no picture we write.

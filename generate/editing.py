@@ -85,14 +85,14 @@ class Beginning:
         return x, generators, sampler, beside
 
 
-def beginning(models: Models, canvas: Canvas, like: Tensor) -> Beginning:
-    """Encode a canvas in the size of an empty latent (1, 4, h, w). An autoencoder that is not kept is freed on return.
+def beginning(models: Models, canvas: Canvas, height: int, width: int) -> Beginning:
+    """Encode a canvas in the size in which it is worked on. An autoencoder that is not kept is freed on return.
 
     Raises:
         UserError: a mask whose white falls between the latent's positions; an autoencoder whose latents are not finite.
     """
-    reads, height, width = models.base.channels, 8 * like.shape[2], 8 * like.shape[3]
-    size = width, height
+    reads, size = models.base.channels, (width, height)
+    like = torch.empty(1, 4, height // 8, width // 8, device=models.device)
     pixels = from_pil(canvas.cut(canvas.picture, height, width).resize(size, Image.Resampling.LANCZOS))
     if reads == INSTRUCTED:  # the mean, and unscaled, as it was trained
         return Beginning(like, changed=posteriors(models, pixels)[0][0] / models.base.family.latent_scale)

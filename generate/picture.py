@@ -81,8 +81,7 @@ def pictures(
     size = 1 if models.low_memory else max(batch, *(len(p.text) for p in prompts), 1)
     pairs = zip(prompts, nulls, strict=True)
     parts = [(p, n, seeds[i : i + size]) for p, n in pairs for i in range(0, len(seeds), size)]
-    like = torch.empty(1, 4, height // 8, width // 8, device=models.device)
-    begun = beginning(models, canvas, like) if canvas else None
+    begun = beginning(models, canvas, height, width) if canvas else None
     unet = models.unet(face=any(p.images for p in prompts))
     nets = follow(models, controls, height, width, canvas) if controls else []
     layers = list(attentions(unet, nets) if nets else unet.cross_attentions())

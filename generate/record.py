@@ -75,18 +75,12 @@ class Hashes:
 def record(
     models: Models,
     hashes: Hashes,
-    groups: Sequence[Mapping[str, object]] = (),
-    controls: Sequence[Mapping[str, object]] = (),
-    others: Sequence[str] = (),
+    groups: Sequence[Mapping[str, object]] = (),  # arguments of each `ImageGroup`, `faces` as "face_embedding"
+    controls: Sequence[Mapping[str, object]] = (),  # arguments of each `Hint`, its picture as "hint"
+    others: Sequence[str] = (),  # files of results beside this one, from a folder
     **settings: object,
 ) -> dict:
-    """All that makes a picture again: the settings, what each file was, its hash.
-
-    Args:
-        groups: of each image prompt the arguments of `generate.ImageGroup`, the face embeddings as "face_embedding".
-        controls: of each of `models.controls` the arguments of `generate.Hint`, the picture as "hint".
-        others: files of results beside this one, from a folder.
-    """
+    """All that makes a picture again: the settings, what each file was, its hash."""
     told = [recorded(models, group) for group in groups]
     here = {name for group in told for part in ("image", "negative_image") for name in group.get(part, ())}
     left_out = {public(path) for path in others} - here

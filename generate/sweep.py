@@ -74,12 +74,9 @@ class Sweep:
 def swept(
     models: Models,
     sweep: Sweep,
-    # Each prompt and its absence, as `prompts` makes them; an iterator is asked for one when its turn comes.
-    pairs: Iterable[tuple[Prompt, Prompt]],
-    # Whether to look where each prompt acts, which takes time.
-    attention: bool = False,
-    # What `pictures` takes besides: `steps`, `guidance_scale`, ...
-    **how: object,
+    pairs: Iterable[tuple[Prompt, Prompt]],  # each as `prompts` makes it; an iterator is asked for one in its turn
+    attention: bool = False,  # whether to look where each prompt acts, which takes time
+    **how: object,  # what `pictures` takes besides: `steps`, `guidance_scale`, ...
 ) -> Iterator[tuple[Job, Image.Image]]:
     """Make the pictures of a sweep, each handed out as soon as it is done.
 

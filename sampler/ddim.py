@@ -20,14 +20,9 @@ def ddim(
     generators: Sequence[torch.Generator] | None = None,
     eta: float = 0.0,
 ) -> Steps:
-    """Denoise x step by step, yielding the latents after each step (the last ones are the result).
+    """Denoise x (batch, 4, H/8, W/8) step by step, yielding the latents after each step (the last ones are the result).
 
-    Args:
-        predict: what the model believes, predict(x, level) -> (eps, x_0), as `guided` makes it.
-        x: the latents at levels[0], (batch, 4, H/8, W/8) fp32 of unit variance; pure noise, to begin from nothing.
-        levels: the noise levels to visit, and last the one to end at, as `ddim_levels` gives them.
-        generators: one per picture, source of the noise that eta adds.
-        eta: 0 is deterministic; 1 adds as much new noise at each step as DDPM does.
+    Args as for any sampler (`Run`); eta: 0 is deterministic; 1 adds as much new noise at each step as DDPM does.
     """
     for level, after in pairwise(levels):
         eps, x_0 = predict(x, level)

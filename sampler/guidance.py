@@ -17,30 +17,21 @@ Steps = Generator[Tensor, Tensor | None, None]
 
 
 def guided(
-    unet: Callable[[Tensor, Tensor, Prompt], Tensor],
-    prompt: Prompt,
-    null: Prompt,
-    guidance_scale: float,
-    prediction: str = "eps",
-    apart: bool = False,
-    rescale: float = 0.0,
-    middle: Prompt | None = None,
-    middle_scale: float = 1.0,
+    unet: Callable[[Tensor, Tensor, Prompt], Tensor],  # unet(x, t, prompt); it computes in the prompt's dtype
+    prompt: Prompt,  # what the picture should be
+    null: Prompt,  # and what it should not: the unconditional or negative prompt
+    guidance_scale: float,  # 1 follows the prompt as trained, larger values exaggerate it
+    prediction: str = "eps",  # what the UNet was trained to predict, or "v" (Stable Diffusion 2.x at 768 pixels)
+    apart: bool = False,  # the prompts one after the other, in less memory and more time
+    rescale: float = 0.0,  # how far the result's spread is brought back to the prompt's own (arXiv 2305.08891, 3.4)
+    middle: Prompt | None = None,  # a half of the prompt, such as the image alone, to be followed by itself
+    middle_scale: float = 1.0,  # how far
 ) -> Predict:
     """The prediction that a sampler follows: predict(x, level) -> (eps, x_0).
 
-    All prompts go through the UNet as one batch; at a guidance scale of 1 the unconditional one is not needed.
-
-    Args:
-        unet: a `UNet`, or whatever is called like one: unet(x, t, prompt); it computes in the prompt's dtype.
-        prompt, null: what the picture should be, and what it should not (the unconditional or negative prompt).
-        guidance_scale: 1 follows the prompt as trained, larger values exaggerate it.
-        prediction: what the UNet was trained to predict, "eps" or "v" (Stable Diffusion 2.x at 768 pixels).
-        apart: the prompts one after the other, in less memory and more time.
-        rescale: how far the spread of the result is brought back to the prompt's own (arXiv 2305.08891, section 3.4).
-        middle, middle_scale: a half of the prompt, such as the image alone, and how far to follow it by itself, while
-            `guidance_scale` is for what the whole prompt has besides (InstructPix2Pix, arXiv 2211.09800, equation 3):
-            null + middle_scale (middle - null) + guidance_scale (prompt - middle). A third pass.
+    All prompts go through the UNet as one batch; at a guidance scale of 1 the unconditional one is not needed. With a
+    middle, a third pass, `guidance_scale` is for what the whole prompt has besides (InstructPix2Pix, arXiv 2211.09800,
+    equation 3): null + middle_scale (middle - null) + guidance_scale (prompt - middle).
     """
     check("prediction", prediction, ("eps", "v"))
     chain, scales = [null, prompt], [guidance_scale]

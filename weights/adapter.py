@@ -40,7 +40,6 @@ def load_adapter(path: str | Path, dtype: torch.dtype = torch.float32, device: t
 
 
 PUBLISHED = re.compile(r"(image_proj|ip_adapter\.\d+)\.")
-PROJECTIONS = {"image_proj.latents", "image_proj.proj.weight", "image_proj.proj.3.weight", "image_proj.proj.2.weight"}
 
 
 def adapter_alone(path: str | Path, state: State) -> State:
@@ -61,7 +60,7 @@ def check_adapter(path: str | Path, state: State) -> None:
         raise WeightsError(f"{path}: an IP-Adapter for SD 1.x, SD 2.x or SDXL is wanted here; this is {what_is(state)}")
     if lacks:
         raise WeightsError(f"{path}: only half of an IP-Adapter, without {lacks[0]}*")
-    if not PROJECTIONS & state.keys():
+    if not PROJECTIONS.keys() & state.keys():
         raise WeightsError(
             f"{path}: an IP-Adapter whose image projection is none of: base, light, plus, full-face, FaceID, "
             f"FaceID-plus, FaceID-portrait; it is {what_is(state)}"
@@ -77,23 +76,39 @@ def build_adapter(state: State) -> IPAdapter:
     keys = [key for key in state if key.startswith("ip_adapter.") and key.endswith("to_k_ip.weight")]
     shapes = [tuple(state[key].shape) for key in sorted(keys, key=lambda key: int(key.split(".")[1]))]
     rank = state.get("ip_adapter.1.to_q_lora.down.weight")
-    return IPAdapter(build_projection(state, shapes[0][1]), shapes, 0 if rank is None else rank.shape[0])
+    make = next(make for key, make in PROJECTIONS.items() if key in state)
+    return IPAdapter(make(state, shapes[0][1]), shapes, 0 if rank is None else rank.shape[0])
 
 
-def build_projection(state: State, context_dim: int) -> torch.nn.Module:
-    if "image_proj.latents" in state:  # plus
-        _, num_tokens, dim = shape(state, "latents")
-        feature_dim, depth, heads = perceiver(state)
-        return Resampler(feature_dim, dim, depth, heads, num_tokens, context_dim)
-    if "image_proj.proj.weight" in state:  # base, light
-        rows, embed_dim = shape(state, "proj.weight")
-        return ImageProjection(embed_dim, context_dim, rows // context_dim)
-    if "image_proj.proj.3.weight" in state:  # full-face
-        return PatchProjection(shape(state, "proj.0.weight")[1], context_dim)
+def plus(state: State, context_dim: int) -> Resampler:
+    _, num_tokens, dim = shape(state, "latents")
+    feature_dim, depth, heads = perceiver(state)
+    return Resampler(feature_dim, dim, depth, heads, num_tokens, context_dim)
+
+
+def base_or_light(state: State, context_dim: int) -> ImageProjection:
+    rows, embed_dim = shape(state, "proj.weight")
+    return ImageProjection(embed_dim, context_dim, rows // context_dim)
+
+
+def full_face(state: State, context_dim: int) -> PatchProjection:
+    return PatchProjection(shape(state, "proj.0.weight")[1], context_dim)
+
+
+def faceid(state: State, context_dim: int) -> FaceProjection | FacePlusProjection:
     face_dim, num_tokens = shape(state, "proj.0.weight")[1], shape(state, "proj.2.weight")[0] // context_dim
     if "image_proj.perceiver_resampler.proj_in.weight" not in state:  # FaceID, portrait
         return FaceProjection(face_dim, context_dim, num_tokens)
     return FacePlusProjection(face_dim, *perceiver(state, "perceiver_resampler."), num_tokens, context_dim)
+
+
+# By the tensor that tells them, each after those that have it, too.
+PROJECTIONS = {
+    "image_proj.latents": plus,
+    "image_proj.proj.weight": base_or_light,
+    "image_proj.proj.3.weight": full_face,
+    "image_proj.proj.2.weight": faceid,
+}
 
 
 def perceiver(state: State, prefix: str = "") -> tuple[int, int, int]:

@@ -103,21 +103,15 @@ def open_base(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    prediction: str | None = None,
-    loras: Sequence[tuple[LoRA, float]] = (),
-    vae: str | Path | None = None,
-    text_encoder: Sequence[str | Path] = (),
-    spacing: str | None = None,
+    prediction: str | None = None,  # as in `Schedule`, where it is not what the file tells or nothing tells
+    loras: Sequence[tuple[LoRA, float]] = (),  # with their weights; merged into the parts when these are built
+    vae: str | Path | None = None,  # a file with another autoencoder
+    text_encoder: Sequence[str | Path] = (),  # other text towers, as many as the family has; SDXL's in any order
+    spacing: str | None = None,  # as `prediction`
 ) -> Base:
     """An SD 1.x, SD 2.x or SDXL base model: a checkpoint in the original layout (.safetensors, .ckpt), or a folder.
 
     It may be a UNet alone, in either layout, if the other parts are given.
-
-    Args:
-        prediction, spacing: as in `Schedule`, where it is not what the file tells or nothing tells.
-        loras: with their weights; they are merged into the parts when these are built.
-        vae: a file with another autoencoder.
-        text_encoder: files or folders with other text towers, as many as the family has; SDXL's in any order.
 
     Raises:
         WeightsError: unreadable, another kind or family of file, keys missing or left over, or a LoRA that does not fit.

@@ -43,10 +43,10 @@ def names(kind: str, family: str | None = None) -> list[str]:
 
 
 def resolve(
-    given: dict[str, str | None],
-    image: bool,
-    new_adapter: bool = False,
-    faces_alone: Callable[[Path], bool] = lambda adapter: False,
+    given: dict[str, str | None],  # the values by kind ("base", "adapter", "image_encoder", "vae"); None is not given
+    image: bool,  # whether there is an image prompt
+    new_adapter: bool = False,  # one is to be made: none is brought, but the image encoder that it would read
+    faces_alone: Callable[[Path], bool] = lambda adapter: False,  # whether a file reads faces alone, no pictures
 ) -> dict[str, Found]:
     """What each argument of a run stands for, with what follows from the others where one is not given.
 
@@ -55,12 +55,6 @@ def resolve(
     - A base's name with an image prompt and no adapter brings the base adapter of its family, and that its encoder.
     - Of files nothing follows: their names do not tell what they are.
     - Without an image prompt there is no adapter and no image encoder. An autoencoder is never brought.
-
-    Args:
-        given: the values by kind ("base", "adapter", "image_encoder", "vae"); None is not given.
-        image: whether there is an image prompt.
-        faces_alone: whether an adapter's file reads face embeddings and no pictures: then no image encoder is wanted.
-        new_adapter: an adapter is to be made: none is brought, but the image encoder that the brought one would read.
 
     Returns:
         The same by kind; None is not wanted. Nothing is fetched yet: `weights.hub.fetch` does that.
