@@ -185,9 +185,9 @@ def test_inputs_are_never_replaced(tmp_path):
 BAD = {
     "too long": ("x" * 252 + ".png", "cannot write there (File name too long)"),
     "too long with its number": ("x" * 251 + ".png", "cannot write there (File name too long)"),
-    "a folder that is a file": ("file/x.png", "cannot write there (File exists)"),
-    "a folder in a file": ("file/folder/x.png", "cannot write there (Not a directory)"),
-    "a file for a folder": ("file", "cannot write there (File exists)"),
+    "a folder that is a file": ("file/x.png", "cannot write there ({}/file is not a folder)"),
+    "a folder in a file": ("file/folder/x.png", "cannot write there ({}/file is not a folder)"),
+    "a file for a folder": ("file", "cannot write there ({}/file is not a folder)"),
     "a folder with a picture's name": ("folder.png", "a folder; folders whose names end in .png are not taken"),
     "another kind of picture": ("x.gif", "a name that ends in .png, .jpg, .jpeg, .webp, or a folder, is wanted"),
 }
@@ -200,7 +200,7 @@ def test_a_name_that_cannot_be_is_told_at_the_start(tmp_path, fault):
     name, told = BAD[fault]
     with pytest.raises(UserError) as error:
         names(tmp_path / name, 2)
-    assert str(error.value) == f"`output` {tmp_path / name}: {told}"
+    assert str(error.value) == f"`output` {tmp_path / name}: {told.format(tmp_path)}"
     assert len(list(tmp_path.iterdir())) == 2
 
 
