@@ -17,6 +17,12 @@ if sys.version_info < OLDEST:
     sys.stderr.write("Python %d.%d or newer is wanted; this is %s\n" % (*OLDEST, sys.version.split()[0]))  # noqa: UP031
     sys.exit(2)
 
+try:
+    os.getcwd()
+except OSError:  # a library of torch's ends the process without it, and says something else
+    sys.stderr.write("the working directory is gone; cd to one that is there\n")
+    sys.exit(2)
+
 
 def stop(number, frame):
     sys.stderr.write("\nstopped; no half-written file is left\n")

@@ -150,7 +150,7 @@ def picture(name: str, read: Callable[[str | Path | BinaryIO], Image.Image] = op
 
 def piped(name: str, source: Path) -> BinaryIO:
     """All that comes out of a pipe."""
-    content = sys.stdin.buffer.read() if name == "-" else source.read_bytes()
+    content = (sys.stdin.buffer.read() if sys.stdin else b"") if name == "-" else source.read_bytes()
     PIPED[name] = hashlib.sha256(content).hexdigest()
     found = io.BytesIO(content)
     found.name = "standard input" if name == "-" else name

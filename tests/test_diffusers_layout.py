@@ -1,7 +1,9 @@
 """Folders of diffusers give the same models as files in the original layout."""
 
 import json
+import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from files.tensors import WeightsError
 from ipadapter import Prompt
 from unet import UNet
 from vae import SD_VAE, VAE
+from weights import open_base
 from weights.configs import unet_config, vae_config
 from weights.diffusers import read_folder, read_part
 from weights.diffusers_names import from_diffusers, unet_key, unet_shape
@@ -299,3 +302,40 @@ def test_prediction_type(tmp_path, config, found):
 def test_what_is_no_part_of_a_folder_stays_as_it_is(unet, vae):
     for state in (unet.state_dict(), vae.state_dict(), {"down_blocks.0.attn.processor.to_q_lora.up.weight": 0}):
         assert from_diffusers(state) is state
+
+
+def said(folder: Path, tmp_path: Path, part: str, **changed: object) -> Path:
+    """A folder of which one model's config says something else."""
+    copy = tmp_path / "said"
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    (copy / part / "config.json").write_text(json.dumps(changed))
+    return copy
+
+
+def test_what_a_text_tower_of_a_folder_says_of_itself_is_heeded(folder, text_tower, tmp_path):
+    theirs = transformers_text(text_tower)
+    theirs.config.hidden_act, theirs.config.num_attention_heads = "gelu", 8
+    told = type(theirs)(theirs.config).eval()
+    told.load_state_dict(theirs.state_dict())
+    copy = said(folder, tmp_path, "text_encoder")
+    told.save_pretrained(copy / "text_encoder")
+    ids = torch.tensor([[49406, 320, 1125, 2368, 49407]])
+    with torch.no_grad():
+        wanted = told(ids, output_hidden_states=True).hidden_states[-2]
+        assert rel(open_base(copy).text().hidden(ids, 1), wanted) < 1e-5
+        assert rel(text_tower.hidden(ids, 1), wanted) > 0.01
+
+
+UNTOLD = {
+    "unet": {"act_fn": "gelu", "freq_shift": 1, "attention_head_dim": 4, "norm_eps": 1e-6},
+    "vae": {"act_fn": "gelu", "norm_num_groups": 16},
+    "text_encoder": {"layer_norm_eps": 1e-6, "hidden_act": "relu"},
+}
+
+
+@pytest.mark.parametrize("part", UNTOLD)
+def test_what_no_tensor_tells_and_is_said_otherwise_is_refused(folder, tmp_path, part):
+    for name, value in UNTOLD[part].items():
+        config = {"model_type": "clip_text_model", "block_out_channels": [32, 64, 96, 96], name: value}
+        with pytest.raises(WeightsError, match=rf"{part}/config.json: .*{name} is {value!r}"):
+            open_base(said(folder, tmp_path, part, **config))

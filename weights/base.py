@@ -20,7 +20,7 @@ from weights.families import FAMILIES, SD2, SD2_BASE, TURBO, Family
 from weights.fill import IGNORED, blank, build, fill, peeled, strangers, under
 from weights.kinds import AUTOENCODER, UNET, family, what_is
 from weights.lora import LoRA, check, merge
-from weights.settings import MARKS, heed_vae, schedule_of, sd2_predicts_noise
+from weights.settings import MARKS, heed, schedule_of, sd2_predicts_noise
 from weights.text import check_texts, read_text, text_state, text_width
 from weights.vae import check_scale, vae_state
 
@@ -124,8 +124,8 @@ def open_base(
     schedule = schedule_of(path, state, kind, prediction=prediction, spacing=spacing)
     if vae:
         check_scale(vae, kind.latent_scale)
-    elif os.path.isdir(path):
-        kind = heed_vae(path, kind)
+    if os.path.isdir(path):
+        kind = heed(path, kind, vae=not vae, texts=not text_encoder)
     found = parts(state, kind)
     check_whole(path, found, kind)
     used = (*(part.prefix for part in found.values()), *(prefix for tower in kind.text for prefix in tower.prefixes))
@@ -256,6 +256,6 @@ def parts(state: State, kind: Family) -> dict[str, Part]:
     }
     for name, tower in zip(("text tower", "second text tower"), kind.text, strict=False):
         prefix = next((p for p in tower.prefixes if any(key.startswith(p) for key in state)), tower.prefixes[0])
-        part, quick = text_state(under(prefix, state), tower), tower.quick_gelu
-        found[name] = Part(prefix, part, lambda part, quick=quick: blank(CLIPText, text_config(part, quick)))
+        part, how = text_state(under(prefix, state), tower), (tower.quick_gelu, tower.heads)
+        found[name] = Part(prefix, part, lambda part, how=how: blank(CLIPText, text_config(part, *how)))
     return found

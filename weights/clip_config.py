@@ -53,6 +53,9 @@ class Config:
                 raise WeightsError(
                     f"{self.path}: {said} is {self.values[said]!r}, but the tensors beside it have {found}"
                 )
+        self.check_eps()
+
+    def check_eps(self) -> None:
         if self.values.get("layer_norm_eps", 1e-5) != 1e-5:
             raise WeightsError(f"{self.path}: layer_norm_eps is {self.values['layer_norm_eps']!r}; 1e-05 is supported")
 

@@ -57,6 +57,7 @@ def read_folder(path: str | Path, elsewhere: Collection[str] = ()) -> State:
         raise WeightsError(
             f"{path}: not a whole diffusers folder ({wanted}): no {', '.join(missing)}; {listing(path)}"
             + f"; it is made for {made}" * bool(made)
+            + "".join(f"; {inner.parent} is one" for inner in [*path.glob("*/unet"), *path.glob("*/*/unet")][:1])
         )
     parts = {place: from_diffusers(read_part(path / part)) for part, place in places.items()}
     return {place + key: w for place, part in parts.items() for key, w in part.items()}

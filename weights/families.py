@@ -17,6 +17,7 @@ class Tower:
     quick_gelu: bool  # OpenAI's have the approximation, OpenCLIP's the exact GELU
     pad: int  # the token that fills a text up
     penultimate: bool = False  # the UNet was trained without the tower's last layer (SD 2.x)
+    heads: int | None = None  # of its attention; None: its width tells
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from files.errors import Notice
+from files.errors import Notice, brief
 from files.tensors import State, WeightsError
 from sampler import Schedule
-from weights.diffusers import SCHEDULER, VAE_CONFIG, read_json
+from weights.clip_config import read_config
+from weights.diffusers import CONFIG, SCHEDULER, TWO_TOWERS, VAE_CONFIG, read_json
 from weights.families import SDXL, Family
 from weights.kinds import UNET
 
@@ -40,6 +41,16 @@ ONLY = {
     "rescale_betas_zero_snr": (False, True),
     "steps_offset": (0, 1),
     "set_alpha_to_one": (False, True),
+}
+# What configs of UNets and autoencoders say and no tensor tells, in diffusers' words.
+UNTOLD = {
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "resnet_time_scale_shift": "default",
 }
 
 
@@ -86,7 +97,7 @@ def scheduler_says(path: str | Path) -> dict[str, object]:
     for name, allowed in ONLY.items():
         if (found := config.get(name)) not in (None, *allowed):
             raise WeightsError(
-                f"{file}: the {name} is {found!r}; {' and '.join(map(str, allowed)) or 'none'} supported"
+                f"{file}: the {name} is {brief(repr(found), 60)}; {' and '.join(map(str, allowed)) or 'none'} supported"
             )
     for name in ("beta_start", "beta_end"):
         number(file, config, name, 1)
@@ -119,12 +130,47 @@ def sd2_predicts_noise(state: State) -> bool:
     return bool(biases) and biases[max(biases)].float().std(correction=0).item() <= 0.09
 
 
-def heed_vae(path: str | Path, kind: Family) -> Family:
-    """The family's row, changed by what a folder's autoencoder says of its scale and its precision."""
-    said = vae_says(Path(path) / VAE_CONFIG)
-    # Heeded only where a family overflows in fp16: all folders say so, as it is diffusers' default.
-    half = kind.half_vae or not said.get("force_upcast", True)
-    return replace(kind, latent_scale=said.get("scaling_factor") or kind.latent_scale, half_vae=half)
+def heed(path: str | Path, kind: Family, vae: bool, texts: bool) -> Family:
+    """The family's row, changed by what a folder says of its autoencoder's scale and precision and of its text towers.
+
+    Args:
+        vae, texts: whether these are the folder's own.
+
+    Raises:
+        WeightsError: something is said that cannot be used.
+    """
+    check_unet(next((file for part in ("unet", "") if (file := Path(path, part, CONFIG)).is_file()), None), kind)
+    if vae:
+        said = vae_says(Path(path) / VAE_CONFIG)
+        # Heeded only where a family overflows in fp16: all folders say so, as it is diffusers' default.
+        half = kind.half_vae or not said.get("force_upcast", True)
+        kind = replace(kind, latent_scale=said.get("scaling_factor") or kind.latent_scale, half_vae=half)
+    for i, (name, tower) in enumerate(zip(TWO_TOWERS, kind.text, strict=False) if texts else ()):
+        if (Path(path) / name).is_dir() and (told := read_config(Path(path) / name, "text")):
+            told.check_eps()
+            tower = replace(tower, quick_gelu=told.quick_gelu, heads=told.heads)
+            kind = replace(kind, text=(*kind.text[:i], tower, *kind.text[i + 1 :]))
+    return kind
+
+
+def check_unet(file: Path | None, kind: Family) -> None:
+    """Refuse a UNet of which its config says what is not so here, and no tensor tells."""
+    config = read_json(file) if file else {}
+    check_untold(file, config)
+    heads = next((name for name in ("num_attention_heads", "attention_head_dim") if config.get(name)), None)
+    widths = config.get("block_out_channels")
+    if heads and isinstance(widths, list):
+        # diffusers' attention_head_dim is how many heads there are.
+        found = config[heads] if isinstance(config[heads], list) else [config[heads]] * len(widths)
+        ours = [8 if kind.context_dim == 768 else width // 64 for width in widths if isinstance(width, int)]
+        if found != ours:
+            raise WeightsError(f"{file}: the {heads} is {config[heads]!r}; for widths of {widths} {ours} is supported")
+
+
+def check_untold(file: Path | None, config: dict) -> None:
+    for name, allowed in UNTOLD.items():
+        if (found := config.get(name, allowed)) not in (allowed, None):
+            raise WeightsError(f"{file}: the {name} is {brief(repr(found), 60)}; {allowed!r} is supported")
 
 
 def vae_says(file: Path) -> dict[str, object]:
@@ -134,6 +180,7 @@ def vae_says(file: Path) -> dict[str, object]:
         WeightsError: it cannot be read, or its latents are not scaled alone.
     """
     config = read_json(file) if os.path.isfile(file) else {}  # unlike Path, no error for names that no file can have
+    check_untold(file, config)
     for name in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(name):
             raise WeightsError(f"{file}: has {name}; an autoencoder whose latents are scaled alone is wanted")
