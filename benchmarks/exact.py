@@ -2,7 +2,7 @@
 
     python -m benchmarks.exact              full size: SD 1.5 and ViT-H/14; minutes, 14 GB of memory
     python -m benchmarks.exact --narrow     the same at small widths, whole runs at 128x128; seconds
-    python -m benchmarks.exact --only "ControlNet" "T2I-Adapter"      these whole runs, a side at a time: 9 GB
+    python -m benchmarks.exact --only "ControlNet" "T2I-Adapter"      these whole runs, a side at a time: 12 GB
 
 Needs diffusers, transformers, accelerate and open_clip_torch; downloads nothing. Both sides read the same files
 through their own loaders. Prints what was found and what is allowed; the exit code is 1 if anything is out of bounds.

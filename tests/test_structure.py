@@ -41,6 +41,7 @@ from test_sample import sample
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, layer_norm, pixel_unshuffle, relu
 
+from cli.groups import Group, control_groups
 from clip import preprocess
 from control import Control, ControlNet, StyleAdapter, T2IAdapter, attentions, controlled, joined
 from control.canny import canny
@@ -132,12 +133,13 @@ def test_a_controlnet_is_diffusers_own(shape, draw):
     close(ours(x, T, Prompt(text, vector=vector), *ours.encode(hint)).skips, residuals(wanted))
 
 
-@pytest.mark.parametrize("task", (0, 5))
-def test_a_union_is_diffusers_own(task, draw):
-    theirs = their_controlnet(UNION, 31, kind=ControlNetUnionModel)
+@pytest.mark.parametrize(("types", "task"), ((6, 0), (8, 7)))
+def test_a_union_is_diffusers_own(types, task, draw):
+    """ProMax has two types more."""
+    theirs = their_controlnet(UNION, 31, kind=ControlNetUnionModel, num_control_type=types)
     ours, x, text, hint = ours_of(theirs), draw(2, 4, 8, 8), draw(2, 77, 96), draw(1, 3, 64, 64)
     vector, added = told(UNION, draw, theirs)
-    flags = torch.zeros(2, 6)
+    flags = torch.zeros(2, types)
     flags[:, task] = 1
     wanted = theirs(
         x, T, text, [torch.cat([hint, hint])], flags, [task], 1.0, added_cond_kwargs=added, return_dict=False
@@ -718,6 +720,12 @@ def test_a_bare_machine_follows_edges_beside_an_image_prompt_and_makes_it_again(
     assert again.returncode == 0, again.stderr
     assert [(net["scale"], net.get("edges")) for net in read_settings(third)["controls"]] == [(0.0, True)]
     assert read_settings(third)["scale"] == 0.5 and not np.array_equal(np.asarray(Image.open(third)), same[0])
+
+
+def test_a_scale_before_the_first_picture_is_not_of_a_net():
+    nets = [Group(control="tiny-edges", hint=["a.png"]), Group(control="canny", hint=["b.png"], scale=[0.5])]
+    found = control_groups(nets, {"scale": [0.3], "until": 0.6})
+    assert [(net.scale, net.until) for net in found] == [(1.0, 0.6), (0.5, 0.6)]
 
 
 @pytest.mark.parametrize(
