@@ -43,9 +43,10 @@ from generate import ImageGroup, Models, pictures, prompts
 from generate.models import Adapter
 from generate.picture import decode
 from ipadapter import IPAdapter
-from unet import UNet
+from unet import UNet, UNetConfig
 from vae import VAE
 from weights import Base
+from weights.fill import twin
 
 logging.set_verbosity_error()  # diffusers warns of every part that a test leaves out
 
@@ -75,7 +76,15 @@ def prefixed(prefix: str, model: nn.Module) -> dict[str, Tensor]:
 
 
 def diffusers_unet(unet: UNet) -> UNet2DConditionModel:
-    c = unet.config
+    theirs = twin(blank_unet(unet.config))
+    state = convert_ldm_unet_checkpoint(prefixed("model.diffusion_model.", unet), theirs.config)
+    theirs.load_state_dict({key: w.clone() for key, w in state.items()}, strict=True, assign=True)
+    return theirs.requires_grad_(False).eval()
+
+
+@cache
+def blank_unet(c: UNetConfig) -> UNet2DConditionModel:
+    """On `meta`: to make one takes much longer than to fill it."""
     added = {}
     if c.vector_dim:  # a pooled text of 32 numbers and six sizes, each as sinusoids
         sinusoids = (c.vector_dim - 32) // 6
@@ -84,22 +93,20 @@ def diffusers_unet(unet: UNet) -> UNet2DConditionModel:
             "addition_time_embed_dim": sinusoids,
             "projection_class_embeddings_input_dim": c.vector_dim,
         }
-    theirs = UNet2DConditionModel(
-        block_out_channels=c.channels,
-        down_block_types=["CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in c.down],
-        up_block_types=["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in c.up],
-        transformer_layers_per_block=[max(max(depths), 1) for depths in c.down],
-        layers_per_block=len(c.down[0]),
-        cross_attention_dim=c.context_dim,
-        attention_head_dim=c.heads or [width // c.head_dim for width in c.channels],  # it means the number of heads
-        use_linear_projection=c.linear_proj,
-        sample_size=16,
-        in_channels=c.in_channels,
-        **added,
-    )
-    state = convert_ldm_unet_checkpoint(prefixed("model.diffusion_model.", unet), theirs.config)
-    theirs.load_state_dict(state, strict=True)
-    return theirs.requires_grad_(False).eval()
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            block_out_channels=c.channels,
+            down_block_types=["CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in c.down],
+            up_block_types=["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in c.up],
+            transformer_layers_per_block=[max(max(depths), 1) for depths in c.down],
+            layers_per_block=len(c.down[0]),
+            cross_attention_dim=c.context_dim,
+            attention_head_dim=c.heads or [width // c.head_dim for width in c.channels],  # it means the number of heads
+            use_linear_projection=c.linear_proj,
+            sample_size=16,
+            in_channels=c.in_channels,
+            **added,
+        )
 
 
 def published(adapter: IPAdapter) -> dict[str, dict[str, Tensor]]:

@@ -29,7 +29,7 @@ NARROW_UNET = replace(SD15, channels=(32, 64, 96, 96), context_dim=64)
 NARROW_XL = UNetConfig(
     in_channels=4,
     out_channels=4,
-    channels=(64, 128, 192),
+    channels=(32, 64, 128),
     down=((0, 0), (2, 2), (3, 3)),
     middle=(3, 0),
     up=((3, 3, 3), (2, 2, 2), (0, 0, 0)),

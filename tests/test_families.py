@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from os import link
 from pathlib import Path
+from shutil import copy, copytree
 
 import open_clip
 import pytest
@@ -222,10 +224,7 @@ def test_picture_of_a_v_model_is_not_that_of_an_eps_model(sd2):
 
 def test_a_folder_of_diffusers_is_the_same_base(twin, tmp_path):
     """As `save_pretrained` writes its parts: names, text towers and what the UNet predicts."""
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler"):
-        if part := getattr(twin.pipeline, name, None):
-            part.save_pretrained(tmp_path / name)
-    base = open_base(tmp_path)
+    base = open_base(saved(twin, tmp_path))
     assert base.schedule == replace(twin.base.schedule, spacing="leading")
     assert replace(base, path=twin.base.path, schedule=twin.base.schedule) == twin.base
     assert same_parts(base, twin)
@@ -318,10 +317,7 @@ def test_a_unet_alone_with_its_other_parts_from_elsewhere(request, name, layout,
 
 
 def test_text_towers_out_of_a_folder_of_diffusers(twin, tmp_path):
-    texts = [getattr(twin.pipeline, n) for n in ("text_encoder", "text_encoder_2") if hasattr(twin.pipeline, n)]
-    for i, text in enumerate(texts):
-        text.save_pretrained(tmp_path / str(i))
-    files = [tmp_path / str(i) for i in range(len(texts))]
+    files = sorted(saved(twin, tmp_path).glob("text_encoder*"))
     assert same_parts(open_base(twin.base.path, text_encoder=files), twin)
 
 
@@ -430,10 +426,12 @@ def test_what_is_asked_for_outweighs_what_the_file_tells(sd1, sd2, tmp_path):
 
 
 def saved(twin: Twin, path: Path, scheduler: object = None, **settings: object) -> Path:
-    """The twin as a folder of diffusers; its scheduler with other settings, or another one."""
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+    """The twin as a folder of diffusers; its scheduler with other settings, or another one. Its weights are written once."""
+    whole = twin.base.path.parent / f"folder {id(twin.pipeline)}"
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2") if not whole.exists() else ():
         if part := getattr(twin.pipeline, name, None):
-            part.save_pretrained(path / name)
+            part.save_pretrained(whole / name)
+    copytree(whole, path, dirs_exist_ok=True, copy_function=lambda a, b: (link if "safetensors" in a else copy)(a, b))
     config = twin.pipeline.scheduler.config
     (scheduler or DDIMScheduler).from_config(config, **settings).save_pretrained(path / "scheduler")
     return path

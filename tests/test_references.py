@@ -203,7 +203,7 @@ def test_the_first_pairs_alone(tmp_path):
 def test_a_run_with_references_cached_or_not_and_resumed(tmp_path):
     """Trained with the prompts that were drawn; the cache holds also what is a prompt alone; as one run throughout."""
     data = cats(tmp_path)
-    flags = [*QUICK, "--data", data, "--steps", 4, "--save-every", 2, "--output"]
+    flags = [*QUICK, "--data", data, "--steps", 2, "--save-every", 1, "--output"]
     done = train(*flags, tmp_path / "live")
     assert done.returncode == 0, done.stderr
     assert "2 of 3 pairs have another picture" in done.stderr and "1 references point nowhere" in done.stderr
@@ -213,8 +213,8 @@ def test_a_run_with_references_cached_or_not_and_resumed(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert train(*flags, tmp_path / "plain", "--reference-share", 0).returncode == 0
     assert [line["loss"] for line in log(tmp_path / "plain")] != losses[0]
-    assert train(*flags, tmp_path / "again", "--steps", 2).returncode == 0
-    assert train("--output", tmp_path / "again", "--steps", 4, "--resume").returncode == 0
+    assert train(*flags, tmp_path / "again", "--steps", 1).returncode == 0
+    assert train("--output", tmp_path / "again", "--steps", 2, "--resume").returncode == 0
     assert same(tmp_path / "again", tmp_path / "live")
     done = train("--output", tmp_path / "again", "--resume", "--reference-share", 0.5)
     assert done.returncode == 2 and "has another references (field, 0.8; now field, 0.5)" in done.stderr

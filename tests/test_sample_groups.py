@@ -209,4 +209,4 @@ def test_a_weight_may_stand_behind_its_picture(folder, tmp_path):
 def test_a_mask_of_another_aspect_is_told(folder, tmp_path):
     result = sample("--image", folder / "red.png", "--mask", folder / "wide.png", *FAST, "--output", tmp_path / "x.png")
     assert result.returncode == 0
-    assert "warning: --mask: 64x32 pixels, of another aspect than 128x128, to which it is brought" in result.stderr
+    assert "warning: --mask: 64x32 pixels, of another aspect than 64x64, to which it is brought" in result.stderr
