@@ -1,5 +1,6 @@
 """How the tests are run; the models that they share are in narrow.py."""
 
+import gc
 import os
 import signal
 
@@ -9,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test may 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other cost more than models this small; scripts too
 
 import pytest
+
+gc.disable()  # while a million objects come that stay, see cli/start.py
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -21,6 +24,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     plugins = session.config.pluginmanager
     if not plugins.hasplugin("dsession"):
         plugins.import_plugin("narrow")
+    gc.freeze()
+    gc.enable()
 
 
 def __getattr__(name: str) -> object:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -54,11 +55,29 @@ def run(what: Path | str, flags: list[str], env: dict[str, str], cwd: str, sessi
     os.environ.update(env)
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+    execute(what, flags)
+
+
+def execute(what: Path | str, flags: list[str]) -> None:
     sys.argv = [str(what), *flags]
     if isinstance(what, Path):
         runpy.run_path(str(what), run_name="__main__")
     else:
         exec(what, {"__name__": "__main__"})  # noqa: S102, our own
+
+
+def torchrun(count: int, script: Path, *flags: object) -> None:
+    """What `torchrun --standalone --nproc-per-node` does, but that its processes are forked off, too."""
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+    where = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    how = LaunchConfig(1, 1, count, **where, max_restarts=0, monitor_interval=0.1, start_method="forkserver")
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        elastic_launch(how, execute)(script, list(map(str, flags)))
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
 
 
 def environment(rank: int, port: int) -> dict[str, str]:

@@ -23,10 +23,9 @@ import pytest
 import torch
 from counterparts import diffusers_unet, listed_once
 from PIL import Image
-from processes import Started, started
+from processes import Started, started, torchrun
 from safetensors.torch import load_file, save_file
 from test_sample import FAST, sample
-from torch.distributed.run import main as launch
 
 from clip import preprocess, tokenize
 from ipadapter import Prompt
@@ -59,16 +58,6 @@ def train(*flags: object) -> subprocess.CompletedProcess:
             for name, handler in handlers.items():
                 signal.signal(name, handler)
     return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
-
-
-def torchrun(processes: int, *flags: object) -> None:
-    """Its launcher in this process, too; the processes that it starts are anew."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        launch(["--standalone", "--nproc-per-node", str(processes), str(SCRIPT), *map(str, flags)])
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
@@ -348,7 +337,7 @@ def test_cached_or_not_and_with_workers_it_is_the_same_run(run, data, tmp_path):
 def test_two_processes_give_the_weights_of_one(data, cache, tmp_path):
     flags = [*QUICK, "--data", data, "--cache", cache, "--steps", 3, "--learning-rate", 1e-4]
     assert train(*flags, "--batch-size", 4, "--output", tmp_path / "one").returncode == 0
-    torchrun(2, *flags, "--batch-size", 2, "--output", tmp_path / "two")
+    torchrun(2, SCRIPT, *flags, "--batch-size", 2, "--output", tmp_path / "two")
     one, two = (
         torch.cat([v.flatten() for k, v in sorted(state(tmp_path / x).items()) if k.startswith("adapter.")])
         for x in ("one", "two")
