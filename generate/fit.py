@@ -75,10 +75,10 @@ def check_group(group: ImageGroup, adapters: Sequence[Adapter], base: Base | Pre
     Raises:
         UserError: names the argument; embeddings that are not for this adapter, or damaged.
     """
+    if not adapters:
+        raise UserError("`image`: no adapter was opened, which an image prompt wants")
     if not 0 <= group.adapter < len(adapters):
-        count = f"{len(adapters)} adapters were opened, the first is 0"
-        none = "`image`: no adapter was opened, which an image prompt wants"
-        raise UserError(f"`adapter` {group.adapter}: {count}" if adapters else none)
+        raise UserError(f"`adapter` {group.adapter}: {len(adapters)} adapters were opened, the first is 0")
     if not (group.images or group.faces):
         raise UserError("`image`: a group without a picture; a file or a face embedding is wanted")
     if not group.plain:  # all adapters read pictures, and so do all bases what these make of them

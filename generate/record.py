@@ -82,8 +82,7 @@ def record(
 ) -> dict:
     """All that makes a picture again: the settings, what each file was, its hash."""
     told = [recorded(models, group) for group in groups]
-    here = {name for group in told for part in ("image", "negative_image") for name in group.get(part, ())}
-    left_out = {public(path) for path in others} - here
+    left_out = other_pictures(told, others) if others else ()
     first = told[0] if told else {}
     return {
         **{role: public(models.files[role]) if role in models.files else None for role in ROLES},
@@ -109,6 +108,12 @@ def record(
     }
 
 
+def other_pictures(told: Sequence[Mapping[str, object]], others: Sequence[str]) -> set[str]:
+    """Of a folder's pictures those that are in no image prompt of this result."""
+    here = {name for group in told for part in ("image", "negative_image") for name in group.get(part, ())}
+    return {public(path) for path in others} - here
+
+
 def called(models: Models, settings: Mapping[str, object]) -> list[list[str]]:
     """The embeddings that the texts call, each with the name; the others change nothing."""
     texts = f"{settings.get('prompt')} {settings.get('negative_prompt')}"
@@ -124,15 +129,9 @@ def recorded(models: Models, group: Mapping[str, object]) -> dict:
     if adapter.faceid_v2 and group.get("structure_scale") is None:
         told["structure_scale"] = 1.0
     told |= {name: [public(path) for path in told.get(name, ())] for name in ("image", "face_embedding")}
-    told |= {"negative_image": [public(path) for path in told["negative_image"]]} if "negative_image" in told else {}
-    told |= {"mask": public(told["mask"])} if "mask" in told else {}
-    encoder = adapter.image_encoder
-    return told | {
-        "adapter": public(adapter.file),
-        "image_encoder": encoder and public(encoder),
-        "faceid_v2": adapter.faceid_v2,
-        "scale": group["scale"],
-    }
+    told |= {name: each(public, told[name]) for name in ("negative_image", "mask") if name in told}
+    files = {"adapter": public(adapter.file), "image_encoder": adapter.image_encoder and public(adapter.image_encoder)}
+    return told | files | {"faceid_v2": adapter.faceid_v2, "scale": group["scale"]}
 
 
 def followed(file: Path, net: Mapping[str, object]) -> dict:
