@@ -675,9 +675,13 @@ def test_a_hint_that_does_not_go_is_said_in_a_line(sd1, nets, hint, how, said):
         ours(sd1, [nets["t2i"][1]], [hint], width=how.pop("width", 64), **how)
 
 
-def test_a_hint_of_another_aspect_is_told(sd1, nets):
-    with pytest.warns(Notice, match="50x90 pixels, of another aspect than 64x64"):
-        ours(sd1, [nets["first"][1]], [Hint(picture(1, 50, 90))], width=64, steps=1)
+def test_a_hint_of_another_aspect_is_told_and_a_hint_is_read_once_a_run(sd1, nets):
+    with (
+        patch.object(ControlNet, "encode", autospec=True, side_effect=ControlNet.encode) as encode,
+        pytest.warns(Notice, match="50x90 pixels, of another aspect than 64x64"),
+    ):
+        ours(sd1, [nets["first"][1]], [Hint(picture(1, 50, 90))], width=64, steps=2)
+    assert encode.call_count == 1
 
 
 def test_the_edges_of_a_picture():
