@@ -132,7 +132,7 @@ def main() -> None:
     adapter.to(ranks.device, torch.float32).requires_grad_()
     adapter.attach(unet)
     new, tiny = not models.adapter_kind and not saved(args.output), models.base.path == cached(BUNDLED)
-    if new and tiny and kind == "full-face" and args.resolution == models.side:
+    if new and tiny and kind == "full-face" and args.resolution == models.side and not buckets:
         place_features(adapter, unet, seen)
     trainer = Trainer(
         adapter,

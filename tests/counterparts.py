@@ -93,8 +93,11 @@ def blank_unet(c: UNetConfig) -> UNet2DConditionModel:
             "addition_time_embed_dim": sinusoids,
             "projection_class_embeddings_input_dim": c.vector_dim,
         }
+    if any(len({*depths}) > 1 for depths in c.up):  # SSD-1B
+        added["reverse_transformer_layers_per_block"] = [list(depths) for depths in c.up]
     with torch.device("meta"):
         return UNet2DConditionModel(
+            mid_block_type="UNetMidBlock2DCrossAttn" if any(c.middle) else "UNetMidBlock2D",
             block_out_channels=c.channels,
             down_block_types=["CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in c.down],
             up_block_types=["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in c.up],

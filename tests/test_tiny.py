@@ -12,7 +12,7 @@ from ipadapter import Prompt
 from tiny import drawings, presets
 from tiny.judge import STYLES, known, looked_at, open_network, told
 from tiny.latents import scaled_vae, towers
-from tiny.places import GRID, cells, collect_queries, place
+from tiny.places import cells, collect_queries, place
 from tiny.train_adapter import new_adapter
 from tiny.train_unet import new_unet
 from tiny.trainer import WEIGHTS, arguments, load_ema, train
@@ -78,7 +78,7 @@ def test_patches_are_looked_at_from_where_they_are(args: Namespace) -> None:
             k = adapter.key_values()[layer.layer].to_k_ip(tokens)
             looks = torch.einsum("nqhd,nkhd->nhqk", *(y.unflatten(-1, (layer.heads, -1)) for y in (q, k)))
             looks = (looks / (q.shape[2] // layer.heads) ** 0.5).softmax(-1)[..., 1:]
-            there = torch.arange(positions)[:, None] == cells(GRID, 4)[None]
+            there = torch.arange(positions)[:, None] == cells(8, 4)[None]
             assert (looks * there).sum(-1).mean() > 2 / positions  # chance is 1 / positions
         t = torch.full((8,), 900)
         assert torch.equal(

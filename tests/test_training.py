@@ -19,6 +19,7 @@ from files.whole import read_checked, write
 from ipadapter import ImageProjection, IPAdapter, PatchProjection, Prompt, Resampler
 from ipadapter.objective import Objective, adapter_loss, drops
 from sampler import SD, Schedule, add_noise, loss_weight, noise
+from tiny.places import place
 from training.chance import draws, generator_at
 from training.features import Encoders
 from training.order import Places, pair_at, places
@@ -177,6 +178,18 @@ def test_what_is_dropped_is_not_encoded_and_a_caption_once(unet, vae, text_tower
 def test_a_new_adapter_starts_from_the_text_weights(unet):
     for layer, ip in zip(unet.cross_attentions(), new("base", unet).ip_adapter.values(), strict=True):
         assert torch.equal(ip.to_k_ip.weight, layer.to_k.weight) and torch.equal(ip.to_v_ip.weight, layer.to_v.weight)
+
+
+def test_placed_keys_add_nothing_yet_whatever_the_grid_of_patches(unet, draw):
+    """Values of 0, and keys that are not what they were: of 4x4 patches as of any other number."""
+    adapter, x = new("full-face", unet), draw(4, 4, 16, 16)
+    before = adapter.key_values()[0].to_k_ip.weight.clone()
+    place(adapter, unet, draw(1, 77, 64), x, draw(4, 1 + 16, 128), steps=2)
+    text, t, tokens = draw(1, 77, 64), torch.tensor([500]), adapter.image_proj(draw(1, 17, 128))
+    with torch.no_grad():
+        placed = unet(x[:1], t, Prompt(text, (adapter.prompt(tokens),)))
+        assert torch.equal(placed, unet(x[:1], t, Prompt(text)))
+    assert rel(adapter.key_values()[0].to_k_ip.weight, before) > 0.1
 
 
 def test_trainable_parameters_of_sd15():

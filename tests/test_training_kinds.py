@@ -1,12 +1,13 @@
 """One step of every kind of adapter on every family of bases, against diffusers' modules and the official objective."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from counterparts import diffusers_unet_with, rel
+from counterparts import diffusers_unet_with, randomise, rel
 from diffusers import DDPMScheduler
-from narrow import NARROW_IMAGE
+from narrow import NARROW_IMAGE, NARROW_XL
 from torch.nn.functional import mse_loss
 
 from ipadapter.objective import drops
@@ -14,10 +15,18 @@ from training.chance import draws
 from training.ranks import Ranks
 from training.recipes import KINDS, new_adapter
 from training.trainer import Trainer
+from unet import UNet
 
 pytestmark = pytest.mark.slow
 
-BASES = {"sd1": ("epsilon", 64), "sd2": ("v_prediction", 64), "sdxl": ("epsilon", 96)}
+XL = ("epsilon", 96)
+BASES = {"sd1": ("epsilon", 64), "sd2": ("v_prediction", 64), "sdxl": XL}
+DISTILLED = {  # of SDXL: no attention in the middle, fewer layers, in SSD-1B not as many in each block
+    "SSD-1B": replace(NARROW_XL, middle=(0,), up=((2, 3, 4), (2, 1, 1), (0, 0, 0))),
+    "Segmind-Vega": replace(NARROW_XL, down=((0, 0), (1, 1), (2, 2)), middle=(0,), up=((2,) * 3, (1,) * 3, (0,) * 3)),
+}
+CASES = [(family, kind) for family in BASES for kind in KINDS]
+CASES += [("SSD-1B", "base"), ("SSD-1B", "faceid"), ("Segmind-Vega", "plus")]
 LEARNED = ("_ip.", "encoder_hid_proj", "lora_")  # parts of diffusers' names
 PLACES = [0, 1, 2]
 
@@ -36,18 +45,17 @@ def features(kind: str, context: int, sized: bool) -> dict[str, torch.Tensor]:
     return found | ({"sizes": sizes} if sized else {})
 
 
-@pytest.mark.parametrize("family", BASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family, kind", CASES)
 def test_loss_and_gradients_equal_diffusers_and_the_official_objective(request, tmp_path, family, kind):
-    twin, (prediction, context) = request.getfixturevalue(family), BASES[family]
-    base = twin.base
+    twin, (prediction, context) = request.getfixturevalue(family if family in BASES else "sdxl"), BASES.get(family, XL)
+    base, sized = twin.base, bool(twin.base.sinusoids)
     torch.manual_seed(0)
-    unet = twin.parts[1]
+    unet = randomise(UNet(DISTILLED[family]), 1) if family in DISTILLED else twin.parts[1]
     adapter = new_adapter(kind, unet, NARROW_IMAGE)
     for layer in adapter.ip_adapter.values():
         for lora in layer.loras().values() if adapter.lora_rank else ():
             torch.nn.init.normal_(lora.up.weight, std=0.05)  # else nothing reaches the way down
-    batch = features(kind, context, family == "sdxl")
+    batch = features(kind, context, sized)
     null = {key: torch.zeros_like(value[0]) for key, value in batch.items() if key not in ("mean", "std", "sizes")}
     version_2 = kind == "faceid-plusv2"
     ours = Trainer(
@@ -88,7 +96,7 @@ def test_loss_and_gradients_equal_diffusers_and_the_official_objective(request, 
         projection = theirs.encoder_hid_proj.image_projection_layers[0]
         projection.clip_embeds = told["image"][:, None]
         projection.shortcut, projection.shortcut_scale = version_2, 1.0
-    if family == "sdxl":
+    if sized:
         added |= {"text_embeds": told["pooled"], "time_ids": told["sizes"]}
     found = theirs(scheduler.add_noise(x, noise, t), t, told["text"], added_cond_kwargs=added).sample
     wanted = mse_loss(found, noise if prediction == "epsilon" else scheduler.get_velocity(x, noise, t))

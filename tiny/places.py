@@ -7,6 +7,7 @@ Instead of learning them in many steps through the UNet, they are computed here 
 """
 
 import math
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ from torch.utils.data import default_collate
 
 from ipadapter import IPAdapter, PatchProjection, Prompt
 from sampler import add_noise
+from training.pairs import BadSample
 from training.ready import Ready
 from unet import UNet
 
-GRID = 8  # patches along a side
 WAVES = 5  # cosines along a side; their 25 products less the constant tell the place
 SHARPNESS = 1.5  # of the keys, against those of the discriminant
 NOISY = 500  # queries are taken at timesteps from here to 999, where the layout is decided
@@ -28,16 +29,18 @@ def place(adapter: IPAdapter, unet: UNet, empty: Tensor, latents: Tensor, featur
 
     Args:
         empty: (1, 77, 64), the text features of the empty prompt.
-        latents, features: (n, 4, 16, 16) and (n, 1 + 64, 128) of the training drawings.
+        latents, features: (n, 4, 16, 16) and (n, 1 + patches, width) of the training drawings; (n, 1 + 64, 128) of the
+            tiny image encoder.
     """
-    describe(adapter.image_proj, features.float(), steps)
+    grid = math.isqrt(features.shape[1])  # patches along a side
+    describe(adapter.image_proj, features.float(), grid, steps)
     with torch.no_grad():
         queries = collect_queries(unet, empty, latents)
         tokens = adapter.image_proj(features[:1000].float())[:, 1:].flatten(0, 1)
         gram = tokens.T @ tokens + 1e-3 * len(tokens) * torch.eye(tokens.shape[1], device=tokens.device)
         for layer, ip, q in zip(unet.cross_attentions(), adapter.key_values(), queries, strict=True):
-            side = min(GRID, math.isqrt(q.shape[1]))
-            keys = place_keys(layer.split(q).transpose(0, 1), side)[cells(GRID, side)]
+            side = min(grid, math.isqrt(q.shape[1]))
+            keys = place_keys(layer.split(q).transpose(0, 1), side)[cells(grid, side)]
             keys = (keys - keys.mean(0)).repeat(len(tokens) // len(keys), 1)
             ip.to_k_ip.weight.copy_(torch.linalg.solve(gram, tokens.T @ keys).T)
             ip.to_v_ip.weight.zero_()
@@ -45,16 +48,19 @@ def place(adapter: IPAdapter, unet: UNet, empty: Tensor, latents: Tensor, featur
 
 def place_features(adapter: IPAdapter, unet: UNet, ready: Ready, count: int = 1000) -> None:
     """The same, with what a run of train.py has made ready."""
-    taken = [ready.source.take(i) for i in range(min(count, len(ready.source)))]
+    taken = []
+    for i in range(min(count, len(ready.source))):
+        with suppress(BadSample):
+            taken.append(ready.source.take(i))
     device = next(unet.parameters()).device
     parts = [ready.encode(default_collate(taken[i : i + 64])) for i in range(0, len(taken), 64)]
     mean, image = (torch.cat([part[key] for part in parts]).to(device).float() for key in ("mean", "image"))
     place(adapter, unet, ready.null["text"][None].to(device), mean, image, steps=1500)
 
 
-def describe(projection: PatchProjection, features: Tensor, steps: int) -> None:
+def describe(projection: PatchProjection, features: Tensor, grid: int, steps: int) -> None:
     """Teach the projection to say of each patch where it is and, in the remaining numbers, what is there."""
-    where = waves(features.device)
+    where = waves(grid, features.device)
     what = features[:, 1:] - features[:, 1:].mean(0)
     directions = torch.linalg.svd(what[:2000].flatten(0, 1), full_matrices=False).Vh
     what = what @ directions[: projection.context_dim - where.shape[1]].T
@@ -72,9 +78,9 @@ def describe(projection: PatchProjection, features: Tensor, steps: int) -> None:
         falling.step()
 
 
-def waves(device: torch.device) -> Tensor:
-    """A code of the place, alike for neighbours: (64, 24), the two-dimensional cosine transform's low frequencies."""
-    x = (torch.arange(GRID, device=device) + 0.5) / GRID
+def waves(grid: int, device: torch.device) -> Tensor:
+    """A code of the place, alike for neighbours: (grid * grid, 24), the two-dimensional cosine transform's low frequencies."""
+    x = (torch.arange(grid, device=device) + 0.5) / grid
     side = torch.stack([torch.cos(math.pi * k * x) for k in range(WAVES)], dim=1)
     side[:, 1:] *= math.sqrt(2)
     return (side[:, None, :, None] * side[None, :, None, :]).flatten(2).flatten(0, 1)[:, 1:]
