@@ -19,7 +19,7 @@ from tiny import drawings, presets
 from tiny.latents import VIEWS, Captions, scaled_vae, stored, towers, views
 from tiny.places import place
 from tiny.train_unet import new_unet
-from tiny.trainer import arguments, load_ema, plain_convolutions, train
+from tiny.trainer import arguments, load_ema, train
 
 
 def new_adapter(unet: nn.Module, kind: str) -> IPAdapter:
@@ -65,7 +65,6 @@ def main() -> None:
         nothing = features(torch.zeros(1, 3, presets.SIZE, presets.SIZE, device=args.device))
         nothing = nothing if patches else torch.zeros_like(nothing)
     unet = load_ema(new_unet(), "unet", args).to(memory_format=torch.channels_last)
-    plain_convolutions(unet)
     adapter = new_adapter(unet, args.kind).to(args.device)
     if args.start:
         adapter.load_state_dict(load_file(args.start))

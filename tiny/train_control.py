@@ -23,7 +23,7 @@ from sampler import add_noise, loss_weight
 from tiny import drawings, presets
 from tiny.latents import Captions, stored, towers
 from tiny.train_unet import new_unet
-from tiny.trainer import arguments, load_ema, plain_convolutions, train
+from tiny.trainer import arguments, load_ema, train
 from unet import UNet
 
 HINT = (3, 8, 16, 32, 64)  # narrower than usual, as the model is: at 128x128 pixels the usual one would cost the most
@@ -84,8 +84,6 @@ def main() -> None:
         captions = Captions(towers(args).text, data, args.device)
     unet = load_ema(new_unet(), "unet", args).to(memory_format=torch.channels_last)
     net = new_control(unet, args.kind).to(args.device, memory_format=torch.channels_last)
-    plain_convolutions(unet)
-    plain_convolutions(net)
     batch = args.batch_size
 
     def loss() -> Tensor:

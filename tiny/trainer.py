@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from files.whole import whole
-from unet.unet import Conv3x3
 from weights import load_image_encoder, open_base, read
 from weights.hub import cached
 from weights.presets import PRESETS
@@ -156,13 +155,6 @@ def load_ema(model: nn.Module, name: str, args: argparse.Namespace) -> nn.Module
     else:
         model.load_state_dict(packed(name))
     return model.to(args.device).requires_grad_(False).eval()
-
-
-def plain_convolutions(model: nn.Module) -> None:
-    """On a CPU: for the way back oneDNN's convolution is quicker than the product that stands in its stead."""
-    for layer in model.modules():
-        if isinstance(layer, Conv3x3) and layer.weight.device.type == "cpu":
-            layer.__class__ = nn.Conv2d
 
 
 def packed(name: str) -> dict[str, Tensor]:

@@ -224,11 +224,12 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 convolution, padding 1.
 
     On a CPU oneDNN lays the weights out anew at every call. For a map of few positions that takes longer than the
-    convolution itself, so there it is done as one matrix product.
+    convolution itself, so there it is done as one matrix product; unless weights are few and there is a way back.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 64:
+        few = x.requires_grad and self.in_channels * self.out_channels < 2**16
+        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 64 or few:
             return super().forward(x)
         windows = pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (batch, C, H, W, 3, 3)
         rows = windows.permute(0, 2, 3, 4, 5, 1).flatten(3)  # (batch, H, W, 9 * C)
