@@ -84,7 +84,8 @@ def main() -> None:
         marks = scores(judge, [(pair, made) for _, _, pair, made in batch], args.caption_prefix)
         scored += [{"number": i, "name": name, **row} for (i, name, _, _), row in zip(batch, marks, strict=True)]
     if not scored:
-        raise UserError(f"--data {' '.join(args.data)}: no pair can be scored: {next(iter(skipped))}")
+        others = f"; {len(left)} of other names are there, {left[0].name} the first" if left else ""
+        raise UserError(f"--data {' '.join(args.data)}: no pair can be scored: {next(iter(skipped))}{others}")
     settings = {name: str(v) if isinstance(v, Path | torch.device) else v for name, v in vars(args).items()}
     settings |= data | {"clip_gelu": judge.gelu, "torch": torch.__version__, "made_with": made_with(folder)}
     skips = len(skipped) + pairs.skipped_count - len(pairs.skipped)  # of very many, not all are told

@@ -392,6 +392,17 @@ def test_results_under_other_hands_names(tmp_path, files, found, left):
 
 
 @pytest.mark.parametrize(
+    "file, number",
+    [("café-1.png", 1), ("café (2).png", 2), ("café_seed42.png", 42), ("café.jpg.png", -1), ("cafe\u0301_0.png", 0)],
+)
+def test_results_as_other_programs_number_them(tmp_path, file, number):
+    files = [file, "café_sample_7.png"] if number >= 0 else [file]
+    found, left = find_results(touched(tmp_path, "._café.png", *files), ["café", "b"])
+    assert {path.name for path in found["café"]} == set(files) and not left
+    assert found["café"][0].name == (file if number < 7 else "café_sample_7.png")
+
+
+@pytest.mark.parametrize(
     "files", [["a.png", "a.jpg"], ["a.png", "a_3.png"], ["a_0.png", "a/0.png"], ["a_1.png", "a_01.png"]]
 )
 def test_two_files_for_one_result_are_refused(tmp_path, files):
@@ -427,6 +438,7 @@ def test_names_of_results_cannot_leave_the_folder(tmp_path):
     names = ["/etc/x.jpg", "../../y", "a/b.c", "z.png"]
     entries = [{"image_file": name, "text": ""} for name in names]
     (tmp_path / "list.json").write_text(json.dumps(entries))
+    Image.new("RGB", (4, 4)).save(tmp_path / "z.png")  # of a list of which nothing is there nothing is made
     found = result_names(open_pairs(tmp_path / "list.json"), None)
     assert found == ["etc/x", "y", "a/b.c", "z"]
 

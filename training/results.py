@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,32 +32,39 @@ def result_names(pairs: Pairs, limit: int | None) -> list[str]:
 
 # Made elsewhere
 
+# Behind the name of a pair, a number: cat_0, cat-0, cat 0, cat (1), cat/0; or cat_seed42, cat_sample_3.
+NUMBERED = tuple(
+    re.compile(rf"(.+?)(?:[ _-]|/| ?\(){word}([0-9]{{1,18}})\)?") for word in ("", "(?:seed|sample|image|img)[ _-]?")
+)
+
 
 def find_results(
     folder: Path, names: Sequence[str], most: int | None = None
 ) -> tuple[dict[str, list[Path]], list[Path]]:
     """Pictures by the name of their pair, in the order of their numbers, no more than `most`; and those that are left.
 
-    A pair's are name.png; or name_0.png, name_1.png, ...; or name/0.png, name/1.png, ... Another suffix of a picture will
-    do, and numbers may have zeros before them, gaps between them, and any beginning.
+    A pair's are name.png; or name_0.png, name_1.png, ...; or name/0.png, name/1.png, ...; or as `NUMBERED` has it.
+    Another suffix of a picture will do, also behind the pair's own (name.jpg.png), and numbers may have zeros before
+    them, gaps between them, and any beginning.
 
     Raises:
         UserError: two files that stand for the same.
     """
     here = listed(folder, names)
-    known = set(names)
+    known = {plain(name): name for name in names}
 
     def numbered(stem: str) -> tuple[str, int] | None:
-        parts = (stem.rpartition(mark) for mark in "_/")
-        return next(((name, int(n)) for name, _, n in parts if name in known and n.isascii() and n.isdigit()), None)
+        found = (pattern.fullmatch(plain(stem)) for pattern in NUMBERED)
+        return next(((known[match[1]], int(match[2])) for match in found if match and match[1] in known), None)
 
     with_numbers = {of[0] for stem in here if (of := numbered(stem))}
     owned: dict[str, dict[int, Path]] = {}
     left = []
     for stem, paths in here.items():
         of = numbered(stem)
-        if stem in known and not (of and stem in with_numbers):  # 3_1.png is the pair 3_1's, unless that has 3_1_0.png
-            of = stem, -1
+        name = known.get(plain(stem))
+        if name and not (of and name in with_numbers):  # 3_1.png is the pair 3_1's, unless that has 3_1_0.png
+            of = name, -1
         group = owned.setdefault(of[0], {}) if of else {}
         for path in paths:
             if of and group.setdefault(of[1], path) != path:
@@ -70,6 +79,12 @@ def find_results(
     return {name: paths[:most] for name, paths in owned.items()}, left
 
 
+def plain(stem: str) -> str:
+    """A name in composed letters (macOS takes them apart), without the suffix of the pair's own picture."""
+    stem = unicodedata.normalize("NFC", stem)
+    return re.sub(rf"\.({'|'.join(PICTURES)})(?=$|[ _/(-])", "", stem, flags=re.IGNORECASE)
+
+
 def listed(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
     """The pictures in the folder and where the names lead, by their paths in it without suffix."""
     found: dict[str, list[Path]] = {}
@@ -77,7 +92,7 @@ def listed(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
         with suppress(FileNotFoundError, NotADirectoryError):
             for file in sorted(os.listdir(folder / place)):
                 stem, suffix = os.path.splitext(file)
-                if suffix[1:].lower() in PICTURES:
+                if suffix[1:].lower() in PICTURES and not file.startswith("."):
                     found.setdefault(os.path.join(place, stem), []).append(folder / place / file)
     return found
 
