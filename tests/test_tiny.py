@@ -8,11 +8,11 @@ import torch
 
 from clip import tokenize
 from generate.layers import factors
-from ipadapter import Prompt
+from ipadapter import PatchProjection, Prompt
 from tiny import drawings, presets
 from tiny.judge import STYLES, known, looked_at, open_network, told
 from tiny.latents import scaled_vae, towers
-from tiny.places import cells, collect_queries, place
+from tiny.places import cells, collect_queries, describe, place
 from tiny.train_adapter import new_adapter
 from tiny.train_unet import new_unet
 from tiny.trainer import WEIGHTS, arguments, load_ema, train
@@ -126,3 +126,10 @@ def test_what_the_judge_tells_is_counted_among_what_was_asked_for() -> None:
     }
     assert found == pytest.approx(wanted)
     assert told(Stub(), x, ["a", "b", "c", "d"], [STYLES[3]] * 4, among=1)["thing"] == 1.0
+
+
+def test_one_picture_alone_is_described_too():
+    """Of which nothing varies; overfitting one is how people try a trainer."""
+    projection = PatchProjection(32, 48)
+    describe(projection, torch.randn(1, 1 + 64, 32, generator=torch.Generator().manual_seed(0)), 8, steps=2)
+    assert all(p.isfinite().all() for p in projection.parameters())

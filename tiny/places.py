@@ -65,8 +65,9 @@ def describe(projection: PatchProjection, features: Tensor, grid: int, steps: in
     directions = torch.linalg.svd(what[:2000].flatten(0, 1), full_matrices=False).Vh
     what = what @ directions[: projection.context_dim - where.shape[1]].T
     spread = what.std(dim=(0, 1))
-    what = what / spread.clamp(min=0.3 * spread[0])  # the weak directions count, but noise is not blown up
-    targets = torch.cat([where.expand(len(what), -1, -1), what / what.square().mean().sqrt()], dim=-1)
+    # The weak directions count, but noise is not blown up; of one picture alone nothing varies.
+    what = what / spread.clamp(min=(0.3 * spread[0]).clamp(min=1e-6))
+    targets = torch.cat([where.expand(len(what), -1, -1), what / what.square().mean().sqrt().clamp(min=1e-6)], dim=-1)
     optimizer = torch.optim.Adam(projection.parameters(), lr=3e-3)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
     for _ in range(steps):
