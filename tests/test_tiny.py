@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from ipadapter import PatchProjection, Prompt
 from tiny import drawings, presets
 from tiny.judge import STYLES, known, looked_at, open_network, told
 from tiny.latents import scaled_vae, towers
-from tiny.places import cells, collect_queries, describe, place
+from tiny.places import cells, collect_queries, describe, place, place_features
 from tiny.train_adapter import new_adapter
 from tiny.train_unet import new_unet
 from tiny.trainer import WEIGHTS, arguments, load_ema, train
+from training.pairs import BadSample
 from unet import layer_names
 from weights import load_image_encoder, open_base
 from weights.families import TINY
@@ -133,3 +135,12 @@ def test_one_picture_alone_is_described_too():
     projection = PatchProjection(32, 48)
     describe(projection, torch.randn(1, 1 + 64, 32, generator=torch.Generator().manual_seed(0)), 8, steps=2)
     assert all(p.isfinite().all() for p in projection.parameters())
+
+
+def test_data_of_which_nothing_can_be_read_say_why():
+    def take(i: int) -> None:
+        raise BadSample(f"{i}.png: not a picture")
+
+    source = type("Source", (), {"__len__": lambda self: 2, "take": staticmethod(take)})()
+    with pytest.raises(BadSample, match="0.png: not a picture"):
+        place_features(None, None, SimpleNamespace(source=source))

@@ -7,7 +7,6 @@ Instead of learning them in many steps through the UNet, they are computed here 
 """
 
 import math
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -48,10 +47,14 @@ def place(adapter: IPAdapter, unet: UNet, empty: Tensor, latents: Tensor, featur
 
 def place_features(adapter: IPAdapter, unet: UNet, ready: Ready, count: int = 1000) -> None:
     """The same, with what a run of train.py has made ready."""
-    taken = []
+    taken, flaws = [], []
     for i in range(min(count, len(ready.source))):
-        with suppress(BadSample):
+        try:
             taken.append(ready.source.take(i))
+        except BadSample as error:
+            flaws.append(error)
+    if not taken:
+        raise flaws[0]
     device = next(unet.parameters()).device
     parts = [ready.encode(default_collate(taken[i : i + 64])) for i in range(0, len(taken), 64)]
     mean, image = (torch.cat([part[key] for part in parts]).to(device).float() for key in ("mean", "image"))
