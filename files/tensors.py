@@ -99,8 +99,8 @@ def read_other(path: Path, error: Exception) -> State:
         raise WeightsError(f"{path}: a tar archive, not weights; give what is in it")
     if not head.strip(b"\0") and len(head) == 512:
         raise WeightsError(f"{path}: begins with zeros; the download is not finished, or the disk lost it")
-    if TEXT.fullmatch(head):
-        raise WeightsError(f"{path}: a text, not weights; it says {head[:80].decode()!r}")
+    if TEXT.fullmatch(text := head.rstrip(b"\0")):
+        raise WeightsError(f"{path}: a text, not weights; it says {text[:80].decode()!r}")
     if head[8:9] == b"{":
         raise WeightsError(f"{path}: damaged or cut short, not a whole safetensors file ({reason(error)})")
     if head.startswith(b"PK") or head[:1] == b"\x80":

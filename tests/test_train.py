@@ -173,7 +173,7 @@ def test_validation_and_curve_are_pictures(tmp_path, data, cache, sketched):
 def test_the_loss_of_pictures_held_out_is_logged_shown_and_drawn(tmp_path, data, cache, monkeypatch):
     flags = [*QUICK, "--data", data, "--cache", cache, "--output", tmp_path / "run", "--validate-every", 2]
     done = train(*flags, "--validation", data / "0.png", "--limit", 6)
-    assert done.returncode == 2 and "a file of an unknown kind" in done.stderr
+    assert done.returncode == 2 and "a picture; give its folder" in done.stderr
     others = copy_pairs(data, tmp_path / "others", (6, 7))
     text = "red apple, noto style"
     done = train(*flags, "--validation", others, "--limit", 6, "--save-every", 2, "--validation-prompt", text)

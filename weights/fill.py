@@ -89,7 +89,8 @@ def unbuilt(state: State, path: str | Path, error: Exception) -> WeightsError:
     """Why no model could be built of a state."""
     if isinstance(error, KeyError):
         return WeightsError(f"{path}: the key {error} is missing; the file is {what_is(state)}")
-    return WeightsError(f"{path}: tensors are missing or of a wrong shape; of what it has, it is {what_is(state)}")
+    why = f" ({error})" if isinstance(error, ValueError) else ""
+    return WeightsError(f"{path}: tensors are missing or of a wrong shape{why}; of what it has, it is {what_is(state)}")
 
 
 def layout(value: Tensor, device: torch.device | str) -> torch.memory_format:
