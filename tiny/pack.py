@@ -14,6 +14,7 @@ from tiny import drawings
 from tiny.latents import scaled_vae, towers
 from tiny.train_adapter import new_adapter
 from tiny.train_control import new_control
+from tiny.train_judge import Learning
 from tiny.train_unet import new_unet
 from tiny.trainer import RUNS, WEIGHTS, load_ema
 from tiny.tune_clip import Tuned
@@ -57,6 +58,9 @@ def main() -> None:
         if (args.runs / f"control-{kind}.pt").exists():
             net = load_ema(new_control(unet, kind), f"control-{kind}", args).state_dict()
             files[name] = thin(net, unet.state_dict()) if kind == "edges" else net
+    if (args.runs / "judge.pt").exists():
+        state = torch.load(args.runs / "judge.pt", weights_only=True)["model"]
+        files["judge"] = load_ema(Learning(len(state["things"])), "judge", args).judge.state_dict()
     args.output.mkdir(parents=True, exist_ok=True)
     for name, state in files.items():
         path = args.output / f"{name}-tiny.safetensors"

@@ -1,4 +1,4 @@
-"""The judge of the measures (tiny/judge.py): which thing, which style, told by cross-entropy. Writes its file as well.
+"""The judge of the measures (tiny/judge.py): which thing, which style, told by cross-entropy.
 
 python -m tiny.train_judge
 """
@@ -6,14 +6,13 @@ python -m tiny.train_judge
 import json
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, normalize
 
 from tiny import drawings
-from tiny.judge import DIM, FILE, STYLES, Judge, bench, ceiling, gather
+from tiny.judge import DIM, STYLES, Judge, bench, ceiling, gather
 from tiny.train_clip import numbers
-from tiny.trainer import WEIGHTS, arguments, load_ema, train
+from tiny.trainer import arguments, load_ema, train
 
 SHARPNESS = 20.0  # of the cosines between a drawing and the things
 
@@ -45,11 +44,9 @@ def main() -> None:
 
     train("judge", model, loss, args)
     judge = load_ema(Learning(len(set(captions))), "judge", args).judge
-    path = WEIGHTS / FILE
-    save_file({key: value.half().contiguous() for key, value in judge.state_dict().items()}, path)
     known = bench(judge, data, learned)
     for among in (None, 200):
-        print(path, json.dumps(ceiling(known, data, learned, among)))
+        print(json.dumps(ceiling(known, data, learned, among)))
 
 
 def blemish(x: Tensor) -> Tensor:
