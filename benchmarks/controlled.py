@@ -60,8 +60,8 @@ def runs(
     for name in names:
         groups, files, images, scale, more = cases[name]
         if files != attached:
-            names = {"subfolder": [""] * len(files), "weight_name": [file.name for file in files]}
-            theirs.load_ip_adapter([str(file.parent) for file in files], **names, image_encoder_folder=None)
+            where = {"subfolder": [""] * len(files), "weight_name": [file.name for file in files]}
+            theirs.load_ip_adapter([str(file.parent) for file in files], **where, image_encoder_folder=None)
             attached = files
         theirs.set_ip_adapter_scale(scale)
         pair = prompts(models, text, negative, groups)
